@@ -1,0 +1,38 @@
+"""The kernels that train DeepSeek-V3.
+
+Names resolve on first use, so that `import dsv3_kernels` is cheap and `dsv3_kernels.jit` works without torch.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_API = {
+    "QuantizedTensor": "quantized",
+    "dequantize": "quantized",
+    "quantize_1x128": "quantize",
+    "quantize_1x128_t": "quantize",
+    "quantize_128x128": "quantize",
+    "fp8_gemm": "gemm",
+    "grouped_fp8_gemm": "gemm",
+    "masked_grouped_fp8_gemm": "gemm",
+    "fp8_wgrad": "wgrad",
+}
+_MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
+
+__all__ = [*_API, *_MODULES]
+
+
+def __getattr__(name: str) -> object:
+    if name in _API:
+        value = getattr(importlib.import_module(f".{_API[name]}", __name__), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
