@@ -112,7 +112,7 @@ def offsets(op: str, value: object, first_name: str, first: Tensor, groups: int 
     return vector
 
 
-def read_offsets(op: str, group_offsets: Tensor, rows: int | None, of: str) -> list[int]:
+def read_offsets(op: str, group_offsets: Tensor, rows: int | None = None, of: str = "") -> list[int]:
     """The values of a CPU `group_offsets`: they start at 0, do not descend, and end within `rows`."""
     values: list[int] = group_offsets.tolist()
     if values[0] != 0:
