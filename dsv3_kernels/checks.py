@@ -39,6 +39,10 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
             f"{op}: {name} has rank {value.ndim} (shape {tuple(value.shape)}), "
             f"expected rank {' or '.join(map(str, ranks))}"
         )
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{op}: {name} is on {value.device}, expected a CPU or a CUDA tensor; pass {name}.cpu()"
+        )
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: {name} requires grad, but the op has no derivative and would drop the gradient silently; "

@@ -31,7 +31,7 @@ FRACTION_BITS = 13  # of the tensor core's accumulator, E8M13
 
 
 def _amax(tiles: Tensor, dim: int) -> Tensor:
-    """The largest magnitude along `dim`, NaN if there is one; two reductions cost less than a copy of |tiles|."""
+    """The largest magnitude along `dim`, NaN if any: two reductions cost less than a copy of |tiles|."""
     return torch.maximum(tiles.amax(dim), tiles.amin(dim).neg_())
 
 
@@ -46,7 +46,7 @@ def _scales(amax: Tensor, power_of_2: bool) -> Tensor:
 
 
 def _encode(tiles: Tensor, scales: Tensor, scratch: bool) -> Tensor:
-    """e4m3(tiles/scales). The quotient stays below 449, which rounds to 448, so the cast never has to saturate."""
+    """e4m3(tiles/scales). A quotient stays below 449 and rounds to 448: the cast never has to saturate."""
     return torch.div(tiles, scales, out=tiles if scratch else None).to(torch.float8_e4m3fn)
 
 
@@ -195,15 +195,12 @@ def fp8_wgrad(
         starts.append(starts[-1] + round_up(high - low, TILE))
     if starts[-1] > dy_t.shape[1]:
         raise ValueError(
-            f"fp8_wgrad: group_offsets takes {starts[-1]} token columns (each group rounded up to {TILE}), expected "
-            f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
+            f"fp8_wgrad: group_offsets takes {starts[-1]} token columns (groups rounded up to {TILE}), expected at most "
+            f"{dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
     for g, (start, end) in enumerate(pairwise(starts)):
-        _write(
-            out[g],
-            _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation),
-            accumulate,
-        )
+        y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
+        _write(out[g], y, accumulate)
     return out
 
 
