@@ -195,8 +195,8 @@ def fp8_wgrad(
         starts.append(starts[-1] + round_up(high - low, TILE))
     if starts[-1] > dy_t.shape[1]:
         raise ValueError(
-            f"fp8_wgrad: group_offsets takes {starts[-1]} token columns (groups rounded up to {TILE}), expected at most "
-            f"{dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
+            f"fp8_wgrad: group_offsets takes {starts[-1]} token columns (in {TILE}s a group), expected "
+            f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
     for g, (start, end) in enumerate(pairwise(starts)):
         y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
