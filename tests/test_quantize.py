@@ -23,11 +23,11 @@ def assert_same(q, expected_codes, expected_scales):
 
 
 def spread(generator, *shape):
-    """Normal values times powers of two over most of FP32's range, a different one for each tile and outlier."""
+    """Normal values times a power of two for each row, over most of FP32's range, and a few outliers."""
     x = torch.randn(*shape, generator=generator)
-    wide = torch.randint(-120, 100, (shape[0], 1), generator=generator)
+    exponents = torch.randint(-120, 100, (shape[0], 1), generator=generator)
     outliers = torch.randint(-20, 20, shape, generator=generator)
-    return torch.ldexp(x, wide + outliers.clamp_min(0) * (outliers > 17))
+    return torch.ldexp(x, exponents + outliers * (outliers > 17))
 
 
 @both
@@ -66,7 +66,7 @@ def test_scales_are_mn_major(shape):
 
 
 def test_ties_borders_and_subnormals():
-    """Scale 1 (the tile holds 448), then every code, every midpoint between codes, and their FP32 neighbours."""
+    """Scale 1 (the tile holds 448), then every code, every midpoint between codes, and their neighbours."""
     finite = E4M3[:127]
     middle = ((finite[:-1] + finite[1:]) / 2).astype(np.float32)
     points = np.concatenate([finite.astype(np.float32), middle])
@@ -129,8 +129,8 @@ def test_nan_and_inf_poison_their_tile_and_no_other(kind, power_of_2, bad, dtype
 
 @both
 def test_power_of_two_scales_match_the_published_formulas(kind):
-    """DeepSeek: 2^ceil(log2(amax/448)), then x/scale. TransformerEngine: 448/amax rounded down to a power of two by
-    its bits, then x·that. Both, on normal ranges, give our bits."""
+    """DeepSeek: 2^ceil(log2(amax/448)), then x/scale. TransformerEngine: 448/amax rounded down to a power of
+    two by its bits, then x·that. On normal ranges both give our bits."""
     generator = fresh_generator()
     x = torch.randn(256, 512, generator=generator) * torch.ldexp(
         torch.ones(256, 1), torch.arange(256)[:, None] % 40 - 20
