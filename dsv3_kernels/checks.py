@@ -45,8 +45,8 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
         )
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: {name} requires grad, but the op has no derivative and would drop the gradient silently; "
-            f"pass {name}.detach(), call it under torch.no_grad(), or use dsv3_kernels.nn"
+            f"{op}: {name} requires grad, expected a tensor that does not: the op has no derivative and would "
+            f"lose the gradient; pass {name}.detach(), call it under torch.no_grad(), or use dsv3_kernels.nn"
         )
     return value
 

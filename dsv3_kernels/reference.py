@@ -97,8 +97,9 @@ def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> Quantized
 
 
 def transpose(q: QuantizedTensor) -> QuantizedTensor:
-    """The transpose of 128x128 blocks: the same codes and scales."""
-    return QuantizedTensor(q.data.mT.contiguous(), q.scales.mT.contiguous(), q.block)
+    """The transpose of 128x128 blocks: the same codes and scales, in memory of their own."""
+    data, scales = (t.mT.clone(memory_format=torch.contiguous_format) for t in (q.data, q.scales))
+    return QuantizedTensor(data, scales, q.block)
 
 
 def decode(data: Tensor) -> Tensor:
