@@ -45,7 +45,7 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
         )
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: {name} requires grad, expected a tensor that does not: the op has no derivative and would "
+            f"{op}: {name} requires grad, expected one that does not: the op has no derivative and would "
             f"lose the gradient; pass {name}.detach(), call it under torch.no_grad(), or use dsv3_kernels.nn"
         )
     return value

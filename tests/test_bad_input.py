@@ -142,7 +142,7 @@ def longer(dim):
 
 
 def shorter(dim):
-    return lambda t, rng: t.narrow(dim, 1, t.shape[dim] - 1).contiguous()
+    return lambda t, rng: t.narrow(dim, 0, t.shape[dim] - 1).clone(memory_format=torch.contiguous_format)
 
 
 def with_128_more_rows(t, rng):
