@@ -240,7 +240,7 @@ def tensor_core(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     units = (a[:, None, :] * b[None, :, :]).mul_(to_units.unsqueeze(-1)).trunc_().sum(-1)
     units += (c * to_units).trunc_()
     kept = (units.view(torch.int32) & -(1 << (23 - FRACTION_BITS))).view(torch.float32)
-    result = kept.mul_(_power_of_2(largest - FRACTION_BITS)).add_(0.0)  # a sum of zero is +0
+    result = kept.mul_(_power_of_2(largest - FRACTION_BITS))
     result.view(torch.int32).masked_fill_(units.isnan(), 0x7FFFFFFF)
     return result
 

@@ -163,7 +163,7 @@ def test_transposed_weights_hold_the_same_codes(power_of_2, batch):
 
 @powers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [None, [], [0], [0, 128, 1, 300, 0], [127, 129], [0, 0, 5], [256]])
+@pytest.mark.parametrize("sizes", [None, [], [0], [0, 128, 1, 300, 0], [127, 129], [0, 0, 5], [256], [91]])
 @pytest.mark.parametrize("unused", [0, 37])
 def test_transposed_tokens(power_of_2, dtype, sizes, unused):
     """Each group is what quantising the transpose of its own rows gives; tails are zero with scale 1."""
