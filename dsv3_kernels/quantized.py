@@ -14,7 +14,7 @@ ROW: Block = (1, TILE)
 SQUARE: Block = (TILE, TILE)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """FP8 data with one FP32 scale a tile: `data[m, k] · scales[m // block[0], k // block[1]]` at `[m, k]`.
 

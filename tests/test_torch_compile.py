@@ -104,6 +104,31 @@ def test_compiled_equals_eager(step, backend):
             assert torch.equal(e, g) and e.stride() == g.stride() and e.dtype == g.dtype
 
 
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        w_q, w_t = dk.quantize_128x128(w, transpose=True)
+        x_t = dk.quantize_1x128_t(x)
+        ctx.save_for_backward(w_t.data, w_t.scales, x_t.data, x_t.scales)
+        return dk.fp8_gemm(dk.quantize_1x128(x), w_q)
+
+    @staticmethod
+    def backward(ctx, dy):
+        w_t, w_scales, x_t, x_scales = ctx.saved_tensors
+        dx = dk.fp8_gemm(dk.quantize_1x128(dy), (w_t, w_scales))
+        return dx.float(), dk.fp8_wgrad(dk.quantize_1x128_t(dy), (x_t, x_scales))
+
+
+def test_compiled_autograd_function():
+    """Dynamo traces a backward in a stricter mode than a forward."""
+    gradients = []
+    for call in (Linear.apply, torch.compile(Linear.apply, fullgraph=True, backend="aot_eager")):
+        x, w = (torch.linspace(-1, 1, n * 128).view(n, 128).requires_grad_() for n in (64, 32))
+        call(x, w).backward(torch.linspace(-2, 3, 64 * 32).view(64, 32).bfloat16())
+        gradients.append((x.grad, w.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_compiled_call_still_checks_values():
     """Descending offsets are found where they are read: at run time, inside the traced op."""
     step = torch.compile(lambda x, o: dk.quantize_1x128_t(x, o).data, fullgraph=True, backend="aot_eager")
