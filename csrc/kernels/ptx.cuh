@@ -34,6 +34,12 @@ __device__ __forceinline__ float div_rn(float a, float b) {
     return d;
 }
 
+__device__ __forceinline__ float rcp_rn(float a) {
+    float d;
+    asm("rcp.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
 // NaN if either operand is NaN; plain fmaxf would drop it.
 __device__ __forceinline__ float max_nan(float a, float b) {
     float d;
