@@ -1,5 +1,7 @@
-"""The launcher: what reaches the driver, for which arguments, and what its errors say. A stand-in for libcuda records
-the calls, in a process of its own."""
+"""The launcher: what reaches the driver, for which arguments, and what its errors say.
+
+A stand-in for libcuda records the calls, in a process of its own.
+"""
 
 import ctypes.util
 import os
@@ -211,7 +213,9 @@ def test_without_a_driver_the_module_imports_and_each_call_says_what_is_missing(
         lambda: _runtime.encode_tensor_map(0, 0, [1], [], [1], [1], 0, 0, False),
     )
     for call in calls:
-        with pytest.raises(_runtime.DriverError, match=r"found no CUDA driver: .*Mend: install the NVIDIA driver"):
+        with pytest.raises(
+            _runtime.DriverError, match=r"found no CUDA driver: .*Mend: install the NVIDIA driver"
+        ):
             call()
 
 
@@ -235,7 +239,7 @@ def test_the_world_follows_the_tensors(monkeypatch):
     monkeypatch.setitem(sys.modules, "dsv3_kernels.emulator", emulator)
     assert launch.world(cpu) == "emulator"
     launch.launch(kernel, (4, 1, 1), (256, 1, 1), (cpu, 3), cluster=(2, 1, 1), shared_bytes=64)
-    ((text, name), shape), = calls
+    (((text, name), shape),) = calls
     assert (text, name) == (kernel.ptx().text, kernel.ptx().name)
     assert shape.pop("args")[0] is cpu
     assert shape == {"grid": (4, 1, 1), "block": (256, 1, 1), "cluster": (2, 1, 1), "shared_bytes": 64}
