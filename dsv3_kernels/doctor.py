@@ -68,6 +68,8 @@ class Check:
         except CacheError as error:
             found, _, mend = str(error).partition(" Mend: ")
             status = "broken"
+        except ImportError as error:
+            status, found, mend = "missing", _one_line(str(error)), self.mend
         except Exception as error:  # a report must not fail for what it reports
             status, found, mend = "broken", f"{type(error).__name__}: {_one_line(str(error))}", self.mend
         return Finding(self.name, status, found, self.needed_for, mend, self.required)
