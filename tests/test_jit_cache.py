@@ -298,8 +298,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     assert cache.default_path() == tmp_path / "chosen"
 
 
-# A cold process: imports, says so, waits for its standard input to close, compiles, and reports what it got. It
-# writes a line to $BUILDS for each time the compiler or the assembler really ran.
+# A cold process: imports, says so, waits for its standard input to close, compiles, and reports what it got.
+# It writes a line to $BUILDS for each time the compiler or the assembler really ran.
 COMPILING = """
 import hashlib, os, sys
 from dsv3_kernels.jit import Kernel, compile, kernel
