@@ -41,8 +41,10 @@ ConversionOptions options_named(const std::string& rounding, bool saturate, bool
 }
 
 OperandType operand_named(const std::string& name) {
-    static const std::map<std::string, OperandType> types{{"e4m3", OperandType::e4m3}, {"e5m2", OperandType::e5m2},
-                                                          {"f16", OperandType::f16},   {"bf16", OperandType::bf16},
+    static const std::map<std::string, OperandType> types{{"e4m3", OperandType::e4m3},
+                                                          {"e5m2", OperandType::e5m2},
+                                                          {"f16", OperandType::f16},
+                                                          {"bf16", OperandType::bf16},
                                                           {"tf32", OperandType::tf32}};
     return lookup(types, name, "operand type");
 }
@@ -61,10 +63,12 @@ using Bytes = py::array_t<uint8_t, py::array::c_style | py::array::forcecast>;
 void bind_numerics(py::module_& m) {
     m.def(
         "encode",
-        [](const Doubles& x, const std::string& format, const std::string& rounding, bool saturate, bool relu) {
+        [](const Doubles& x, const std::string& format, const std::string& rounding, bool saturate,
+           bool relu) {
             Words out(x.size());
             for (py::ssize_t i = 0; i < x.size(); ++i)
-                out.mutable_data()[i] = encode(x.data()[i], format_named(format), options_named(rounding, saturate, relu));
+                out.mutable_data()[i] =
+                    encode(x.data()[i], format_named(format), options_named(rounding, saturate, relu));
             return out;
         },
         py::arg("x"), py::arg("format"), py::arg("rounding") = "rn", py::arg("saturate") = false,
@@ -108,8 +112,8 @@ void bind_numerics(py::module_& m) {
     m.def("cvt_f16x2_fp8x2", [](uint16_t pair, const std::string& format, bool relu) {
         return cvt_f16x2_fp8x2(pair, format_named(format), relu);
     });
-    m.def("cvt_half2_f32", [](float upper, float lower, const std::string& format, const std::string& rounding,
-                              bool saturate, bool relu) {
+    m.def("cvt_half2_f32", [](float upper, float lower, const std::string& format,
+                              const std::string& rounding, bool saturate, bool relu) {
         return cvt_half2_f32(upper, lower, format_named(format), options_named(rounding, saturate, relu));
     });
     m.def("cvt_tf32_f32", [](float x, const std::string& rounding, bool saturate, bool relu) {
@@ -120,24 +124,34 @@ void bind_numerics(py::module_& m) {
 void bind_tensor_core(py::module_& m) {
     m.def(
         "multiply_accumulate",
-        [](const Bytes& a, const Bytes& b, const Words& d_bits, const std::string& a_type, const std::string& b_type,
-           const std::string& d_type, bool scale_d, bool negate_a, bool negate_b, bool exact_accumulate) {
-            MmaConfig config{int(b.size() / kTileBytes), operand_named(a_type), operand_named(b_type),
-                             accumulator_named(d_type), scale_d, negate_a, negate_b, exact_accumulate};
+        [](const Bytes& a, const Bytes& b, const Words& d_bits, const std::string& a_type,
+           const std::string& b_type, const std::string& d_type, bool scale_d, bool negate_a, bool negate_b,
+           bool exact_accumulate) {
+            MmaConfig config{int(b.size() / kTileBytes),
+                             operand_named(a_type),
+                             operand_named(b_type),
+                             accumulator_named(d_type),
+                             scale_d,
+                             negate_a,
+                             negate_b,
+                             exact_accumulate};
             std::string wrong = why_invalid(config);
             if (!wrong.empty()) throw std::invalid_argument(wrong);
-            if (a.size() != kTileRows * kTileBytes || b.size() % kTileBytes != 0 || d_bits.size() != kTileRows * config.n)
-                throw std::invalid_argument("expected a of 64 x 32 bytes, b of n x 32 bytes, d of 64 x n words");
+            if (a.size() != kTileRows * kTileBytes || b.size() % kTileBytes != 0 ||
+                d_bits.size() != kTileRows * config.n)
+                throw std::invalid_argument(
+                    "expected a of 64 x 32 bytes, b of n x 32 bytes, d of 64 x n words");
             Words out({py::ssize_t(kTileRows), py::ssize_t(config.n)});
             std::copy(d_bits.data(), d_bits.data() + d_bits.size(), out.mutable_data());
             multiply_accumulate(config, a.data(), b.data(), reinterpret_cast<float*>(out.mutable_data()));
             return out;
         },
         py::arg("a"), py::arg("b"), py::arg("d_bits"), py::arg("a_type") = "e4m3", py::arg("b_type") = "e4m3",
-        py::arg("d_type") = "f32", py::arg("scale_d") = true, py::arg("negate_a") = false, py::arg("negate_b") = false,
-        py::arg("exact_accumulate") = false);
+        py::arg("d_type") = "f32", py::arg("scale_d") = true, py::arg("negate_a") = false,
+        py::arg("negate_b") = false, py::arg("exact_accumulate") = false);
     m.def("operand_chunk_addresses", [](uint64_t descriptor, bool mn_major, int rows) {
-        if (rows < 8 || rows > kMaxTileColumns || rows % 8 != 0) throw std::invalid_argument("rows: 8 to 256, by 8");
+        if (rows < 8 || rows > kMaxTileColumns || rows % 8 != 0)
+            throw std::invalid_argument("rows: 8 to 256, by 8");
         std::vector<uint32_t> addresses(size_t(rows) * 2);
         operand_chunk_addresses(MatrixDescriptor::decode(descriptor), mn_major, rows, addresses.data());
         return addresses;
@@ -160,34 +174,42 @@ void bind_tensor_core(py::module_& m) {
     m.def("ldmatrix_distribute", [](const Bytes& rows, bool transposed) {
         if (rows.size() != 128) throw std::invalid_argument("rows: 8 x 16 bytes");
         Words registers(32);
-        ldmatrix_distribute(reinterpret_cast<const uint8_t(*)[16]>(rows.data()), transposed, registers.mutable_data());
+        ldmatrix_distribute(reinterpret_cast<const uint8_t (*)[16]>(rows.data()), transposed,
+                            registers.mutable_data());
         return registers;
     });
     m.def("stmatrix_collect", [](const Words& registers, bool transposed) {
         if (registers.size() != 32) throw std::invalid_argument("registers: 32");
         Bytes rows({8, 16});
-        stmatrix_collect(registers.data(), transposed, reinterpret_cast<uint8_t(*)[16]>(rows.mutable_data()));
+        stmatrix_collect(registers.data(), transposed,
+                         reinterpret_cast<uint8_t (*)[16]>(rows.mutable_data()));
         return rows;
     });
 }
 
 const std::map<std::string, TensorMapField>& field_names() {
     static const std::map<std::string, TensorMapField> names{
-        {"global_address", TensorMapField::global_address}, {"rank", TensorMapField::rank},
-        {"box_dim", TensorMapField::box_dim},               {"global_dim", TensorMapField::global_dim},
-        {"global_stride", TensorMapField::global_stride},   {"element_stride", TensorMapField::element_stride},
-        {"elemtype", TensorMapField::elemtype},             {"interleave_layout", TensorMapField::interleave_layout},
-        {"swizzle_mode", TensorMapField::swizzle_mode},     {"fill_mode", TensorMapField::fill_mode}};
+        {"global_address", TensorMapField::global_address},
+        {"rank", TensorMapField::rank},
+        {"box_dim", TensorMapField::box_dim},
+        {"global_dim", TensorMapField::global_dim},
+        {"global_stride", TensorMapField::global_stride},
+        {"element_stride", TensorMapField::element_stride},
+        {"elemtype", TensorMapField::elemtype},
+        {"interleave_layout", TensorMapField::interleave_layout},
+        {"swizzle_mode", TensorMapField::swizzle_mode},
+        {"fill_mode", TensorMapField::fill_mode}};
     return names;
 }
 
 TensorMap make_tensor_map(uint64_t address, int type, const std::vector<uint64_t>& dims,
-                          const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box, uint32_t swizzle,
-                          bool fill_nan, const std::vector<uint32_t>& element_strides) {
+                          const std::vector<uint64_t>& strides, const std::vector<uint32_t>& box,
+                          uint32_t swizzle, bool fill_nan, const std::vector<uint32_t>& element_strides) {
     size_t rank = dims.size();
     if (rank < 1 || rank > size_t(kMaxRank) || strides.size() != rank - 1 || box.size() != rank ||
         (!element_strides.empty() && element_strides.size() != rank))
-        throw std::invalid_argument("TensorMap: dims, box and element_strides need 1 to 5 entries, strides one fewer");
+        throw std::invalid_argument(
+            "TensorMap: dims, box and element_strides need 1 to 5 entries, strides one fewer");
     TensorMap map;
     map.address = address;
     map.type = ElementType(type);
@@ -196,9 +218,13 @@ TensorMap make_tensor_map(uint64_t address, int type, const std::vector<uint64_t
     std::copy(strides.begin(), strides.end(), map.strides.begin());
     std::copy(box.begin(), box.end(), map.box.begin());
     std::copy(element_strides.begin(), element_strides.end(), map.element_strides.begin());
-    map.swizzle = swizzle == 0 ? Swizzle::none : swizzle == 32 ? Swizzle::b32 : swizzle == 64 ? Swizzle::b64 : Swizzle::b128;
+    map.swizzle = swizzle == 0    ? Swizzle::none
+                  : swizzle == 32 ? Swizzle::b32
+                  : swizzle == 64 ? Swizzle::b64
+                                  : Swizzle::b128;
     if (swizzle_bytes(map.swizzle) != swizzle)
-        throw std::invalid_argument("TensorMap: swizzle is " + std::to_string(swizzle) + ", expected 0, 32, 64 or 128");
+        throw std::invalid_argument("TensorMap: swizzle is " + std::to_string(swizzle) +
+                                    ", expected 0, 32, 64 or 128");
     map.fill = fill_nan ? OutOfBoundsFill::nan : OutOfBoundsFill::zeros;
     std::string wrong = map.why_invalid();
     if (!wrong.empty()) throw std::invalid_argument("TensorMap: " + wrong);
@@ -207,8 +233,8 @@ TensorMap make_tensor_map(uint64_t address, int type, const std::vector<uint64_t
 
 void bind_tensor_map(py::module_& m) {
     py::class_<TensorMap>(m, "RawTensorMap", "A tensor map over an address; dimensions innermost first.")
-        .def(py::init(&make_tensor_map), py::arg("address"), py::arg("type"), py::arg("dims"), py::arg("strides"),
-             py::arg("box"), py::arg("swizzle") = 0, py::arg("fill_nan") = false,
+        .def(py::init(&make_tensor_map), py::arg("address"), py::arg("type"), py::arg("dims"),
+             py::arg("strides"), py::arg("box"), py::arg("swizzle") = 0, py::arg("fill_nan") = false,
              py::arg("element_strides") = std::vector<uint32_t>{})
         .def_property_readonly("box_bytes", &TensorMap::box_bytes)
         .def("why_invalid", &TensorMap::why_invalid)
@@ -232,7 +258,8 @@ void bind_tensor_map(py::module_& m) {
                     })
         .def("chunks",
              [](const TensorMap& map, const std::vector<int32_t>& coordinates, uint32_t shared_base) {
-                 if (int(coordinates.size()) != map.rank) throw std::invalid_argument("one coordinate a dimension");
+                 if (int(coordinates.size()) != map.rank)
+                     throw std::invalid_argument("one coordinate a dimension");
                  std::vector<std::tuple<uint64_t, uint32_t, int, bool>> out;
                  for (const TensorChunk& c : box_chunks(map, coordinates.data(), shared_base))
                      out.emplace_back(c.global, c.shared, c.bytes, c.in_bounds);

@@ -49,7 +49,8 @@ uint32_t encode(double x, const FloatFormat& format, ConversionOptions options) 
     if (magnitude == 0) return sign;
 
     int exponent = std::max(std::ilogb(magnitude), format.min_exponent());
-    double scaled = std::ldexp(magnitude, format.fraction_bits - exponent);  // exact: at most 53 bits, or below 1
+    double scaled =
+        std::ldexp(magnitude, format.fraction_bits - exponent);  // exact: at most 53 bits, or below 1
     double whole = std::floor(scaled);
     uint64_t significand = uint64_t(whole);
     if (rounds_away(options.rounding, negative, significand & 1, scaled - whole)) ++significand;
@@ -65,7 +66,8 @@ double decode(uint32_t code, const FloatFormat& format) {
     uint32_t magnitude = code & (format.sign_bit() - 1);
     if (magnitude > format.max_finite) {
         bool infinite = format.infinity != 0 && magnitude == format.infinity;
-        return sign * (infinite ? std::numeric_limits<double>::infinity() : std::numeric_limits<double>::quiet_NaN());
+        return sign * (infinite ? std::numeric_limits<double>::infinity()
+                                : std::numeric_limits<double>::quiet_NaN());
     }
     uint32_t field = magnitude >> format.fraction_bits;
     uint32_t fraction = magnitude & ((1u << format.fraction_bits) - 1);
@@ -98,7 +100,8 @@ uint16_t cvt_fp8x2_f16x2(uint32_t pair, const FloatFormat& format, bool relu) {
 
 uint32_t cvt_f16x2_fp8x2(uint16_t pair, const FloatFormat& format, bool relu) {
     ConversionOptions options{Rounding::nearest_even, false, relu};
-    return encode(decode(pair >> 8, format), kF16, options) << 16 | encode(decode(pair & 0xFF, format), kF16, options);
+    return encode(decode(pair >> 8, format), kF16, options) << 16 |
+           encode(decode(pair & 0xFF, format), kF16, options);
 }
 
 uint32_t cvt_half2_f32(float upper, float lower, const FloatFormat& format, ConversionOptions options) {

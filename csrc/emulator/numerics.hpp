@@ -1,7 +1,8 @@
 // Conversions between the number formats of Hopper's PTX, bit for bit.
 //
-// encode() is the definition: any finite double, any format, any rounding. The functions below it are the packed forms
-// of PTX's cvt and fast paths for the conversions that sit in inner loops; the tests hold them to encode().
+// encode() is the definition: any finite double, any format, any rounding. The functions below it are the
+// packed forms of PTX's cvt and fast paths for the conversions that sit in inner loops; the tests hold them
+// to encode().
 #pragma once
 
 #include <array>
@@ -35,12 +36,13 @@ inline constexpr FloatFormat kF32{8, 23, 127, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF
 
 struct ConversionOptions {
     Rounding rounding = Rounding::nearest_even;
-    bool saturate = false;  // .satfinite: overflow and infinity give the largest finite magnitude; NaN stays NaN
-    bool relu = false;      // .relu: negative results give +0; NaN stays NaN
+    bool saturate =
+        false;          // .satfinite: overflow and infinity give the largest finite magnitude; NaN stays NaN
+    bool relu = false;  // .relu: negative results give +0; NaN stays NaN
 };
 
-// The code of `x` rounded once. Overflow without saturation follows IEEE 754: infinity or the largest finite value, by
-// the rounding mode; NaN in a format without infinity.
+// The code of `x` rounded once. Overflow without saturation follows IEEE 754: infinity or the largest finite
+// value, by the rounding mode; NaN in a format without infinity.
 uint32_t encode(double x, const FloatFormat& format, ConversionOptions options = {});
 
 // The exact value of a code. Bits above the sign are ignored.
@@ -50,7 +52,8 @@ double decode(uint32_t code, const FloatFormat& format);
 const std::array<float, 256>& e4m3_table();
 const std::array<float, 256>& e5m2_table();
 
-// ---- Packed forms of cvt: the first source goes to the upper half, as in PTX's `cvt d, a, b` --------------------
+// ---- Packed forms of cvt: the first source goes to the upper half, as in PTX's `cvt d, a, b`
+// --------------------
 
 // cvt.rn.satfinite{.relu}.{e4m3x2,e5m2x2}.f32
 uint16_t cvt_fp8x2_f32(float upper, float lower, const FloatFormat& format, bool relu = false);
@@ -63,7 +66,8 @@ uint32_t cvt_half2_f32(float upper, float lower, const FloatFormat& format, Conv
 // cvt.{rna,rn,rz}{.relu}{.satfinite}.tf32.f32: the 32-bit register, its low 13 bits zero (NaN: 0x7FFFFFFF)
 uint32_t cvt_tf32_f32(float x, ConversionOptions options);
 
-// ---- Fast paths -------------------------------------------------------------------------------------------------
+// ---- Fast paths
+// -------------------------------------------------------------------------------------------------
 
 inline uint32_t float_bits(float x) {
     uint32_t bits;
@@ -85,9 +89,9 @@ inline uint16_t float_to_bf16(float x) {
     return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-float f16_to_float(uint16_t code);     // exact; a NaN keeps sign and payload
-uint16_t float_to_f16(float x);        // round to nearest even; NaN gives 0x7FFF
-uint8_t float_to_e4m3(float x);        // round to nearest even, saturating; NaN gives 0x7F
+float f16_to_float(uint16_t code);  // exact; a NaN keeps sign and payload
+uint16_t float_to_f16(float x);     // round to nearest even; NaN gives 0x7FFF
+uint8_t float_to_e4m3(float x);     // round to nearest even, saturating; NaN gives 0x7F
 inline float e4m3_to_float(uint8_t code) { return e4m3_table()[code]; }
 inline float e5m2_to_float(uint8_t code) { return e5m2_table()[code]; }
 

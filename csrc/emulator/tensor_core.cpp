@@ -44,8 +44,8 @@ Element load_element(OperandType type, const uint8_t* source) {
     return {};
 }
 
-// One operand, decoded once: values[k][row] (a row per k, so that a loop over rows runs over consecutive memory).
-// A row with a NaN or an infinity is marked and left out of the fast path.
+// One operand, decoded once: values[k][row] (a row per k, so that a loop over rows runs over consecutive
+// memory). A row with a NaN or an infinity is marked and left out of the fast path.
 template <class Real>
 struct Operand {
     int rows;
@@ -93,7 +93,8 @@ double power_of_two(int exponent) {
     return x;
 }
 
-// Truncated toward zero to `fraction_bits` bits below FP32's leading place (the smallest one for a subnormal).
+// Truncated toward zero to `fraction_bits` bits below FP32's leading place (the smallest one for a
+// subnormal).
 float truncate_to_float(double x, int fraction_bits) {
     if (x == 0) return 0;  // a sum of zero is +0, whatever the signs of its terms
     uint64_t bits;
@@ -102,15 +103,17 @@ float truncate_to_float(double x, int fraction_bits) {
     if (exponent >= -126) {
         bits &= ~((uint64_t(1) << (52 - fraction_bits)) - 1);
         std::memcpy(&x, &bits, sizeof x);
-        return exponent > 127 ? std::copysign(std::numeric_limits<float>::infinity(), float(bits >> 63 ? -1 : 1))
-                              : float(x);
+        return exponent > 127
+                   ? std::copysign(std::numeric_limits<float>::infinity(), float(bits >> 63 ? -1 : 1))
+                   : float(x);
     }
     double quantum = power_of_two(-126 - fraction_bits);
     return float(std::trunc(x / quantum) * quantum) + 0.0f;
 }
 
 float round_result(const MmaConfig& config, double sum) {
-    if (config.d == AccumulatorType::f32) return truncate_to_float(sum, element_bytes(config.a) == 1 ? 13 : 23);
+    if (config.d == AccumulatorType::f32)
+        return truncate_to_float(sum, element_bytes(config.a) == 1 ? 13 : 23);
     uint32_t code = encode(sum, kF16);
     return f16_to_float(uint16_t(code)) + 0.0f;
 }
@@ -139,8 +142,8 @@ inline void load(V& vector, const T* source) {
 
 // Row `i` of the tile: sums[j] = Σ_k of the truncated products, in units of 2^(max_exponents[j] - F).
 template <class Real, int F>
-void sum_row(const Operand<Real>& a, const Operand<Real>& b, int i, int depth, const int16_t* accumulator_exponents,
-             int16_t* max_exponents, double* sums) {
+void sum_row(const Operand<Real>& a, const Operand<Real>& b, int i, int depth,
+             const int16_t* accumulator_exponents, int16_t* max_exponents, double* sums) {
     // Below this the scale would leave the type's range; only an accumulator can have a smaller exponent.
     constexpr int kMinScaleExponent = sizeof(Real) == 4 ? -100 : -900;
     const int n = b.rows;
@@ -165,7 +168,8 @@ void sum_row(const Operand<Real>& a, const Operand<Real>& b, int i, int depth, c
         for (int k = 0; k < depth; ++k) {
             Real va = a.values[size_t(k * kTileRows + i)];
             load(values, &b.values[size_t(k * n + j)]);
-            IntVector term = __builtin_convertvector(values * va * scale, IntVector);  // truncates toward zero
+            IntVector term =
+                __builtin_convertvector(values * va * scale, IntVector);  // truncates toward zero
             if (F <= 13 || k % 2 == 0)
                 low += term;
             else
@@ -190,7 +194,8 @@ void truncated_multiply(const MmaConfig& config, const uint8_t* a_tile, const ui
         for (int j = 0; j < n; ++j) {
             float c = config.scale_d ? row[j] : 0.0f;
             int field = int(float_bits(c) >> 23 & 0xFF);
-            accumulator_exponents[j] = int16_t(c == 0 || field == 255 ? kZeroExponent : std::max(field - 127, min_exponent));
+            accumulator_exponents[j] =
+                int16_t(c == 0 || field == 255 ? kZeroExponent : std::max(field - 127, min_exponent));
         }
         sum_row<Real, F>(a, b, i, depth, accumulator_exponents, max_exponents, sums);
         for (int j = 0; j < n; ++j) {
@@ -253,7 +258,8 @@ void multiply_accumulate(const MmaConfig& config, const uint8_t* a, const uint8_
         truncated_multiply<double, 25>(config, a, b, d);
 }
 
-// ---- Operands in shared memory ----------------------------------------------------------------------------------
+// ---- Operands in shared memory
+// ----------------------------------------------------------------------------------
 
 MatrixDescriptor MatrixDescriptor::decode(uint64_t bits) {
     constexpr uint32_t kSwizzles[4] = {0, 128, 64, 32};
@@ -267,9 +273,11 @@ MatrixDescriptor MatrixDescriptor::decode(uint64_t bits) {
     return descriptor;
 }
 
-void operand_chunk_addresses(const MatrixDescriptor& descriptor, bool mn_major, int rows, uint32_t* addresses) {
-    // The swizzle permutes the 16-byte columns of a pattern of 8 lines of 128 bytes: column bits 4..6 of the address
-    // are xored with line bits 7..9 (fewer of them for the narrower patterns), counted from the pattern's start.
+void operand_chunk_addresses(const MatrixDescriptor& descriptor, bool mn_major, int rows,
+                             uint32_t* addresses) {
+    // The swizzle permutes the 16-byte columns of a pattern of 8 lines of 128 bytes: column bits 4..6 of the
+    // address are xored with line bits 7..9 (fewer of them for the narrower patterns), counted from the
+    // pattern's start.
     const uint32_t column_mask = descriptor.swizzle == 0 ? 0 : descriptor.swizzle / 16 - 1;
     const uint32_t atom = std::max(descriptor.swizzle, 16u);
     const uint32_t columns = atom / 16;
@@ -287,9 +295,10 @@ void operand_chunk_addresses(const MatrixDescriptor& descriptor, bool mn_major, 
         } else {
             uint32_t groups = uint32_t(rows) / 8;
             uint32_t k = i / groups, group = i % groups;
-            addresses[i] = descriptor.swizzle == 0
-                               ? place(group * sbo + k / 8 * lbo + k % 8 * 16)
-                               : place(group / columns * lbo + group % columns * 16 + k / 8 * sbo + k % 8 * atom);
+            addresses[i] =
+                descriptor.swizzle == 0
+                    ? place(group * sbo + k / 8 * lbo + k % 8 * 16)
+                    : place(group / columns * lbo + group % columns * 16 + k / 8 * sbo + k % 8 * atom);
         }
     }
 }
@@ -302,11 +311,13 @@ void assemble_operand(bool mn_major, int rows, const uint8_t* chunks, uint8_t* t
     const int groups = rows / 8;
     for (int i = 0; i < rows * 2; ++i) {
         int k = i / groups, first = i % groups * 8;
-        for (int r = 0; r < 8; ++r) std::memcpy(tile + (first + r) * kTileBytes + k * 2, chunks + i * 16 + r * 2, 2);
+        for (int r = 0; r < 8; ++r)
+            std::memcpy(tile + (first + r) * kTileBytes + k * 2, chunks + i * 16 + r * 2, 2);
     }
 }
 
-// ---- Register fragments -----------------------------------------------------------------------------------------
+// ---- Register fragments
+// -----------------------------------------------------------------------------------------
 
 TilePosition accumulator_position(AccumulatorType type, int thread, int index) {
     if (type == AccumulatorType::f16) index *= 2;  // a register holds two columns
@@ -327,7 +338,8 @@ void ldmatrix_distribute(const uint8_t (*rows)[16], bool transposed, uint32_t* r
     };
     for (int lane = 0; lane < 32; ++lane) {
         int line = lane / 4, pair = lane % 4 * 2;
-        registers[lane] = transposed ? at(pair, line) | at(pair + 1, line) << 16 : at(line, pair) | at(line, pair + 1) << 16;
+        registers[lane] = transposed ? at(pair, line) | at(pair + 1, line) << 16
+                                     : at(line, pair) | at(line, pair + 1) << 16;
     }
 }
 

@@ -36,7 +36,8 @@ constexpr uint64_t kStrideLimit = uint64_t(1) << 40;
 constexpr uint32_t kMaxBox = 256;
 constexpr uint32_t kMaxElementStride = 8;
 
-// The encoding, 128 bytes, little-endian as the host: fixed fields at fixed places, so that replacing one is local.
+// The encoding, 128 bytes, little-endian as the host: fixed fields at fixed places, so that replacing one is
+// local.
 struct Encoded {
     uint32_t magic;
     uint8_t type, rank, swizzle, fill;
@@ -51,7 +52,9 @@ struct Encoded {
 static_assert(sizeof(Encoded) == kTensorMapBytes, "a tensor map is 128 bytes");
 constexpr uint32_t kMagic = 0x704D7354;
 
-std::string of(const char* name, int dimension) { return std::string(name) + "[" + std::to_string(dimension) + "]"; }
+std::string of(const char* name, int dimension) {
+    return std::string(name) + "[" + std::to_string(dimension) + "]";
+}
 
 std::string complaint(const std::string& what, uint64_t got, const std::string& expected) {
     return what + " is " + std::to_string(got) + ", expected " + expected;
@@ -76,18 +79,21 @@ uint32_t TensorMap::box_bytes() const {
 }
 
 uint32_t TensorMap::row_pitch() const {
-    return swizzle == Swizzle::none ? box_elements(0) * uint32_t(element_bytes(type)) : swizzle_bytes(swizzle);
+    return swizzle == Swizzle::none ? box_elements(0) * uint32_t(element_bytes(type))
+                                    : swizzle_bytes(swizzle);
 }
 
 std::string TensorMap::why_invalid() const {
     if (int(type) >= kNumTypes) return complaint("element type", uint64_t(type), "0 to 12");
     if (rank < 1 || rank > kMaxRank) return complaint("rank", uint64_t(rank), "1 to 5");
     if (interleave != 0) return complaint("interleave", interleave, "0 (none)");
-    if (int(swizzle) > 3) return complaint("swizzle", uint64_t(swizzle), "0 to 3 (none, 32, 64 or 128 bytes)");
+    if (int(swizzle) > 3)
+        return complaint("swizzle", uint64_t(swizzle), "0 to 3 (none, 32, 64 or 128 bytes)");
     if (int(fill) > 1) return complaint("out-of-bounds fill", uint64_t(fill), "0 (zeros) or 1 (NaN)");
     if (address % 16 != 0) return complaint("global address", address, "a multiple of 16");
     if (fill == OutOfBoundsFill::nan && !is_floating(type))
-        return std::string("out-of-bounds fill is NaN, expected zeros for element type ") + element_name(type);
+        return std::string("out-of-bounds fill is NaN, expected zeros for element type ") +
+               element_name(type);
     for (int d = 0; d < rank; ++d) {
         auto i = size_t(d);
         if (dims[i] < 1 || dims[i] > kMaxDim) return complaint(of("global dim", d), dims[i], "1 to 2^32");
@@ -100,7 +106,8 @@ std::string TensorMap::why_invalid() const {
     uint64_t inner = uint64_t(box_elements(0)) * uint64_t(element_bytes(type));
     if (inner % 16 != 0) return complaint("inner box", inner, "a multiple of 16 bytes");
     if (swizzle != Swizzle::none && inner > swizzle_bytes(swizzle))
-        return complaint("inner box", inner, "at most the swizzle's " + std::to_string(swizzle_bytes(swizzle)) + " bytes");
+        return complaint("inner box", inner,
+                         "at most the swizzle's " + std::to_string(swizzle_bytes(swizzle)) + " bytes");
     return "";
 }
 
@@ -155,9 +162,7 @@ std::string TensorMap::replace(TensorMapField field, int ordinal, uint64_t value
     auto i = size_t(ordinal);
     std::string wrong;
     switch (field) {
-        case TensorMapField::global_address:
-            address = value;
-            break;
+        case TensorMapField::global_address: address = value; break;
         case TensorMapField::rank:
             if ((wrong = bounded("rank - 1", 0, kMaxRank - 1)).empty()) rank = int(value) + 1;
             break;
@@ -171,7 +176,8 @@ std::string TensorMap::replace(TensorMapField field, int ordinal, uint64_t value
             if ((wrong = bounded("global_stride", 0, kStrideLimit - 1)).empty()) strides[i] = value;
             break;
         case TensorMapField::element_stride:
-            if ((wrong = bounded("element_stride", 1, kMaxElementStride)).empty()) element_strides[i] = uint32_t(value);
+            if ((wrong = bounded("element_stride", 1, kMaxElementStride)).empty())
+                element_strides[i] = uint32_t(value);
             break;
         case TensorMapField::elemtype:
             if ((wrong = bounded("elemtype", 0, kNumTypes - 1)).empty()) type = ElementType(value);
@@ -197,7 +203,8 @@ std::vector<TensorChunk> box_chunks(const TensorMap& map, const int32_t* coordin
     std::vector<TensorChunk> chunks;
 
     // Elements [first, last) of one row, all inside or all outside the tensor.
-    auto emit = [&](uint64_t row_address, uint32_t row_offset, uint32_t first, uint32_t last, bool in_bounds) {
+    auto emit = [&](uint64_t row_address, uint32_t row_offset, uint32_t first, uint32_t last,
+                    bool in_bounds) {
         while (first < last) {
             uint32_t address = shared_base + row_offset + first * size;
             uint32_t count = step == 1 || !in_bounds ? last - first : 1;

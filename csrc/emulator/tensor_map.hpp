@@ -13,7 +13,19 @@ constexpr int kTensorMapBytes = 128;
 
 // Enumerators carry the values of PTX's tensormap.replace.
 enum class ElementType : uint8_t {
-    u8, u16, u32, s32, u64, s64, f16, f32, f32_ftz, f64, bf16, tf32, tf32_ftz,
+    u8,
+    u16,
+    u32,
+    s32,
+    u64,
+    s64,
+    f16,
+    f32,
+    f32_ftz,
+    f64,
+    bf16,
+    tf32,
+    tf32_ftz,
 };
 enum class Swizzle : uint8_t { none, b32, b64, b128 };
 enum class OutOfBoundsFill : uint8_t { zeros, nan };
@@ -24,11 +36,20 @@ uint32_t swizzle_bytes(Swizzle swizzle);  // 0, 32, 64 or 128
 const char* element_name(ElementType type);
 
 enum class TensorMapField : uint8_t {
-    global_address, rank, box_dim, global_dim, global_stride, element_stride,
-    elemtype, interleave_layout, swizzle_mode, fill_mode,
+    global_address,
+    rank,
+    box_dim,
+    global_dim,
+    global_stride,
+    element_stride,
+    elemtype,
+    interleave_layout,
+    swizzle_mode,
+    fill_mode,
 };
 
-// Dimension 0 is the innermost and contiguous. A rank-r map uses the first r entries of each array (r - 1 of strides).
+// Dimension 0 is the innermost and contiguous. A rank-r map uses the first r entries of each array (r - 1 of
+// strides).
 struct TensorMap {
     uint64_t address = 0;
     ElementType type = ElementType::u8;
@@ -41,7 +62,8 @@ struct TensorMap {
     Swizzle swizzle = Swizzle::none;
     OutOfBoundsFill fill = OutOfBoundsFill::zeros;
 
-    // Empty if cuTensorMapEncodeTiled would take it, else one sentence: the argument, its value, what was expected.
+    // Empty if cuTensorMapEncodeTiled would take it, else one sentence: the argument, its value, what was
+    // expected.
     std::string why_invalid() const;
 
     // Elements along one dimension of the box as it lies in shared memory: ceil(box / element stride).
@@ -69,9 +91,9 @@ struct TensorChunk {
     bool in_bounds;
 };
 
-// The chunks of the box at `coordinates` (elements, innermost first, may be negative or beyond the tensor), with the
-// box's first byte at shared address `shared_base` before swizzling. A swizzle permutes 16-byte columns by the bits of
-// the final address, so its pattern hangs on the address and not on the box.
+// The chunks of the box at `coordinates` (elements, innermost first, may be negative or beyond the tensor),
+// with the box's first byte at shared address `shared_base` before swizzling. A swizzle permutes 16-byte
+// columns by the bits of the final address, so its pattern hangs on the address and not on the box.
 std::vector<TensorChunk> box_chunks(const TensorMap& map, const int32_t* coordinates, uint32_t shared_base);
 
 // Fills `bytes` bytes with what the copy engine writes for elements outside the tensor.

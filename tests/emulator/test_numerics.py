@@ -83,7 +83,7 @@ GRIDS = {name: positive_grid(name) for name in FORMATS}
 
 
 def hard_inputs(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Every value of the format, the midpoints between neighbours, both a float64 ulp off, random and huge ones."""
+    """Every value of the format, the midpoints between neighbours, both a float64 ulp off, random ones."""
     finite = np.unique(np.abs(all_values(name)[np.isfinite(all_values(name))])).astype(np.float64)
     middles = (finite[1:] + finite[:-1]) / 2
     if finite.size > 2000:
@@ -153,10 +153,10 @@ def test_fast_paths_agree_with_torch():
 
 def test_specials_and_modifiers():
     specials = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0])
-    assert [hex(c) for c in leaves.encode(specials, "e4m3", "rn", True)] == ["0x7f", "0x7e", "0xfe", "0x0", "0x80"]
-    assert [hex(c) for c in leaves.encode(specials, "f16")] == ["0x7fff", "0x7c00", "0xfc00", "0x0", "0x8000"]
+    assert leaves.encode(specials, "e4m3", "rn", True).tolist() == [0x7F, 0x7E, 0xFE, 0, 0x80]
+    assert leaves.encode(specials, "f16").tolist() == [0x7FFF, 0x7C00, 0xFC00, 0, 0x8000]
     relu = leaves.encode(np.array([np.nan, -np.inf, -1.0, -0.0, 1.0]), "bf16", "rn", False, True)
-    assert [hex(c) for c in relu] == ["0x7fff", "0x0", "0x0", "0x0", "0x3f80"]
+    assert relu.tolist() == [0x7FFF, 0, 0, 0, 0x3F80]
 
 
 def test_packed_forms_put_the_first_source_in_the_upper_half():
@@ -174,15 +174,15 @@ def test_e4m3_and_e5m2_codes_are_exact_in_f16():
     for name in ("e4m3", "e5m2"):
         values = all_values(name)
         for code in range(256):
-            half = np.array([leaves.cvt_f16x2_fp8x2(code, name, False) & 0xFFFF], np.uint16).view(np.float16)[0]
+            half = np.uint16(leaves.cvt_f16x2_fp8x2(code, name, False) & 0xFFFF).view(np.float16)
             assert (np.isnan(half) and np.isnan(values[code])) or half == values[code]
 
 
 def test_tf32_keeps_ten_fraction_bits():
-    one_ulp = 2.0**-10
-    assert leaves.cvt_tf32_f32(1 + one_ulp / 2, "rna", False, False) == np.float32(1 + one_ulp).view(np.uint32)
-    assert leaves.cvt_tf32_f32(1 + one_ulp / 2, "rn", False, False) == np.float32(1).view(np.uint32)
-    assert leaves.cvt_tf32_f32(-1 - one_ulp * 0.99, "rz", False, False) == np.float32(-1).view(np.uint32)
+    ulp = 2.0**-10
+    assert leaves.cvt_tf32_f32(1 + ulp / 2, "rna", False, False) == np.float32(1 + ulp).view(np.uint32)
+    assert leaves.cvt_tf32_f32(1 + ulp / 2, "rn", False, False) == np.float32(1).view(np.uint32)
+    assert leaves.cvt_tf32_f32(-1 - ulp * 0.99, "rz", False, False) == np.float32(-1).view(np.uint32)
     assert leaves.cvt_tf32_f32(math.nan, "rna", False, False) == 0x7FFFFFFF
     assert leaves.cvt_tf32_f32(3.4028e38, "rna", False, False) == 0x7F800000
     assert leaves.cvt_tf32_f32(3.4028e38, "rna", True, False) == 0x7F7FE000
