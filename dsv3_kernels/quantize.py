@@ -6,13 +6,22 @@ UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile 
 silent finite value.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
+from .jit import Kernel
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
 
-_INPUT = (torch.bfloat16, torch.float32)
+_INPUT = {torch.bfloat16: "Bf16", torch.float32: "float"}  # and their names in csrc/kernels
+
+# As in csrc/kernels/quantize.cuh.
+THREADS = 256
+ROWS_PER_WARP = 32
+MAX_TASKS = 2**31
+MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
 
 
 def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
@@ -25,7 +34,7 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
     device.
     """
     op = "quantize_1x128"
-    checks.tensor(op, "x", x, _INPUT, (2, 3))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
@@ -37,7 +46,29 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
     if launch.world(x) == "reference":
         return reference.quantize_1x128(x, power_of_2_scales)
-    launch.no_kernel("quantize_1x128")
+    data, scales = _fake_1x128(x, power_of_2_scales)
+    width = x.shape[-1]
+    rows, batches = x.shape[-2], x.shape[0] if x.ndim == 3 else 1
+    tasks = batches * checks.ceil_div(rows, ROWS_PER_WARP) * checks.ceil_div(width, TILE)
+    if tasks > MAX_TASKS:
+        raise ValueError(
+            f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
+            f"expected at most {MAX_TASKS}; split it"
+        )
+    if tasks:
+        grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
+        batch_stride = scales.stride(0) if x.ndim == 3 else 0
+        strides = (rows * width, width, batch_stride, scales.stride(-1))
+        kernel = kernel_1x128(x.dtype, power_of_2_scales)
+        arguments = (x, data, scales, batches, rows, width, *strides)
+        launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
+    return data, scales
+
+
+@functools.cache
+def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
+    return Kernel("quantize.cuh", "quantize_1x128", (_INPUT[dtype], power_of_2_scales))
 
 
 def quantize_1x128_t(
@@ -57,7 +88,7 @@ def quantize_1x128_t(
     or offsets.
     """
     op = "quantize_1x128_t"
-    checks.tensor(op, "x", x, _INPUT, (2,))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2,))
     checks.multiple(op, "x", "width", x.shape[-1], 8)
     checks.contiguous(op, "x", x)
     if group_offsets is not None:
@@ -94,7 +125,7 @@ def quantize_128x128(
     device.
     """
     op = "quantize_128x128"
-    checks.tensor(op, "w", w, _INPUT, (2, 3))
+    checks.tensor(op, "w", w, tuple(_INPUT), (2, 3))
     checks.multiple(op, "w", "K", w.shape[-1], 16)
     checks.contiguous(op, "w", w)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)

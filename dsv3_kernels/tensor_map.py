@@ -23,7 +23,7 @@ _L2_PROMOTIONS = (0, 64, 128, 256)
 
 
 class Encoding(NamedTuple):
-    """A tensor map in the driver's order: innermost dimension first, strides in bytes, of dimensions 1 and up."""
+    """In the driver's order: innermost dimension first, strides in bytes, and of dimensions 1 and up only."""
 
     data_type: int
     address: int
@@ -39,11 +39,11 @@ class Encoding(NamedTuple):
 class TensorMap:
     """Describes copies of `box` out of (or into) `tensor`; made on the host, passed to a kernel by value.
 
-    Everything is in torch's order, outermost dimension first, and counted in elements. `shape` and `strides` are
-    the tensor's own unless given (for another view of the same memory, which starts at its first element).
+    Everything is in torch's order, outermost dimension first, and counted in elements. `shape` and `strides`
+    are the tensor's own unless given (for another view of the memory that starts at its first element).
     `swizzle` is the span in bytes, 0 for none; reads outside `shape` give zeros, or NaN with `fill_nan`.
-    `encoding` is the same in the driver's order. Raises `ValueError` for what the hardware cannot do (PTX ISA,
-    "Tensors", and cuTensorMapEncodeTiled).
+    `encoding` is the same in the driver's order. Raises `ValueError` for what the hardware cannot do (see
+    "Tensors" in the PTX ISA, and cuTensorMapEncodeTiled).
     """
 
     def __init__(
