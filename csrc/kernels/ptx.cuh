@@ -105,7 +105,7 @@ __device__ __forceinline__ u32 bf16x2(float low, float high) {
     return d;
 }
 
-__device__ __forceinline__ float load_global_nc(const float* address) {
+__device__ __forceinline__ float load_global_nc_float(const float* address) {
     float v;
     asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(address)));
     return v;

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsv3_kernels import _emulator
+from dsv3_kernels import _emulator, reference
 
 leaves = _emulator.leaves
 
@@ -168,6 +168,21 @@ def test_zero_products_do_not_set_the_exponent():
 
 def truncate_f32(x: float) -> np.float32:
     return np.float32(float(truncate(Fraction(float(np.float32(x))), Fraction(2) ** (-126 - 13))))
+
+
+@pytest.mark.parametrize("style", ["bits", "normal", "wide", "subnormal", "cancel"])
+def test_agrees_with_the_reference(style):
+    """Four steps from zero, as a GEMM takes them, against the reference's own model of the tensor core."""
+    rng = np.random.default_rng(11)
+    a, b = ([random_tile(rng, rows, "e4m3", style) for _ in range(4)] for rows in (64, 40))
+    d = np.zeros((64, 40), np.uint32)
+    for a_step, b_step in zip(a, b, strict=True):
+        d = leaves.multiply_accumulate(a_step, b_step, d)
+    operands = (torch.from_numpy(np.concatenate([values_of(s, "e4m3") for s in x], axis=1)) for x in (a, b))
+    expected = reference.tensor_core_dot(*(x.float() for x in operands)).numpy()
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(d[nan], 0x7FFFFFFF)
+    np.testing.assert_array_equal(d[~nan], expected.view(np.uint32)[~nan])
 
 
 def test_scale_d_and_negation():

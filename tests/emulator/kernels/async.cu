@@ -74,20 +74,16 @@ KERNEL(read_before_the_data) {
 }
 
 KERNEL(two_copies_to_one_place) {
-    __shared__ __align__(128) float buffer[kCount];
+    __shared__ __align__(128) float buffer[2][kCount];
     __shared__ u64 full;
     init_barrier(&full, 1);
     if (threadIdx.x == 0) {
-        ptx::mbarrier_arrive_expect(&full, kBytes);
-        ptx::tma_load(buffer, &in_map, &full, 0, 1);  // BUG
-#if !BUG
-        ptx::mbarrier_wait(&full, 0);
-#endif
-        ptx::mbarrier_arrive_expect(&full, kBytes);   // BUG
-        ptx::tma_load(buffer, &in_map, &full, 0, 0);  // BUG
+        ptx::mbarrier_arrive_expect(&full, 2 * kBytes);
+        ptx::tma_load(buffer[0], &in_map, &full, 0, 1);        // BUG
+        ptx::tma_load(buffer[1 - BUG], &in_map, &full, 0, 0);  // BUG
     }
-    ptx::mbarrier_wait(&full, 1);
-    out[threadIdx.x] = buffer[threadIdx.x];  // BUG
+    ptx::mbarrier_wait(&full, 0);
+    out[threadIdx.x] = buffer[1 - BUG][threadIdx.x];  // BUG
 }
 
 // A ring of one stage. The consumer's arrive on `empty` is all the copy engine needs before it refills: no proxy fence.

@@ -14,17 +14,9 @@ KERNEL(wrong_phase) {
     __shared__ u64 barrier;
     if (threadIdx.x == 0) ptx::mbarrier_init(&barrier, 64);
     __syncthreads();
-    for (u32 lap = 0; lap < 3; ++lap) {
-        ptx::mbarrier_arrive(&barrier);
-#if BUG
-        ptx::mbarrier_wait(&barrier, lap / 2);  // BUG
-#else
-        ptx::mbarrier_wait(&barrier, lap % 2);
-#endif
-    }
-#if BUG
-    ptx::mbarrier_wait(&barrier, 1);  // BUG
-#endif
+    ptx::mbarrier_arrive(&barrier);
+    ptx::mbarrier_wait(&barrier, 0);
+    ptx::mbarrier_wait(&barrier, BUG);  // BUG
     out[threadIdx.x] = in[threadIdx.x];
 }
 
@@ -93,22 +85,17 @@ KERNEL(exited_warp_at_a_counted_barrier) {
     out[threadIdx.x] = in[threadIdx.x];
 }
 
+// Lane 16 is asked for, but waits for what comes after.
 KERNEL(lane_missing_from_its_mask) {
     out[threadIdx.x] = in[threadIdx.x];
     const u32 lane = threadIdx.x % 32;
     if (lane < 16) {
-#if BUG
-        __syncwarp(0x1ffff);  // BUG
-#else
-        __syncwarp(0xffff);
-#endif
-    } else {
-        if (lane == 16)
-            while (ld_acquire_gpu(flags) == 0) {  // BUG
-            }
+        __syncwarp(BUG ? 0x1ffff : 0xffff);  // BUG
+        if (lane == 0) st_release_gpu(flags, 1);
+    } else if (lane == 16) {
+        while (ld_acquire_gpu(flags) == 0) {  // BUG
+        }
     }
-    __syncwarp();
-    if (threadIdx.x == 0) st_release_gpu(flags, 1);
 }
 
 KERNEL(flag_that_nobody_sets) {

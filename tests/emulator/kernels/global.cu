@@ -1,7 +1,6 @@
-// Races in global memory between blocks. 2 blocks of 32 threads: block 0 produces the second half of what block 1 copies.
+// Races in global memory between blocks. 2 blocks of 32 threads: block 0 writes a scratch that block 1 copies to out.
 #include "common.cuh"
 
-// out[0..31] by block 1 out of a scratch that block 0 filled: flags[4] and up, as floats.
 __device__ __forceinline__ float* scratch_of(u32* flags) { return reinterpret_cast<float*>(flags + 16); }
 
 KERNEL(flag_without_release) {
@@ -80,19 +79,21 @@ KERNEL(release_without_syncwarp) {
     }
 }
 
-// The last block to come takes over: fence, relaxed atomic, fence.
+// The last block to come takes over: lane 0 fences for its warp, before and after its relaxed atomic.
 KERNEL(counter_without_fence) {
     float* scratch = scratch_of(flags);
     scratch[blockIdx.x * 32 + threadIdx.x] = in[blockIdx.x * 32 + threadIdx.x];  // BUG
-#if !BUG
-    __threadfence();
-#endif
+    __syncwarp();
     u32 arrived = 0;
+    if (threadIdx.x == 0) {
+#if !BUG
+        __threadfence();
+#endif
+        arrived = atomic_add_relaxed_gpu(flags, 1);
+        __threadfence();
+    }
     __syncwarp();
-    if (threadIdx.x == 0) arrived = atomic_add_relaxed_gpu(flags, 1);
     arrived = __shfl_sync(0xffffffff, arrived, 0);
-    __threadfence();
-    __syncwarp();
     if (arrived == 1)
         for (u32 i = threadIdx.x; i < kCount; i += 32) out[i] = scratch[i];  // BUG
 }
