@@ -85,6 +85,10 @@ int context_index(Handle context) { return context ? int(static_cast<char*>(cont
     Status fake_##name parameters
 
 FAKE(cuInit, (unsigned)) { return reply("cuInit"); }
+FAKE(cuGetExportTable, (const void** table, const void*)) {  // NVRTC asks for it, and does without
+    *table = nullptr;
+    return 500;  // CUDA_ERROR_NOT_FOUND
+}
 FAKE(cuDriverGetVersion, (int* version)) {
     *version = number("FAKE_CUDA_VERSION", 13000);
     return kSuccess;

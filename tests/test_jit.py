@@ -1,4 +1,4 @@
-"""Compilation: PTX and cubins without a GPU and without torch, keys that change with what they stand for, errors."""
+"""Compilation: PTX and cubins without a GPU and without torch, keys that change with the code, errors."""
 
 import os
 import subprocess
@@ -105,7 +105,9 @@ def test_the_text_of_a_closure_cannot_be_shifted_between_files():
 
 
 def test_line_information_names_the_real_files():
-    source = '#include "ptx.cuh"\nextern "C" __global__ void k(float* p) { *p = dsv3::ptx::div_rn(p[0], p[1]); }'
+    source = (
+        '#include "ptx.cuh"\nextern "C" __global__ void k(float* p) { *p = dsv3::ptx::div_rn(p[0], p[1]); }'
+    )
     ptx = jit.compile_ptx(source, lineinfo=True)
     assert f'"{jit.kernel_dir() / "ptx.cuh"}"' in ptx
     assert ".loc" in ptx
@@ -118,12 +120,14 @@ def test_defines_and_include_folders(tmp_path):
     (tmp_path / "value.cuh").write_text("constexpr int kValue = 1000 + VALUE;\n")
     source = '#include "value.cuh"\nextern "C" __global__ void k(int* p) { *p = kValue; }'
     assert "1234" in jit.compile_ptx(source, include_dirs=[tmp_path], defines={"VALUE": 234})
-    with pytest.raises(jit.CompileError, match=r'value\.cuh'):
+    with pytest.raises(jit.CompileError, match=r"value\.cuh"):
         jit.compile_ptx(source)
 
 
 def test_errors_carry_the_compilers_own_words(sources):
-    with pytest.raises(jit.CompileError, match=r'(?s)instance\.cu\(2\): error: identifier "oops" is undefined'):
+    with pytest.raises(
+        jit.CompileError, match=r'(?s)instance\.cu\(2\): error: identifier "oops" is undefined'
+    ):
         jit.compile_ptx('\nextern "C" __global__ void k(int* p) { *p = oops; }')
     with pytest.raises(jit.CompileError, match=r"dsv3::absent<int>"):
         jit.Kernel("add.cuh", "absent", ("int",)).ptx()
@@ -176,11 +180,16 @@ def test_missing_libraries_are_named_with_their_mend(monkeypatch, tmp_path):
 
     from cuda.bindings import nvjitlink, nvrtc
 
-    for module, name, finder in ((nvrtc, "nvrtcVersion", toolchain.nvrtc), (nvjitlink, "version", toolchain.nvjitlink)):
+    for module, name, finder in (
+        (nvrtc, "nvrtcVersion", toolchain.nvrtc),
+        (nvjitlink, "version", toolchain.nvjitlink),
+    ):
         monkeypatch.setattr(module, name, fails)
         finder.cache_clear()
         try:
-            with pytest.raises(jit.ToolchainError, match=r"long story.*Mend: pip install 'dsv3_kernels\[cu13\]'"):
+            with pytest.raises(
+                jit.ToolchainError, match=r"long story.*Mend: pip install 'dsv3_kernels\[cu13\]'"
+            ):
                 finder()
         finally:
             finder.cache_clear()

@@ -1,5 +1,7 @@
-"""The launcher: what reaches the driver, for which arguments, and what its errors say. A stand-in for libcuda records
-the calls, in a process of its own."""
+"""The launcher: what reaches the driver, for which arguments, and what its errors say.
+
+A stand-in for libcuda records the calls, in a process of its own.
+"""
 
 import ctypes.util
 import os
@@ -108,7 +110,8 @@ def test_a_launch_carries_every_argument_and_attribute(run):
     ]
     assert log[4] == (
         "launch context 1 grid 5,6,7 block 128,2,1 shared 100000 stream 8 "
-        f"attribute 4={struct.pack('<III', 2, 1, 1).hex()} attribute 2=01{'00' * 11} attribute 6=01{'00' * 11} "
+        f"attribute 4={struct.pack('<III', 2, 1, 1).hex()} "
+        f"attribute 2=01{'00' * 11} attribute 6=01{'00' * 11} "
         f"parameters {' '.join(value.hex() for value in values)} extra 0"
     )
 
@@ -118,7 +121,8 @@ def test_one_image_serves_several_devices_and_the_stream_can_be_given(run):
         kernel = Stub("u64", sizes="8")
         class Stream: cuda_stream = 99
         for device, shared in ((0, 0), (1, 60_000), (0, 60_000), (1, 50_000), (0, 70_000)):
-            launch.launch(kernel, (1, 1, 1), (32, 1, 1), (on_cuda(device),), shared_bytes=shared, stream=Stream())
+            tensor = on_cuda(device)
+            launch.launch(kernel, (1, 1, 1), (32, 1, 1), (tensor,), shared_bytes=shared, stream=Stream())
     """)
     assert log.count("load") == 1
     wanted = ["attribute 8 60000 device 1", "attribute 8 60000 device 0", "attribute 8 70000 device 0"]
@@ -141,11 +145,13 @@ def test_arguments_that_do_not_fit_are_refused_before_the_launch(run):
         for index, value in enumerate([2**64 - 1, 2**32 - 1, -2**15, 3, b"x" * 16]):
             call(index, value)
         for index, value in ((0, 2**64), (0, -2**63 - 1), (1, 2**32), (1, -2**31 - 1), (2, 2**16)):
-            expect(ValueError, f"dsv3::k: argument {index} is {value}, expected an int that fits", call, index, value)
+            text = f"dsv3::k: argument {index} is {value}, expected an int that fits"
+            expect(ValueError, text, call, index, value)
         for index, value, expected in ((0, 1.0, "an int"), (1, "1", "an int"), (3, "1", "a float"),
                                        (4, bytes(15), "16 bytes"), (4, 1, "16 bytes"), (0, None, "an int")):
             expect(TypeError, f"argument {index} is {value!r}, expected {expected}", call, index, value)
-        expect(TypeError, "got 4 arguments, expected 5", kernel.launch, 0, 0, (1, 1, 1), (1, 1, 1), tuple(good[:4]))
+        good.pop()
+        expect(TypeError, "got 4 arguments, expected 5", call, 0, 0)
     """)
     assert sum(line.startswith("launch") for line in log) == 5
 
@@ -159,7 +165,8 @@ def test_a_failing_call_names_itself_the_driver_error_and_the_launch(run, functi
         kernel = Stub("u64", sizes="8")
         def call():
             launch.launch(kernel, (3, 1, 1), (32, 1, 1), (on_cuda(),), shared_bytes=60_000)
-        for text in ("{function}", "CUDA_ERROR_INVALID_VALUE (1, invalid argument)", "dsv3::stub", "driver for CUDA 13.0"):
+        error = "CUDA_ERROR_INVALID_VALUE (1, invalid argument)"
+        for text in ("{function}", error, "dsv3::stub", "driver for CUDA 13.0"):
             expect(_runtime.DriverError, text, call)
         if "{function}" != "cuLibraryGetKernel":
             expect(RuntimeError, "grid (3, 1, 1), block (32, 1, 1), cluster (1, 1, 1), 60000 bytes", call)
@@ -182,7 +189,10 @@ def test_an_unsupported_gpu_is_refused_before_anything_is_loaded(run):
 
 def test_an_old_driver_is_named(run):
     run(
-        """expect(_runtime.DriverError, "supports CUDA 11.8, expected 12.0 or later", _runtime.device_count)""",
+        """
+        text = "supports CUDA 11.8, expected 12.0 or later"
+        expect(_runtime.DriverError, text, _runtime.device_count)
+        """,
         FAKE_CUDA_VERSION="11080",
     )
 
@@ -211,7 +221,9 @@ def test_without_a_driver_the_module_imports_and_each_call_says_what_is_missing(
         lambda: _runtime.encode_tensor_map(0, 0, [1], [], [1], [1], 0, 0, False),
     )
     for call in calls:
-        with pytest.raises(_runtime.DriverError, match=r"found no CUDA driver: .*Mend: install the NVIDIA driver"):
+        with pytest.raises(
+            _runtime.DriverError, match=r"found no CUDA driver: .*Mend: install the NVIDIA driver"
+        ):
             call()
 
 
@@ -235,7 +247,7 @@ def test_the_world_follows_the_tensors(monkeypatch):
     monkeypatch.setitem(sys.modules, "dsv3_kernels.emulator", emulator)
     assert launch.world(cpu) == "emulator"
     launch.launch(kernel, (4, 1, 1), (256, 1, 1), (cpu, 3), cluster=(2, 1, 1), shared_bytes=64)
-    ((text, name), shape), = calls
+    (((text, name), shape),) = calls
     assert (text, name) == (kernel.ptx().text, kernel.ptx().name)
     assert shape.pop("args")[0] is cpu
     assert shape == {"grid": (4, 1, 1), "block": (256, 1, 1), "cluster": (2, 1, 1), "shared_bytes": 64}
@@ -254,7 +266,7 @@ def test_the_world_follows_the_tensors(monkeypatch):
         ((4, 64), torch.uint8, (4, 64), {"strides": (1, 64)}, "expected 1 for the last dimension"),
         ((4, 64), torch.uint8, (4, 64), {"swizzle": 48}, "swizzle 48"),
         ((4, 64), torch.uint8, (4, 64), {"l2_promotion": 1}, "l2_promotion 1"),
-        ((4, 256), torch.uint8, (4, 256), {}, "256 bytes wide, expected a multiple of 16 and at most the swizzle's 128"),
+        ((4, 256), torch.uint8, (4, 256), {}, "256 bytes wide.* at most the swizzle's 128"),
         ((4, 64), torch.uint8, (4, 8), {"swizzle": 0}, "8 bytes wide, expected a multiple of 16"),
         ((4, 64), torch.uint8, (4, 64), {"element_strides": (1, 9)}, "expected each in 1..8"),
     ],

@@ -1,4 +1,4 @@
-"""The machine code of each kernel: wide loads and stores, nothing in local memory, registers within budget."""
+"""The machine code of each kernel: wide loads and stores, no local memory, registers within budget."""
 
 import itertools
 
@@ -39,7 +39,9 @@ def test_quantize_1x128(input_type, power_of_2):
 
 
 def sass_of(body):
-    ptx = compile_ptx('extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}")
+    ptx = compile_ptx(
+        'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
+    )
     return disassemble(link_cubin(ptx, "k")[0])
 
 

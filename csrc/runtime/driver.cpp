@@ -20,7 +20,7 @@ void find(void* library, const char* name, Function& function) {
 }
 
 Driver open_driver() {
-    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_GLOBAL);
+    void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
         const char* reason = dlerror();
         throw DriverError(std::string("found no CUDA driver: ") + (reason ? reason : "libcuda.so.1 does not open") +

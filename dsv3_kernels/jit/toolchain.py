@@ -1,5 +1,6 @@
 """Finds NVRTC, nvJitLink, nvdisasm and NVSHMEM, of CUDA 12 or 13, in PyPI wheels or in a system toolkit."""
 
+import ctypes
 import functools
 import importlib
 import os
@@ -42,12 +43,19 @@ class Library:
 
 @dataclass(frozen=True)
 class Nvshmem:
-    """NVSHMEM's headers, device library and host library (NVSHMEM 3: `libnvshmem_host.so.3`)."""
+    """NVSHMEM's headers and libraries; `version` is that of the headers and of the device library."""
 
     version: str
     include: Path
     device_library: Path
     host_library: Path
+
+    def host_version(self) -> str:
+        """What the host library says of itself. Raises `OSError` if it does not load."""
+        numbers = [ctypes.c_int() for _ in range(3)]
+        library = ctypes.CDLL(str(self.host_library))
+        library.nvshmemx_vendor_get_version_info(*(ctypes.byref(number) for number in numbers))
+        return ".".join(str(number.value) for number in numbers)
 
 
 def _bindings(name: str) -> ModuleType:
