@@ -190,7 +190,7 @@ def test_the_driver_numbers_types_in_another_order():
     short = {"UINT": "u", "INT": "s", "FLOAT": "f", "BFLOAT": "bf", "TFLOAT": "tf"}
     seen = set()
     for name in names:
-        value = int(Driver[name])
+        value = int(getattr(Driver, name))
         if value > 12:
             continue
         kind, bits, ftz = re.fullmatch(r"CU_TENSOR_MAP_DATA_TYPE_([A-Z]+)(\d+)(_FTZ)?", name).groups()
