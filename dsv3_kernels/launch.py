@@ -43,6 +43,13 @@ def world(*tensors: Tensor) -> World:
     return "reference" if _virtual_gpu() is None else "emulator"
 
 
+def num_sms(tensor: Tensor) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _virtual_gpu().num_sms
+
+
 def launch(
     kernel: Kernel,
     grid: Dim3,

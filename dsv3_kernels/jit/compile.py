@@ -61,6 +61,24 @@ def compile_ptx(
 
 def compile_names(source: str, expressions: Sequence[str], options: Sequence[str]) -> tuple[str, list[str]]:
     """PTX text in which every function of `expressions` is instantiated, and the name each has there."""
+    ptx, _, names, _ = _compile(source, expressions, options)
+    return ptx, names
+
+
+def compile_cubin(source: str, expression: str, options: Sequence[str]) -> tuple[bytes, Resources]:
+    """The cubin of one kernel, as NVRTC assembles the PTX of `compile_names`.
+
+    Unlike nvJitLink, which assembles for later linking, it honours `setmaxnreg`: without that a warpgroup has
+    to make do with the registers of the launch, and spills.
+    """
+    _, cubin, (name,), log = _compile(source, [expression], [*options, "--ptxas-options=-v"])
+    return cubin, _resources(log, name)
+
+
+def _compile(
+    source: str, expressions: Sequence[str], options: Sequence[str]
+) -> tuple[str, bytes, list[str], str]:
+    """PTX, cubin, the lowered names and the log."""
     nvrtc = toolchain.nvrtc().module
 
     def check(status: object, what: str) -> None:
@@ -91,7 +109,12 @@ def compile_names(source: str, expressions: Sequence[str], options: Sequence[str
         ptx = b" " * size
         (status,) = nvrtc.nvrtcGetPTX(program, ptx)
         check(status, "no PTX")
-        return ptx.rstrip(b"\0").decode(), names
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        check(status, "no cubin")
+        cubin = b" " * size
+        (status,) = nvrtc.nvrtcGetCUBIN(program, cubin)
+        check(status, "no cubin")
+        return ptx.rstrip(b"\0").decode(), cubin, names, log()
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

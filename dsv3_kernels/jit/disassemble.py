@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from . import toolchain
 
 # `        /*0a30*/              @!P0 LDG.E.128.CONSTANT R4, [R2.64] ;`
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Za-z0-9_.]*)", re.MULTILINE)
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
 

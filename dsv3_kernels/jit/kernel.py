@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import cache, toolchain
-from .compile import ARCHITECTURE, Resources, compile_names, kernel_dir, link_cubin, ptx_options
+from .compile import ARCHITECTURE, Resources, compile_cubin, compile_names, kernel_dir, ptx_options
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 _PARAMETER = re.compile(
@@ -60,10 +60,13 @@ class Kernel:
         return _cubin(self)
 
 
+def _source(kernel: Kernel) -> str:
+    return f'#include "{kernel.file}"\nusing namespace dsv3;\n'
+
+
 @functools.cache
 def _ptx(kernel: Kernel, lineinfo: bool) -> Ptx:
-    source = f'#include "{kernel.file}"\nusing namespace dsv3;\n'
-    options = ptx_options(defines=dict(kernel.defines), lineinfo=lineinfo)
+    source, options = _source(kernel), ptx_options(defines=dict(kernel.defines), lineinfo=lineinfo)
     recipe = [toolchain.nvrtc().build, str(kernel), *options, *_closure(source, [kernel_dir()])]
     key = cache.key_of("ptx", str(cache.FORMAT), ARCHITECTURE, *recipe)
 
@@ -79,11 +82,11 @@ def _ptx(kernel: Kernel, lineinfo: bool) -> Ptx:
 @functools.cache
 def _cubin(kernel: Kernel) -> Cubin:
     ptx = _ptx(kernel, False)
-    linker = toolchain.nvjitlink().build
-    key = cache.key_of("cubin", str(cache.FORMAT), ARCHITECTURE, linker, ptx.text)
+    key = cache.key_of("cubin", str(cache.FORMAT), ARCHITECTURE, toolchain.nvrtc().build, ptx.text)
 
     def build() -> cache.Entry:
-        image, resources = link_cubin(ptx.text, ptx.name)
+        options = ptx_options(defines=dict(kernel.defines))
+        image, resources = compile_cubin(_source(kernel), str(kernel), options)
         return cache.Entry({"kernel": str(kernel), "resources": asdict(resources)}, image)
 
     entry = cache.get_or_build(key, build)
