@@ -1,8 +1,8 @@
-"""How long a kernel takes to compile, to load from the cache in a fresh process, and to find again in this one.
+"""How long a kernel takes to compile, to load from the cache in a fresh process, and to find again in this.
 
-Each number is the median of fresh processes, with the fastest and the slowest; nothing is warmed up by hand, but the
-operating system's file cache is warm after the first process. No GPU is needed: launches go to a driver that does
-nothing, so that their number is what the host side costs.
+Each number is the median of fresh processes, with the fastest and the slowest; nothing is warmed up by hand,
+but the system's file cache is warm after the first process. No GPU is needed: launches go to a driver that
+does nothing, so that their number is what the host side costs.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import json, sys, time
 marks = [time.perf_counter()]
 mark = lambda: marks.append(time.perf_counter())
 from dsv3_kernels.jit import Kernel, toolchain; mark()
-toolchain.nvrtc(), toolchain.nvjitlink(); mark()
+toolchain.nvrtc(); mark()
 kernel = Kernel("quantize.cuh", "quantize_1x128", ("Bf16", False))
 kernel.ptx(); mark()
 kernel.cubin(); mark()
 for _ in range(1000):
     kernel.cubin()
 mark()
-names = ("import", "load compilers", "ptx", "cubin", "memo")
+names = ("import", "load NVRTC", "ptx", "cubin", "memo")
 seconds = dict(zip(names, (b - a for a, b in zip(marks, marks[1:]))))
 seconds["memo"] /= 1000
 print(json.dumps(seconds))
@@ -79,7 +79,9 @@ def fake_driver(folder: Path) -> Path | None:
     if compiler is None or not source.is_file():
         return None
     library = folder / "libcuda.so.1"
-    subprocess.run([compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    subprocess.run(
+        [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
+    )
     return folder
 
 
@@ -98,17 +100,24 @@ def measure(repeats: int) -> dict[str, list[float]]:
             add("cold process, empty cache", run(COMPILE, DSV3_KERNELS_CACHE=cache))
             add("cold process, full cache", run(COMPILE, DSV3_KERNELS_CACHE=cache))
             if driver is not None:
-                add("host side of a launch", run(LAUNCH, DSV3_KERNELS_CACHE=cache, LD_LIBRARY_PATH=str(driver)))
+                add(
+                    "host side of a launch",
+                    run(LAUNCH, DSV3_KERNELS_CACHE=cache, LD_LIBRARY_PATH=str(driver)),
+                )
     return results
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=7, help="fresh processes a number (default 7)")
     options = parser.parse_args()
     for name, seconds in measure(options.repeats).items():
         unit, scale = ("ms", 1e3) if statistics.median(seconds) > 1e-4 else ("us", 1e6)
-        low, middle, high = (scale * value for value in (min(seconds), statistics.median(seconds), max(seconds)))
+        low, middle, high = (
+            scale * value for value in (min(seconds), statistics.median(seconds), max(seconds))
+        )
         print(f"{name:42s} {middle:9.2f} {unit}  ({low:.2f} to {high:.2f})")
 
 
