@@ -106,7 +106,7 @@ def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> Non
             f"launch: {kernel} got CPU tensors and no virtual GPU is active; "
             "pass CUDA tensors, or call inside `with dsv3_kernels.emulator.virtual_gpu():`"
         )
-    ptx = kernel.ptx()
+    ptx = kernel.ptx(lineinfo=True)  # so that the emulator's errors name lines of the source
     gpu.launch(ptx.text, ptx.name, args=args, **shape)
 
 

@@ -248,7 +248,7 @@ def test_the_world_follows_the_tensors(monkeypatch):
     assert launch.world(cpu) == "emulator"
     launch.launch(kernel, (4, 1, 1), (256, 1, 1), (cpu, 3), cluster=(2, 1, 1), shared_bytes=64)
     (((text, name), shape),) = calls
-    assert (text, name) == (kernel.ptx().text, kernel.ptx().name)
+    assert (text, name) == (kernel.ptx(lineinfo=True).text, kernel.ptx().name)
     assert shape.pop("args")[0] is cpu
     assert shape == {"grid": (4, 1, 1), "block": (256, 1, 1), "cluster": (2, 1, 1), "shared_bytes": 64}
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from . import toolchain
 
@@ -95,36 +96,33 @@ def compile_source(
 ) -> Compiled:
     """Compile a source and instantiate in it every function that `expressions` names."""
     nvrtc = toolchain.nvrtc().module
-    target = (
-        [f"--gpu-architecture={ARCHITECTURE}", "--ptxas-options=-v"]
-        if cubin
-        else [f"--gpu-architecture={_VIRTUAL}"]
-    )
-    options = [*target, *options]
+    target = [ARCHITECTURE, "--ptxas-options=-v"] if cubin else [_VIRTUAL]
+    options = ["--gpu-architecture=" + target[0], *target[1:], *options]
 
-    def call(function: str, *arguments: object) -> object:
+    def call(function: str, *arguments: object) -> Any:
         status, *values = getattr(nvrtc, function)(*arguments)
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             what = f"{', '.join(expressions) or 'the source'}, compiled with {' '.join(options)}"
             text = nvrtc.nvrtcGetErrorString(status)[1].decode()
-            raise CompileError(f"{function}: {text}: {what}\n{log()}")
+            report = log() if function == "nvrtcCompileProgram" else ""
+            raise CompileError(f"{function}: {text}: {what}\n{report}")
         return values[0] if values else None
 
     def fetch(what: str) -> bytes:
         # NVRTC writes into it. Never bytes: Python has one b" " for everybody, which an empty log overwrites.
-        data = bytearray(call(f"nvrtcGet{what}Size", program))  # type: ignore[call-overload]
+        data = bytearray(call(f"nvrtcGet{what}Size", program))
         call(f"nvrtcGet{what}", program, data)
         return bytes(data)
 
     def log() -> str:
         return fetch("ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
 
-    _, program = nvrtc.nvrtcCreateProgram(source.encode(), _PROGRAM.encode(), 0, None, None)
+    program = call("nvrtcCreateProgram", source.encode(), _PROGRAM.encode(), 0, None, None)
     try:
         for expression in expressions:
             call("nvrtcAddNameExpression", program, expression.encode())
         call("nvrtcCompileProgram", program, len(options), [option.encode() for option in options])
-        names = tuple(call("nvrtcGetLoweredName", program, e.encode()).decode() for e in expressions)  # type: ignore[attr-defined]
+        names = tuple(call("nvrtcGetLoweredName", program, name.encode()).decode() for name in expressions)
         ptx = fetch("PTX").rstrip(b"\0").decode()
         return Compiled(ptx, fetch("CUBIN") if cubin else b"", names, log())
     finally:
