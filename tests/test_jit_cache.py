@@ -59,6 +59,13 @@ def rebuilds(folder):
     return build.builds == 1
 
 
+def give_away(path):
+    try:
+        os.chown(path, 12345, 12345)
+    except PermissionError:
+        pytest.skip("only root can give files away")
+
+
 def test_an_entry_is_built_once_and_kept_privately(folder):
     assert rebuilds(folder)
     assert not rebuilds(folder)
@@ -120,13 +127,11 @@ def test_an_entry_that_is_not_our_own_file_is_rebuilt(folder, tmp_path, kind):
     elif kind == "others may write":
         entry.chmod(0o622)
     elif kind == "unreadable":
-        if os.geteuid() == 0:
-            pytest.skip("root reads everything")
         entry.chmod(0)
+        if os.access(entry, os.R_OK):
+            pytest.skip("root reads everything")
     else:
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a file away")
-        os.chown(entry, 12345, 12345)
+        give_away(entry)
     assert rebuilds(folder)
     assert entry.is_file() and not entry.is_symlink()
     assert entry.stat().st_uid == os.geteuid()
@@ -159,11 +164,10 @@ def test_a_folder_that_others_can_write_is_refused(folder, mode):
     assert rebuilds(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_another_user_is_refused(folder):
     folder.mkdir(mode=0o700)
-    os.chown(folder, 12345, 12345)
-    with pytest.raises(cache.CacheError, match=r"belongs to user 12345, expected 0 .*DSV3_KERNELS_CACHE"):
+    give_away(folder)
+    with pytest.raises(cache.CacheError, match=r"belongs to user 12345, expected \d+ .*DSV3_KERNELS_CACHE"):
         get(folder, Builder())
 
 
@@ -199,10 +203,11 @@ def test_an_unusable_place_costs_one_warning(tmp_path, caplog, place):
     assert "compiling without it" in message and "DSV3_KERNELS_CACHE" in message and "\n" not in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_is_read(folder, caplog):
     get(folder, Builder())
     folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("root writes everywhere")
     assert not rebuilds(folder)
     build = Builder()
     assert get(folder, build, cache.key_of("other")) == ENTRY
