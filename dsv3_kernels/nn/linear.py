@@ -114,20 +114,19 @@ def _slow_bf16_cpu() -> bool:
         return True
 
 
-def _upcast(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu()
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ in their own dtype. BF16 products are exact in FP32, so the upcast only changes the speed."""
-    if _upcast(x):
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu():
         return F.linear(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
-    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32)."""
-    if _upcast(x):
+    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32).
+
+    On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds each.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
 

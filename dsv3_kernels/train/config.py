@@ -17,11 +17,11 @@ T = TypeVar("T")
 class TrainConfig:
     """Everything the weights after a step depend on, beside the model's sizes and the text."""
 
-    steps: int = 300
+    steps: int = 200
     batch_size: int = 8
-    seq_len: int = 256
+    seq_len: int = 128
     seed: int = 0
-    lr: float = 3e-3
+    lr: float = 1e-3
     final_lr: float = 0.1
     """The learning rate of the last step, as a fraction of the highest."""
     warmup_steps: int = 20
@@ -29,7 +29,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4
-    bias_speed: float = 1e-3
+    bias_speed: float = 5e-3
     power_of_2_scales: bool = False
 
     def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint_every: int = 100
     validate_every: int = 50
-    validation_windows: int = 32
+    validation_windows: int = 64
     keep: int = 2
 
     def __post_init__(self) -> None:

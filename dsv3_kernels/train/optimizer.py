@@ -5,12 +5,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+CHUNK = 1 << 17
+"""Parameters updated at a time: few enough for the temporaries to stay in a CPU's cache."""
+
 
 class AdamW:
     """Updates masters in FP32 and writes them, rounded, into the model's own weights.
 
-    Master weights, gradients and moments of all parameters lie each in one flat buffer, so that a step is about
-    fifteen kernels whatever the number of parameters. Vectors (norms) are not decayed: matrices come first.
+    Master weights, gradients and moments of all parameters lie each in one flat buffer, so that the number of
+    kernels of a step does not grow with that of the parameters. Vectors (norms) are not decayed: matrices come first.
 
     The parameters passed in are taken as the initial masters; convert the model to BF16 after, then call
     `write_parameters`.
@@ -62,16 +65,23 @@ class AdamW:
     def step(self, lr: float, gradient_scale: float = 1.0) -> None:
         """One update from the gathered gradients times gradient_scale."""
         self.steps += 1
-        beta1, beta2 = self.betas
-        grad = self._grad.mul_(gradient_scale)
-        m = self.exp_avg.float().lerp_(grad, 1 - beta1)
-        v = self.exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        self.exp_avg.copy_(m)
-        self.exp_avg_sq.copy_(v)
-        v.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
-        self.master[: self._decayed].mul_(1 - lr * self.weight_decay)
-        self.master.addcdiv_(m, v, value=-lr / (1 - beta1**self.steps))
+        flats = (self.master, self._grad, self.exp_avg, self.exp_avg_sq)
+        for part in (slice(0, self._decayed), slice(self._decayed, None)):
+            decay = lr * self.weight_decay if part.start == 0 else 0.0
+            for master, grad, exp_avg, exp_avg_sq in zip(*(f[part].split(CHUNK) for f in flats), strict=True):
+                self._update(master, grad.mul_(gradient_scale), exp_avg, exp_avg_sq, lr, decay)
         self.write_parameters()
+
+    def _update(
+        self, master: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, lr: float, decay: float
+    ) -> None:
+        beta1, beta2 = self.betas
+        m = exp_avg.float().lerp_(grad, 1 - beta1)
+        v = exp_avg_sq.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        exp_avg.copy_(m)
+        exp_avg_sq.copy_(v)
+        v.div_(1 - beta2**self.steps).sqrt_().add_(self.eps)
+        master.mul_(1 - decay).addcdiv_(m, v, value=-lr / (1 - beta1**self.steps))
 
     def tensors(self) -> dict[str, Tensor]:
         """Views of masters and moments by parameter, for a checkpoint; writing to them changes the state."""
