@@ -39,6 +39,10 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
             f"{op}: {name} has rank {value.ndim} (shape {tuple(value.shape)}), "
             f"expected rank {' or '.join(map(str, ranks))}"
         )
+    if value.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"{op}: {name} is on {value.device}, expected a CPU or a CUDA tensor; pass {name}.cpu()"
+        )
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{op}: {name} requires grad, but the op has no derivative and would drop the gradient silently; "
@@ -112,7 +116,7 @@ def offsets(op: str, value: object, first_name: str, first: Tensor, groups: int 
     return vector
 
 
-def read_offsets(op: str, group_offsets: Tensor, rows: int | None, of: str) -> list[int]:
+def read_offsets(op: str, group_offsets: Tensor, rows: int | None = None, of: str = "") -> list[int]:
     """The values of a CPU `group_offsets`: they start at 0, do not descend, and end within `rows`."""
     values: list[int] = group_offsets.tolist()
     if values[0] != 0:

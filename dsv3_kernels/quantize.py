@@ -6,6 +6,8 @@ UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile 
 silent finite value.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,15 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
-    run = torch.ops.dsv3_kernels.quantize_1x128 if torch.compiler.is_compiling() else _quantize_1x128
-    data, scales = run(x, power_of_2_scales)
-    return QuantizedTensor(data, scales, ROW)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales)
+        return QuantizedTensor(data, scales, ROW)
+    return _quantize_1x128(x, power_of_2_scales)
 
 
-def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
-        return reference.quantize_1x128(x, power_of_2_scales)
+        return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales)
     launch.no_kernel("quantize_1x128")
 
 
@@ -46,15 +49,15 @@ def quantize_1x128_t(
     """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
 
     x: bfloat16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
-    group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past the end are
-        left out.
+    group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
+        out.
     Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
     `(1, round_up(width, 4))`, with T = 128·floor((tokens + 127·G)/128) (G = 1 without groups). Tiles restart
-    at each
-    group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero; a tile of
-    zeros has scale 1.
+    at
+    each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero; a
+    tile of zeros has scale 1.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
-    or offsets.
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
     """
     op = "quantize_1x128_t"
     checks.tensor(op, "x", x, _INPUT, (2,))
@@ -63,23 +66,26 @@ def quantize_1x128_t(
     if group_offsets is not None:
         checks.offsets(op, group_offsets, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
-    run = torch.ops.dsv3_kernels.quantize_1x128_t if torch.compiler.is_compiling() else _quantize_1x128_t
-    data, scales = run(x, group_offsets, power_of_2_scales)
-    return QuantizedTensor(data, scales, ROW)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128_t(x, group_offsets, power_of_2_scales)
+        return QuantizedTensor(data, scales, ROW)
+    return _quantize_1x128_t(x, group_offsets, power_of_2_scales)
 
 
-def _quantize_1x128_t(
-    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
-) -> tuple[Tensor, Tensor]:
-    op = "quantize_1x128_t"
+def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
-        offsets = None
-        if group_offsets is not None:
-            offsets = checks.read_offsets(op, group_offsets, x.shape[0], "the rows of x")
-        return reference.quantize_1x128_t(x, offsets, power_of_2_scales)
-    launch.no_kernel(op)
+        return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
+    launch.no_kernel("quantize_1x128_t")
 
 
+@overload
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[False] = ...
+) -> QuantizedTensor: ...
+@overload
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[True]
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
 def quantize_128x128(
     w: Tensor, *, power_of_2_scales: bool = False, transpose: bool = False
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
@@ -96,47 +102,70 @@ def quantize_128x128(
     op = "quantize_128x128"
     checks.tensor(op, "w", w, _INPUT, (2, 3))
     checks.multiple(op, "w", "K", w.shape[-1], 16)
-    checks.contiguous(op, "w", w)
-    checks.flag(op, "power_of_2_scales", power_of_2_scales)
     if checks.flag(op, "transpose", transpose):
         checks.multiple(op, "w", "N", w.shape[-2], 16)
-        run_t = (
-            torch.ops.dsv3_kernels.quantize_128x128_both if torch.compiler.is_compiling() else _quantize_both
-        )
-        data, scales, data_t, scales_t = run_t(w, power_of_2_scales)
-        return QuantizedTensor(data, scales, SQUARE), QuantizedTensor(data_t, scales_t, SQUARE)
-    run = torch.ops.dsv3_kernels.quantize_128x128 if torch.compiler.is_compiling() else _quantize_128x128
-    data, scales = run(w, power_of_2_scales)
-    return QuantizedTensor(data, scales, SQUARE)
+    checks.contiguous(op, "w", w)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if not torch.compiler.is_compiling():
+        q = _quantize_128x128(w, power_of_2_scales)
+        return (q, reference.transpose(q)) if transpose else q
+    if not transpose:
+        data, scales = torch.ops.dsv3_kernels.quantize_128x128(w, power_of_2_scales)
+        return QuantizedTensor(data, scales, SQUARE)
+    data, scales, data_t, scales_t = torch.ops.dsv3_kernels.quantize_128x128_both(w, power_of_2_scales)
+    return QuantizedTensor(data, scales, SQUARE), QuantizedTensor(data_t, scales_t, SQUARE)
 
 
-def _quantize_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+def _quantize_128x128(w: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(w) == "reference":
-        return reference.quantize_128x128(w, power_of_2_scales)
+        return reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales)
     launch.no_kernel("quantize_128x128")
 
 
-def _quantize_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    data, scales = _quantize_128x128(w, power_of_2_scales)
-    return data, scales, data.mT.contiguous(), scales.mT.contiguous()
-
-
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of `q`: each code times its scale, rounded once to FP32, then to `dtype`.
+    """The values of `q`: each code times its scale, rounded to FP32, then to `dtype`.
 
     q: a QuantizedTensor or a (data, scales) tuple, either block, rank 2 or 3.
-    Returns `[.., M, K]` of `dtype` (float32, bfloat16 or float64), contiguous.
+    dtype: torch.float32, torch.bfloat16 or torch.float64.
+    Returns `[.., M, K]` of `dtype`, contiguous. Runs on any device, as PyTorch operations.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
+    or device.
     """
     op = "dequantize"
     q = quantized.operand(op, "q", q, None, (2, 3))
     if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype is {dtype}, expected torch.float32, torch.bfloat16 or torch.float64")
-    run = torch.ops.dsv3_kernels.dequantize if torch.compiler.is_compiling() else _dequantize
-    return run(q.data, q.scales, q.block[0], dtype)
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float64")
+    launch.world(q.data)
+    if torch.compiler.is_compiling():
+        return torch.ops.dsv3_kernels.dequantize(q.data, q.scales, q.block[0], dtype)
+    return reference.dequantize(q).to(dtype)
 
 
-def _dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:
-    launch.world(data)
+# The same functions as torch.library ops, on plain tensors: what torch.compile traces.
+
+
+def _op_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128(x, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128_t(x, group_offsets, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_128x128(w, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_128x128_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q = _quantize_128x128(w, power_of_2_scales)
+    q_t = reference.transpose(q)
+    return q.data, q.scales, q_t.data, q_t.scales
+
+
+def _op_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:
     return reference.dequantize(QuantizedTensor(data, scales, (block_rows, TILE))).to(dtype)
 
 
@@ -167,11 +196,11 @@ def _fake_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch
     return torch.empty(data.shape, dtype=dtype, device=data.device)
 
 
-for _name, _run, _fake in (
-    ("quantize_1x128", _quantize_1x128, _fake_1x128),
-    ("quantize_1x128_t", _quantize_1x128_t, _fake_1x128_t),
-    ("quantize_128x128", _quantize_128x128, _fake_128x128),
-    ("quantize_128x128_both", _quantize_both, _fake_both),
-    ("dequantize", _dequantize, _fake_dequantize),
+for _name, _op, _fake in (
+    ("quantize_1x128", _op_1x128, _fake_1x128),
+    ("quantize_1x128_t", _op_1x128_t, _fake_1x128_t),
+    ("quantize_128x128", _op_128x128, _fake_128x128),
+    ("quantize_128x128_both", _op_128x128_both, _fake_both),
+    ("dequantize", _op_dequantize, _fake_dequantize),
 ):
-    torch.library.custom_op(f"dsv3_kernels::{_name}", _run, mutates_args=()).register_fake(_fake)
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)

@@ -1,15 +1,14 @@
 """Every op in plain PyTorch: the specification, the CPU backend and the oracle of the tests.
 
-The functions take checked arguments (the ops do that) and read in the order of the ops. GEMMs have two
-arithmetics:
+A function here has the name and the arguments of its op and takes them checked (the op does that); only the
+values of `group_offsets` and `counts` are checked here, where they are read. GEMMs have two arithmetics:
 
-- "fp32", the CPU backend: both operands are dequantised to FP32 and multiplied by one FP32 matmul. Up to FP32
-  rounding this is what the kernels compute.
-- "hopper", the oracle: bit for bit what a kernel on Hopper computes. Per 128 of K the FP8 tensor core's own
+- "fp32", the CPU backend: both operands dequantised to FP32, then one FP32 matmul. Equal to the kernels up to
+  FP32 rounding (and to what `torch.set_float32_matmul_precision` allows).
+- "hopper", the oracle: what a kernel computes on Hopper, bit for bit. Per 128 of K the FP8 tensor core's own
   arithmetic (`tensor_core`), then `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in FP32, K ascending.
 """
 
-from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -17,100 +16,141 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import ceil_div, round_up
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padded_tokens, scales_shape
+from .checks import ceil_div, read_counts, read_offsets, round_up
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padded_tokens
 
 Accumulation = Literal["fp32", "hopper"]
 E4M3_MAX = 448.0
 SMALLEST_SCALE = 2.0**-126
+PANEL = 256  # columns dequantised at a time: larger temporaries cost more in page faults than they save
 WGMMA_K = 32
 FRACTION_BITS = 13  # of the tensor core's accumulator, E8M13
 
 
-def finish_scales(amax: Tensor, power_of_2: bool) -> Tensor:
-    """In place: the largest magnitude of each tile becomes the tile's scale. NaN stays NaN, Inf stays Inf."""
+# Quantisation
+
+
+def _amax(tiles: Tensor, dim: int) -> Tensor:
+    """The largest magnitude along `dim`, NaN if any: two reductions cost less than a copy of |tiles|."""
+    return torch.maximum(tiles.amax(dim), tiles.amin(dim).neg_())
+
+
+def _scales(amax: Tensor, power_of_2: bool) -> Tensor:
+    """Turns the magnitudes of tiles into their scales, in place. NaN stays NaN and Inf stays Inf."""
     zero = amax == 0
     scales = amax.div_(E4M3_MAX).clamp_min_(SMALLEST_SCALE)
     if power_of_2:
         bits = scales.view(torch.int32)
-        up = (bits + 0x7FFFFF) & 0x7F800000
-        bits.copy_(torch.where(scales.isnan(), bits, up))
+        bits.copy_(torch.where(scales.isnan(), bits, (bits + 0x7FFFFF) & 0x7F800000))
     return scales.masked_fill_(zero, 1.0)
 
 
-def quantize_1x128(x: Tensor, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def _encode(tiles: Tensor, scales: Tensor, scratch: bool) -> Tensor:
+    """e4m3(tiles/scales). A quotient stays below 449 and rounds to 448: the cast never has to saturate."""
+    return torch.div(tiles, scales, out=tiles if scratch else None).to(torch.float8_e4m3fn)
+
+
+def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     *batch, m, k = x.shape
-    scales = empty_mn_major(scales_shape(x.shape, ROW), x.device)
-    tiles = pad(x, (0, -k % TILE)).float().view(*batch, m, ceil_div(k, TILE), TILE)
-    torch.amax(tiles.abs(), -1, out=scales)
-    finish_scales(scales, power_of_2)
-    data = (tiles / scales.unsqueeze(-1)).to(torch.float8_e4m3fn).view(*batch, m, round_up(k, TILE))
-    return data[..., :k].contiguous(), scales
+    values = (x if k % TILE == 0 else pad(x, (0, -k % TILE))).float()
+    tiles = values.view(*batch, m, ceil_div(k, TILE), TILE)
+    scales = _scales(_amax(tiles, -1), power_of_2_scales)
+    data = _encode(tiles, scales.unsqueeze(-1), values is not x).view(values.shape)
+    if k % TILE:
+        data = data[..., :k].contiguous()
+    return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
 
 
-def quantize_1x128_t(x: Tensor, offsets: list[int] | None, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def quantize_1x128_t(
+    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
     tokens, width = x.shape
-    bounds = [0, tokens] if offsets is None else offsets
-    columns = padded_tokens(tokens, len(bounds) - 1)
-    padded = torch.zeros(columns, width, device=x.device)
-    start = 0
-    for low, high in pairwise(bounds):
-        padded[start : start + high - low] = x[low:high]
-        start += round_up(high - low, TILE)
-    tiles = padded.view(columns // TILE, TILE, width)
-    scales = empty_mn_major((width, columns // TILE), x.device)
-    torch.amax(tiles.abs(), 1, out=scales.t())
-    finish_scales(scales, power_of_2)
-    data = (tiles / scales.t().unsqueeze(1)).to(torch.float8_e4m3fn).view(columns, width)
-    return data.t().contiguous(), scales
+    offsets = [0, tokens]
+    if group_offsets is not None:
+        offsets = read_offsets("quantize_1x128_t", group_offsets, tokens, "the rows of x")
+    columns = padded_tokens(tokens, len(offsets) - 1)
+    if columns == tokens and len(offsets) == 2 and offsets[1] == tokens:
+        values = x.float()
+    else:
+        values = torch.zeros(columns, width, device=x.device)
+        start = 0
+        for low, high in pairwise(offsets):
+            values[start : start + high - low] = x[low:high]
+            start += round_up(high - low, TILE)
+    tiles = values.view(columns // TILE, TILE, width)
+    scales = _scales(_amax(tiles, 1), power_of_2_scales)
+    data = _encode(tiles, scales.unsqueeze(1), values is not x).view(columns, width).t().contiguous()
+    scales = scales.t()
+    return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
 
 
-def quantize_128x128(w: Tensor, power_of_2: bool) -> tuple[Tensor, Tensor]:
+def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     *batch, n, k = w.shape
-    padded = pad(w, (0, -k % TILE, 0, -n % TILE)).float()
-    tiles = padded.view(*batch, ceil_div(n, TILE), TILE, ceil_div(k, TILE), TILE)
-    scales = finish_scales(tiles.abs().amax((-3, -1)), power_of_2)
-    data = (tiles / scales[..., :, None, :, None]).to(torch.float8_e4m3fn).view(padded.shape)
-    return data[..., :n, :k].contiguous(), scales
+    tail = n % TILE or k % TILE
+    values = (pad(w, (0, -k % TILE, 0, -n % TILE)) if tail else w).float()
+    tiles = values.view(*batch, ceil_div(n, TILE), TILE, ceil_div(k, TILE), TILE)
+    scales = _scales(_amax(tiles, -1).amax(-2), power_of_2_scales)
+    data = _encode(tiles, scales[..., :, None, :, None], values is not w).view(values.shape)
+    if tail:
+        data = data[..., :n, :k].contiguous()
+    return QuantizedTensor(data, scales, SQUARE)
 
 
-@cache
-def _decode_table(device: torch.device) -> Tensor:
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+def transpose(q: QuantizedTensor) -> QuantizedTensor:
+    """The transpose of 128x128 blocks: the same codes and scales."""
+    return QuantizedTensor(q.data.mT.contiguous(), q.scales.mT.contiguous(), q.block)
 
 
 def decode(data: Tensor) -> Tensor:
-    """float8_e4m3fn to FP32: a table of 256 entries is three times as fast as PyTorch's own conversion."""
-    codes = data.view(torch.uint8).int().view(-1)
-    return _decode_table(data.device).index_select(0, codes).view(data.shape)
+    """float8_e4m3fn to FP32, exactly; about six times as fast as PyTorch's own conversion on CPUs.
+
+    Sign, exponent and fraction of e4m3, moved up by 7 bits, are those of a float16 2^-8 as large, subnormals
+    too.
+    """
+    codes = data.view(torch.int8)
+    halves = codes.to(torch.int16).mul_(128).bitwise_and_(~0x4000).view(torch.float16)
+    values = halves.float().mul_(256.0)
+    if codes.numel() and (codes & 0x7F).max().item() == 0x7F:
+        values.masked_fill_(values.abs() > E4M3_MAX, torch.nan)
+    return values
 
 
 def dequantize(q: QuantizedTensor) -> Tensor:
     """FP32 values, each the product of a code and its scale, rounded once."""
-    values = decode(q.data)
+    values, rows = decode(q.data), q.block[0]
     *batch, m, k = values.shape
-    scales = q.scales
-    if k % TILE == 0 and m % q.block[0] == 0:
-        tiles = values.view(*batch, m // q.block[0], q.block[0], k // TILE, TILE)
-        tiles.mul_(scales[..., :, None, :, None])
+    if m % rows == 0 and k % TILE == 0:
+        tiles = values.view(*batch, m // rows, rows, k // TILE, TILE)
+        tiles.mul_(q.scales.contiguous()[..., :, None, :, None])
         return values
-    if q.block == SQUARE:
-        scales = scales.repeat_interleave(TILE, -2)[..., :m, :]
+    scales = q.scales if rows == 1 else q.scales.repeat_interleave(rows, -2)[..., :m, :]
     return values.mul_(scales.repeat_interleave(TILE, -1)[..., :k])
+
+
+# GEMM
 
 
 def _matmul_nt(a: QuantizedTensor, b: QuantizedTensor, accumulation: Accumulation) -> Tensor:
     """FP32 a·bᵀ."""
-    if accumulation == "fp32":
+    if accumulation == "hopper":
+        return _hopper_matmul_nt(a, b)
+    if a.shape[1] <= PANEL:
         return dequantize(a) @ dequantize(b).t()
-    return _hopper_matmul_nt(a, b)
+    y = dequantize(_columns(a, 0, PANEL)) @ dequantize(_columns(b, 0, PANEL)).t()
+    for k in range(PANEL, a.shape[1], PANEL):
+        y.addmm_(dequantize(_columns(a, k, k + PANEL)), dequantize(_columns(b, k, k + PANEL)).t())
+    return y
 
 
 def _rows(q: QuantizedTensor, low: int, high: int) -> QuantizedTensor:
     return QuantizedTensor(q.data[low:high], q.scales[low:high], q.block)
 
 
-def _member(q: QuantizedTensor, g: int) -> QuantizedTensor:
+def _columns(q: QuantizedTensor, low: int, high: int) -> QuantizedTensor:
+    return QuantizedTensor(q.data[:, low:high], q.scales[:, low // TILE : ceil_div(high, TILE)], q.block)
+
+
+def _group(q: QuantizedTensor, g: int) -> QuantizedTensor:
     return QuantizedTensor(q.data[g], q.scales[g], q.block)
 
 
@@ -119,22 +159,23 @@ def fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, accumulation: Accumulation 
 
 
 def grouped_fp8_gemm(
-    a: QuantizedTensor, b: QuantizedTensor, offsets: list[int], accumulation: Accumulation = "fp32"
+    a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor, accumulation: Accumulation = "fp32"
 ) -> Tensor:
+    offsets = read_offsets("grouped_fp8_gemm", group_offsets, a.shape[0], "the rows of a.data")
     out = a.data.new_zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16)
     for g, (low, high) in enumerate(pairwise(offsets)):
         if low < high:
-            out[low:high] = _matmul_nt(_rows(a, low, high), _member(b, g), accumulation)
+            out[low:high] = _matmul_nt(_rows(a, low, high), _group(b, g), accumulation)
     return out
 
 
 def masked_grouped_fp8_gemm(
-    a: QuantizedTensor, b: QuantizedTensor, counts: list[int], accumulation: Accumulation = "fp32"
+    a: QuantizedTensor, b: QuantizedTensor, counts: Tensor, accumulation: Accumulation = "fp32"
 ) -> Tensor:
     out = a.data.new_zeros(a.shape[0], a.shape[1], b.shape[1], dtype=torch.bfloat16)
-    for g, count in enumerate(counts):
+    for g, count in enumerate(read_counts("masked_grouped_fp8_gemm", counts, a.shape[1])):
         if count:
-            out[g, :count] = _matmul_nt(_rows(_member(a, g), 0, count), _member(b, g), accumulation)
+            out[g, :count] = _matmul_nt(_rows(_group(a, g), 0, count), _group(b, g), accumulation)
     return out
 
 
@@ -142,34 +183,32 @@ def fp8_wgrad(
     dy_t: QuantizedTensor,
     x_t: QuantizedTensor,
     out: Tensor,
-    accumulate: bool,
-    offsets: list[int] | None = None,
+    accumulate: bool = False,
+    group_offsets: Tensor | None = None,
     accumulation: Accumulation = "fp32",
-) -> None:
-    """Writes `out`; with `accumulate`, one FP32 addition to `out` after the whole sum."""
-    if offsets is None:
-        _store(out, _matmul_nt(dy_t, x_t, accumulation), accumulate)
-        return
-    start = 0
-    for g, (low, high) in enumerate(pairwise(offsets)):
-        end = start + round_up(high - low, TILE)
-        _store(
-            out[g],
-            _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation),
-            accumulate,
+) -> Tensor:
+    if group_offsets is None:
+        return _write(out, _matmul_nt(dy_t, x_t, accumulation), accumulate)
+    offsets = read_offsets("fp8_wgrad", group_offsets)
+    starts = [0]
+    for low, high in pairwise(offsets):
+        starts.append(starts[-1] + round_up(high - low, TILE))
+    if starts[-1] > dy_t.shape[1]:
+        raise ValueError(
+            f"fp8_wgrad: group_offsets takes {starts[-1]} token columns (in {TILE}s a group), expected "
+            f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
-        start = end
+    for g, (start, end) in enumerate(pairwise(starts)):
+        y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
+        _write(out[g], y, accumulate)
+    return out
 
 
-def _columns(q: QuantizedTensor, low: int, high: int) -> QuantizedTensor:
-    return QuantizedTensor(q.data[:, low:high], q.scales[:, low // TILE : high // TILE], q.block)
+def _write(out: Tensor, y: Tensor, accumulate: bool) -> Tensor:
+    return out.add_(y) if accumulate else out.copy_(y)
 
 
-def _store(out: Tensor, y: Tensor, accumulate: bool) -> None:
-    if accumulate:
-        out.add_(y)
-    else:
-        out.copy_(y)
+# Hopper's arithmetic
 
 
 def _exponent(x: Tensor) -> Tensor:
@@ -182,29 +221,32 @@ def _power_of_2(exponent: Tensor) -> Tensor:
 
 
 def tensor_core(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """One `wgmma` step of Hopper's FP8 tensor core, bit for bit: c + a·bᵀ of `[M, 32]`, `[N, 32]`, `[M, N]`.
+    """One wgmma step of Hopper's FP8 tensor core, bit for bit: c + a·bᵀ of `[M, 32]`, `[N, 32]` and `[M, N]`.
 
     `a` and `b` hold e4m3 values as FP32; `c` and the result are FP32 with 13 fraction bits (E8M13). A product
-    keeps the exponent ea + eb of its operands (subnormals have exponent -6), un-normalised. All nonzero terms
-    are truncated toward zero to 13 fraction bits below the largest exponent, added exactly, and the sum is
-    truncated toward zero to 13 fraction bits. Source: the published bit-accurate models (MMA-Sim, arXiv
-    2511.10909).
+    has the exponent ea + eb of its operands (a subnormal's is -6) and is not normalised. The nonzero products
+    and c are truncated toward zero to 13 fraction bits under their largest exponent and added exactly; the
+    sum is normalised and truncated toward zero to 13 fraction bits. NaN gives 0x7FFFFFFF.
+    Source: the published bit-accurate models of the hardware (MMA-Sim, arXiv 2511.10909).
     """
-    never = -(1 << 20)
-    products = a[:, None, :] * b[None, :, :]
+    never = -(1 << 20)  # zeros take no part in the largest exponent
     ea = _exponent(a).clamp_min_(-6).masked_fill_(a == 0, never)
     eb = _exponent(b).clamp_min_(-6).masked_fill_(b == 0, never)
-    largest = (ea[:, None, :] + eb[None, :, :]).amax(-1)
-    largest = torch.maximum(largest, _exponent(c).masked_fill_(c == 0, never)).clamp_min_(-100)
-    # At most 33 integers below 2^15: any order of FP32 additions is exact.
+    ec = _exponent(c).masked_fill_(c == 0, never)
+    largest = torch.maximum((ea[:, None, :] + eb[None, :, :]).amax(-1), ec).clamp_min_(-100)
+    # 33 integers below 2^15: FP32 holds every partial sum exactly, in any order.
     to_units = _power_of_2(FRACTION_BITS - largest)
-    units = products.mul_(to_units.unsqueeze(-1)).trunc_().sum(-1) + (c * to_units).trunc_()
+    units = (a[:, None, :] * b[None, :, :]).mul_(to_units.unsqueeze(-1)).trunc_().sum(-1)
+    units += (c * to_units).trunc_()
     kept = (units.view(torch.int32) & -(1 << (23 - FRACTION_BITS))).view(torch.float32)
-    return torch.where(units.isnan(), units, kept * _power_of_2(largest - FRACTION_BITS))
+    result = kept.mul_(_power_of_2(largest - FRACTION_BITS)).add_(0.0)  # a sum of zero is +0
+    result.view(torch.int32).masked_fill_(units.isnan(), 0x7FFFFFFF)
+    return result
 
 
 def tensor_core_dot(a: Tensor, b: Tensor) -> Tensor:
     """a·bᵀ `[M, N]` of e4m3 values held as FP32, summed over K in the tensor core's accumulator alone."""
+    a, b = (pad(t, (0, -t.shape[1] % WGMMA_K)) for t in (a, b))
     c = a.new_zeros(a.shape[0], b.shape[0])
     rows = max(1, (1 << 20) // max(1, b.shape[0] * WGMMA_K))  # bounds the products held at once
     for m in range(0, a.shape[0], rows):
@@ -215,19 +257,19 @@ def tensor_core_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fma(s: Tensor, partial: Tensor, y: Tensor) -> Tensor:
-    """`s·partial + y` in FP32 with one rounding, where `partial` has at most 14 significant bits.
+    """FP32 `s·partial + y` with one rounding, where `partial` has at most 29 significant bits (here 14).
 
-    The product is then exact in FP64. Its FP64 sum with `y` is rounded to odd (two-sum finds the error, the
-    last bit absorbs it), which makes the second rounding, to FP32, the only one that counts.
+    The product is then exact in FP64. Its FP64 sum with `y` is rounded to odd (two-sum yields the error;
+    where there is one, the last bit of the sum is made 1), after which rounding to FP32 gives what one
+    rounding would have.
     """
     p, y64 = s.double() * partial.double(), y.double()
     total = p + y64
-    back = total - p
-    error = (p - (total - back)) + (y64 - back)
-    even = (total.view(torch.int64) & 1) == 0
-    inexact = (error != 0) & error.isfinite() & even
+    share = total - p
+    error = (p - (total - share)) + (y64 - share)
+    to_odd = (error != 0) & error.isfinite() & ((total.view(torch.int64) & 1) == 0)
     toward = torch.where(error > 0, torch.inf, -torch.inf).double()
-    return torch.where(inexact, torch.nextafter(total, toward), total).float()
+    return torch.where(to_odd, torch.nextafter(total, toward), total).float()
 
 
 def _hopper_matmul_nt(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
@@ -235,7 +277,7 @@ def _hopper_matmul_nt(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
     y = values_a.new_zeros(a.shape[0], b.shape[0])
     for tile in range(a.scales.shape[1]):
         part = slice(tile * TILE, (tile + 1) * TILE)
-        scale_b = b.scales[:, tile].repeat_interleave(b.block[0])[: b.shape[0]]
-        s = a.scales[:, tile, None] * scale_b
+        scales_b = b.scales[:, tile].repeat_interleave(b.block[0])[: b.shape[0]]
+        s = a.scales[:, tile, None] * scales_b
         y = fma(s, tensor_core_dot(values_a[:, part], values_b[:, part]), y)
     return y

@@ -1,12 +1,9 @@
 """FP8 weight gradient: tiles of 1x128 along tokens, FP32 result (DeepSeek-V3 report, section 3.3.2)."""
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
-from .checks import round_up
 from .quantized import ROW, TILE, QuantizedTensor
 
 
@@ -70,23 +67,11 @@ def _fp8_wgrad(
     accumulate: bool,
     group_offsets: Tensor | None,
 ) -> None:
-    op = "fp8_wgrad"
-    if launch.world(dy_t) != "reference":
-        launch.no_kernel(op)
-    offsets = None if group_offsets is None else _read_offsets(op, group_offsets, dy_t.shape[1])
-    q_dy, q_x = QuantizedTensor(dy_t, dy_scales, ROW), QuantizedTensor(x_t, x_scales, ROW)
-    reference.fp8_wgrad(q_dy, q_x, out, accumulate, offsets)
-
-
-def _read_offsets(op: str, group_offsets: Tensor, columns: int) -> list[int]:
-    offsets = checks.read_offsets(op, group_offsets, None, "")
-    used = sum(round_up(high - low, TILE) for low, high in pairwise(offsets))
-    if used > columns:
-        raise ValueError(
-            f"{op}: group_offsets takes {used} token columns (each group rounded up to {TILE}), "
-            f"expected at most {columns}, those of dy_t.data; quantise with the same group_offsets"
-        )
-    return offsets
+    if launch.world(dy_t) == "reference":
+        q_dy, q_x = QuantizedTensor(dy_t, dy_scales, ROW), QuantizedTensor(x_t, x_scales, ROW)
+        reference.fp8_wgrad(q_dy, q_x, out, accumulate, group_offsets)
+        return
+    launch.no_kernel("fp8_wgrad")
 
 
 def _fake(
