@@ -28,7 +28,7 @@ class ModelConfig:
     num_nextn_predict_layers: int = 1
     """How many multi-token-prediction modules; module k predicts the token k + 1 places ahead."""
     mtp_post_norm: bool = True
-    """Whether the first MTP module sees the last hidden state after the final norm (the released code) or before."""
+    """Whether an MTP module sees the state before it after that one's final norm (as released) or before."""
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
@@ -40,9 +40,13 @@ class ModelConfig:
             low = 0 if name in optional else 1
             if type(value) is int and value < low:
                 raise ValueError(f"ModelConfig: {name} is {value}, expected at least {low}")
-        self._require(self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (pairs are rotated)")
         self._require(
-            self.n_routed_experts % self.n_group == 0, "n_group", f"a divisor of {self.n_routed_experts} experts"
+            self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (pairs are rotated)"
+        )
+        self._require(
+            self.n_routed_experts % self.n_group == 0,
+            "n_group",
+            f"a divisor of {self.n_routed_experts} experts",
         )
         self._require(self.topk_group <= self.n_group, "topk_group", f"at most n_group = {self.n_group}")
         per_token, groups = self.num_experts_per_tok, self.topk_group

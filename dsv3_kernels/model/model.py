@@ -21,7 +21,7 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = MultiHeadLatentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
@@ -33,7 +33,7 @@ class Block(nn.Module):
 
 
 class MTPModule(nn.Module):
-    """Predicts one token further than the state it is given (section 2.2). Embedding and head are the model's own."""
+    """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -46,10 +46,14 @@ class MTPModule(nn.Module):
 
     def forward(
         self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """hidden: [B, S, hidden], the state at each position; embedded: the embedding of the token after it."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden: [B, S, hidden], the state at each position; embedded: the token after it.
+
+        Returns the new state, the same after the module's norm, for the head, and the balance loss.
+        """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        return self.block(self.eh_proj(joined), cos, sin)
+        hidden, balance = self.block(self.eh_proj(joined), cos, sin)
+        return hidden, self.norm(hidden), balance
 
 
 @dataclass
@@ -79,7 +83,7 @@ class DeepSeekV3(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draws all weights from N(0, initializer_range²), norms one: the same for a seed on every machine."""
+        """Draws all weights from N(0, initializer_range²), norms one; a seed gives the same everywhere."""
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             if parameter.dim() == 1:
@@ -116,20 +120,16 @@ class DeepSeekV3(nn.Module):
         mtp = []
         state = normed if self.config.mtp_post_norm else hidden
         for k, module in enumerate(self.mtp, start=1):
-            state, balance = module(self.embedding(window[:, k : k + length]), state, cos, sin)
+            embedded = self.embedding(window[:, k : k + length])
+            hidden, normed, balance = module(embedded, state, cos, sin)
+            state = normed if self.config.mtp_post_norm else hidden
             balances.append(balance)
-            mtp.append(self._cross_entropy(module.norm(state), window[:, k + 1 : k + 1 + length]))
-        balances = [b for b in balances if b is not None]
-        zero = main.new_zeros(())
-        return Losses(
-            main,
-            torch.stack(mtp).mean() if mtp else zero,
-            torch.stack(balances).mean() if balances else zero,
-        )
+            mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
+        return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
 
     def _trunk(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         hidden = self.embedding(tokens)
-        balances = []
+        balances: list[Tensor | None] = []
         for block in self.blocks:
             hidden, balance = block(hidden, cos, sin)
             balances.append(balance)
@@ -154,6 +154,10 @@ class DeepSeekV3(nn.Module):
         return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
 
 
+def _mean(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
 @dataclass(frozen=True)
 class ParameterCount:
     """total: the main model; active: those a token passes through; mtp: what the MTP modules add."""
@@ -169,6 +173,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         model = DeepSeekV3(config)
     mtp = sum(p.numel() for p in model.mtp.parameters())
     total = sum(p.numel() for p in model.parameters()) - mtp
-    routed = sum(p.numel() for m in model.blocks.modules() if isinstance(m, MoE) for p in m.experts.parameters())
+    routed = sum(
+        p.numel() for m in model.blocks.modules() if isinstance(m, MoE) for p in m.experts.parameters()
+    )
     idle = routed * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
     return ParameterCount(total, total - idle, mtp)

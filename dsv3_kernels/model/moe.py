@@ -32,7 +32,9 @@ class MLP(nn.Module):
 class Routing(NamedTuple):
     """Where T tokens go: K experts each."""
 
-    experts: Tensor  # int64 [T, K], ascending in a row, so that a token's experts are summed in ascending order
+    experts: (
+        Tensor  # int64 [T, K], ascending in a row, so that a token's experts are summed in ascending order
+    )
     weights: Tensor  # FP32 [T, K], with the gradient of the gate
     scores: Tensor  # FP32 [T, E], the sigmoid scores without the bias
 
@@ -40,8 +42,8 @@ class Routing(NamedTuple):
 def choose_experts(scores: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
     """The top_k experts of each token, all from its topk_group best groups (node-limited routing).
 
-    scores: [T, E], the bias added. A group's score is the sum of its top_k / topk_group highest; equal scores go to
-    the lower index. Returns int64 [T, top_k], ascending in a row.
+    scores: [T, E], the bias added. A group's score is the sum of its top_k / topk_group highest; equal scores
+    go to the lower index. Returns int64 [T, top_k], ascending in a row.
     """
     if topk_group < n_group:
         grouped = scores.unflatten(-1, (n_group, -1))
@@ -104,7 +106,8 @@ class Gate(nn.Module):
 def sequence_balance_loss(routing: Routing, batch: int) -> Tensor:
     """Sum over experts of f_i · P_i in each sequence, the mean over the sequences: 1 when even.
 
-    f_i: an expert's share of the choices times E; P_i: the mean of its normalised scores (equations 17 to 20).
+    f_i: an expert's share of the choices times E; P_i: the mean of its normalised scores (equations 17 to
+    20).
     """
     experts = routing.experts.view(batch, -1)
     num_experts = routing.scores.shape[-1]
@@ -116,7 +119,7 @@ def sequence_balance_loss(routing: Routing, batch: int) -> Tensor:
 
 
 class _ToExpertOrder(torch.autograd.Function):
-    """Row r of the result is x[token[r]]; slot inverts the order, so that the backward is a gather and a sum."""
+    """Row r of the result is x[token[r]]; slot inverts the order: the backward is a gather and a sum."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ class Experts(nn.Module):
         self.down_proj = GroupedFp8Linear(num_experts, intermediate_size, hidden_size)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """x: [T, hidden]; experts, weights: [T, K]. Returns the weighted sum of each token's experts, [T, hidden]."""
+        """x: [T, hidden]; experts, weights: [T, K]. Returns each token's weighted sum, [T, hidden]."""
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         slot = torch.empty_like(order)
@@ -175,7 +178,9 @@ class MoE(nn.Module):
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config)
         self.experts = Experts(config.n_routed_experts, hidden, inner)
-        self.shared_experts = MLP(hidden, inner * config.n_shared_experts) if config.n_shared_experts else None
+        self.shared_experts = (
+            MLP(hidden, inner * config.n_shared_experts) if config.n_shared_experts else None
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the sequence-wise balance loss)."""

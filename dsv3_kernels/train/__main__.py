@@ -26,8 +26,8 @@ _TRAIN_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m dsv3_kernels.train",
-        description="Trains a small DeepSeek-V3 on text, byte by byte, with the FP8 GEMMs of dsv3_kernels, and beside "
-        "it the same run in BF16. Ctrl-C saves a checkpoint first.",
+        description="Trains a small DeepSeek-V3 on text, byte by byte, with the FP8 GEMMs of dsv3_kernels, "
+        "and beside it the same run in BF16. Ctrl-C saves a checkpoint first.",
         # A setting that was not given is absent, so that --resume can tell it from one that was.
         argument_default=argparse.SUPPRESS,
     )
@@ -43,24 +43,38 @@ def build_parser() -> argparse.ArgumentParser:
     option(group, "--steps", int, "Updates of the weights.", train.steps)
     option(group, "--seed", int, "Fixes the initial weights and the order of the text.", train.seed)
     option(group, "--out", Path, "Folder for everything the run writes.", "runs/<time>")
-    option(group, "--resume", Path, "Go on, bit for bit, with the run in this folder, with its settings.", "a new run")
+    option(
+        group,
+        "--resume",
+        Path,
+        "Go on, bit for bit, with the run in this folder, with its settings.",
+        "a new run",
+    )
     option(group, "--threads", int, "CPU threads.", "as torch chooses")
 
     group = parser.add_argument_group("text")
     option(
-        group, "--data", str, "A text file, or a folder of them.", "the .py files of Python's standard library"
+        group,
+        "--data",
+        str,
+        "A text file, or a folder of them.",
+        "the .py files of Python's standard library",
     )
     option(group, "--batch-size", int, "Sequences a step.", train.batch_size)
     option(group, "--seq-len", int, "Bytes a sequence.", train.seq_len)
 
     group = parser.add_argument_group("optimisation")
     option(group, "--lr", float, "The highest learning rate.", train.lr)
-    option(group, "--final-lr", float, "The last learning rate, as a fraction of the highest.", train.final_lr)
+    option(
+        group, "--final-lr", float, "The last learning rate, as a fraction of the highest.", train.final_lr
+    )
     option(group, "--warmup-steps", int, "Steps over which the learning rate rises.", train.warmup_steps)
     option(group, "--weight-decay", float, "AdamW's decay of matrices.", train.weight_decay)
     option(group, "--grad-clip", float, "The gradient's norm is cut to this.", train.grad_clip)
     option(group, "--mtp-weight", float, "Weight of the multi-token-prediction loss.", train.mtp_weight)
-    option(group, "--balance-weight", float, "Weight of the sequence-wise balance loss.", train.balance_weight)
+    option(
+        group, "--balance-weight", float, "Weight of the sequence-wise balance loss.", train.balance_weight
+    )
     option(group, "--bias-speed", float, "How far a step moves an expert's bias.", train.bias_speed)
     group.add_argument(
         "--power-of-2-scales", action="store_true", help="Round FP8 scales up to powers of two (default: off)"
@@ -90,7 +104,9 @@ def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path]:
     )
     limit = config.model.max_position_embeddings
     if config.train.seq_len > limit:
-        raise TrainError(f"--seq-len is {config.train.seq_len}, expected at most {limit} for the preset {preset}")
+        raise TrainError(
+            f"--seq-len is {config.train.seq_len}, expected at most {limit} for the preset {preset}"
+        )
     folder = given.get("out") or Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
     if (folder / "config.json").exists():
         raise TrainError(f"--out: {folder} already holds a run. Mend: another --out, or --resume {folder}")
@@ -102,7 +118,9 @@ def resumed_run(given: dict[str, Any]) -> tuple[RunConfig, Path]:
     fixed = sorted((given.keys() & (_RUN_FIELDS | _TRAIN_FIELDS | {"precision", "out"})) - _RESUMABLE)
     if fixed:
         option = "--" + fixed[0].replace("_", "-")
-        raise TrainError(f"{option} cannot be given with --resume: the run goes on with the settings it began with")
+        raise TrainError(
+            f"{option} cannot be given with --resume: the run goes on with the settings it began with"
+        )
     folder = given["resume"]
     config = read_config(folder)
     train = dataclasses.replace(config.train, **_only(given, _TRAIN_FIELDS))

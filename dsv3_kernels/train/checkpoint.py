@@ -5,9 +5,9 @@
     folder/step-000200/state.json      step, data position, settings
     folder/step-000200/SHA256SUMS      of both, as `sha256sum -c` reads it
 
-A checkpoint is written into a hidden folder beside, flushed to the disk, renamed, and only then named in `latest`;
-older ones are removed after that. Whatever moment the process dies, `latest` names a whole one. Nothing here is
-ever unpickled or evaluated.
+A checkpoint is written into a hidden folder beside, flushed to the disk, renamed, and only then named in
+`latest`; older ones are removed after that. Whatever moment the process dies, `latest` names a whole one.
+Nothing here is ever unpickled or evaluated.
 """
 
 import contextlib
@@ -74,7 +74,9 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     mend = "".join(f". Mend: write {other} into {folder / 'latest'}" for other in others if other != name)
     try:
         if (checkpoint / "SHA256SUMS").read_bytes() != _checksums(checkpoint):
-            raise TrainError(f"the checkpoint {checkpoint} is damaged: its SHA256SUMS do not match its files{mend}")
+            raise TrainError(
+                f"the checkpoint {checkpoint} is damaged: its SHA256SUMS do not match its files{mend}"
+            )
         state = json.loads((checkpoint / "state.json").read_bytes())
         tensors = safetensors.torch.load_file(checkpoint / "tensors.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
@@ -85,7 +87,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def copy_checked(source: dict[str, Tensor], target: dict[str, Tensor], where: str) -> None:
-    """Copies every tensor of source into target's of the same name, shape and dtype; all are checked before any is."""
+    """Copies source into target, once every name, shape and dtype is found to be the same in both."""
     if source.keys() != target.keys():
         missing, unknown = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
         raise TrainError(f"{where}: missing tensors {missing[:5]}, unknown tensors {unknown[:5]}")

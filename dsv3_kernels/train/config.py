@@ -69,7 +69,7 @@ def to_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(cls: type[T], value: Any, where: str) -> T:
-    """Builds the dataclass from parsed JSON: every key known, none missing, every value of its field's type."""
+    """Builds the dataclass from parsed JSON: no unknown key, none missing, each value of its field's type."""
     if not isinstance(value, dict):
         raise TrainError(f"{where}: found {type(value).__name__}, expected an object")
     hints = typing.get_type_hints(cls)

@@ -37,7 +37,9 @@ def load_corpus(path: str | None, window: int) -> Corpus:
         root = Path(sysconfig.get_path("stdlib"))
         names = [name for name in _files(root) if name.suffix == ".py" and not _NOT_LIBRARY & set(name.parts)]
         if not names:
-            raise TrainError(f"found no .py files in {root}: this Python has no library sources. Mend: --data PATH")
+            raise TrainError(
+                f"found no .py files in {root}: this Python has no library sources. Mend: --data PATH"
+            )
     else:
         root, names = _given(Path(path))
     texts: dict[Path, bytes] = {}
@@ -49,13 +51,17 @@ def load_corpus(path: str | None, window: int) -> Corpus:
         else:
             binary.append(root / name)
     if not any(texts.values()):
-        what = f"{binary[0]} is binary, expected UTF-8 text" if binary else f"{root} holds no text (all files are empty)"
+        what = (
+            f"{binary[0]} is binary, expected UTF-8 text"
+            if binary
+            else f"{root} holds no text (all files are empty)"
+        )
         raise TrainError(f"--data: {what}")
     train, validation = _split(texts, window)
     if min(len(train), len(validation)) < window:
         raise TrainError(
-            f"--data: {root} gives {len(train)} bytes to train and {len(validation)} to validate, expected at least "
-            f"one window of {window} in each. Mend: more text, or a smaller --seq-len"
+            f"--data: {root} gives {len(train)} bytes to train and {len(validation)} to validate, expected "
+            f"at least one window of {window} in each. Mend: more text, or a smaller --seq-len"
         )
     digest = hashlib.sha256(train)
     digest.update(validation)
@@ -125,7 +131,8 @@ def _tensor(data: bytes) -> Tensor:
 class Batches:
     """Training batches as a function of the step alone: going on after a stop needs no other state.
 
-    Each epoch cuts the text at a new offset and takes the windows in a new order, both drawn from (seed, epoch).
+    Each epoch cuts the text at a new offset and takes the windows in a new order, both drawn from (seed,
+    epoch).
     """
 
     def __init__(self, text: Tensor, window: int, batch_size: int, seed: int) -> None:

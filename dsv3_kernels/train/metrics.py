@@ -11,7 +11,7 @@ from dsv3_kernels.train.trainer import StepMetrics
 
 
 class MetricsLog:
-    """Appends rows to a file. Rows of steps that the checkpoints do not know (a killed run's last ones) go first."""
+    """Appends rows to a file, after dropping those the checkpoints do not know (a killed run's last ones)."""
 
     def __init__(self, path: Path, steps: dict[str, int]) -> None:
         """steps: for each precision, the step its checkpoint stands at."""

@@ -13,7 +13,8 @@ class AdamW:
     """Updates masters in FP32 and writes them, rounded, into the model's own weights.
 
     Master weights, gradients and moments of all parameters lie each in one flat buffer, so that the number of
-    kernels of a step does not grow with that of the parameters. Vectors (norms) are not decayed: matrices come first.
+    kernels of a step does not grow with that of the parameters. Vectors (norms) are not decayed: matrices
+    come first.
 
     The parameters passed in are taken as the initial masters; convert the model to BF16 after, then call
     `write_parameters`.
@@ -48,7 +49,7 @@ class AdamW:
 
     @torch.no_grad()
     def write_parameters(self) -> None:
-        torch._foreach_copy_(self.parameters, self._masters)
+        torch._foreach_copy_(list[Tensor](self.parameters), self._masters)
 
     @torch.no_grad()
     def gather_gradients(self) -> Tensor:

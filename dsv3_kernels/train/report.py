@@ -45,7 +45,8 @@ class ProgressLine:
 
     def update(self, step: int, rows: list[dict[str, Any]]) -> None:
         text = "  ".join(
-            f"{row['precision']} loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s" for row in rows
+            f"{row['precision']} loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
+            for row in rows
         )
         self._progress.update(self._task, completed=step, text=text)
         if not self.console.is_terminal and (step % self._every == 0 or step == self.steps):
@@ -104,7 +105,9 @@ class Summary:
                 cells.append(_percent(values[precisions[0]] / values[precisions[1]] - 1))
             table.add_row(name, *cells)
         speeds = [_speed(log, p) for p in precisions]
-        table.add_row("tokens/s", *(f"{s:,.0f}" for s in speeds), *([f"{speeds[0] / speeds[1]:.2f}x"] * paired))
+        table.add_row(
+            "tokens/s", *(f"{s:,.0f}" for s in speeds), *([f"{speeds[0] / speeds[1]:.2f}x"] * paired)
+        )
         console.print(table)
         same = Table(title="the same weights computed both ways, validation loss", title_justify="left")
         for column in ("weights", "in FP8", "in BF16", "difference"):
@@ -113,8 +116,8 @@ class Summary:
             same.add_row(s.weights, f"{s.fp8:.4f}", f"{s.bf16:.4f}", _percent(s.difference))
         console.print(same)
         console.print(
-            f"For comparison, a unigram model of the text has {self.unigram:.2f}, a bigram model {self.bigram:.2f}. "
-            "Two runs that differ in nothing but chance differ by about 1 % in trained loss: bench/bench_train.py.",
+            f"A unigram model of the text has {self.unigram:.2f}, a bigram model {self.bigram:.2f}. "
+            "Chance alone moves a trained loss by about 1 %: bench/bench_train.py compares several seeds.",
             highlight=False,
         )
 
@@ -130,7 +133,9 @@ def _last(log: MetricsLog, precision: str) -> float:
 
 def _speed(log: MetricsLog, precision: str) -> float:
     rows = log.of(precision)
-    return sum(row["tokens_per_second"] * row["seconds"] for row in rows) / sum(row["seconds"] for row in rows)
+    return sum(row["tokens_per_second"] * row["seconds"] for row in rows) / sum(
+        row["seconds"] for row in rows
+    )
 
 
 def _percent(difference: float) -> str:
@@ -159,7 +164,9 @@ def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
         averaged = [sum(losses[low:high]) / (high - low) for low, high in _windows(len(losses))]
         axes.plot(steps, losses, color=color, alpha=0.25, linewidth=0.8)
         axes.plot(steps, averaged, color=color, label=f"{precision.upper()} training")
-        checked = [(row["step"], row["validation_loss"]) for row in rows if row["validation_loss"] is not None]
+        checked = [
+            (row["step"], row["validation_loss"]) for row in rows if row["validation_loss"] is not None
+        ]
         axes.plot(*zip(*checked, strict=True), "o", color=color, label=f"{precision.upper()} validation")
     for name, value in (("unigram", summary.unigram), ("bigram", summary.bigram)):
         axes.axhline(value, color="gray", linewidth=0.8, linestyle=":")

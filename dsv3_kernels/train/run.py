@@ -1,4 +1,4 @@
-"""A run: one trainer a precision, side by side over the same batches, with everything written to one folder."""
+"""A run: one trainer a precision, side by side over the same batches, all results in one folder."""
 
 import json
 import signal
@@ -29,7 +29,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
@@ -45,7 +47,9 @@ def read_config(folder: Path) -> RunConfig:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise TrainError(f"--resume: cannot read {path}: {error.strerror}; expected the folder of a run") from error
+        raise TrainError(
+            f"--resume: cannot read {path}: {error.strerror}; expected the folder of a run"
+        ) from error
     except ValueError as error:
         raise TrainError(f"--resume: {path} is not JSON: {error}") from error
     return from_json(RunConfig, value, str(path))
@@ -85,11 +89,12 @@ class Run:
         train = self.config.train
         skipped = f" ({corpus.skipped} files that are not text left out)" if corpus.skipped else ""
         self.console.print(
-            f"Training {self.config.preset} ({count.total / 1e6:.1f}M parameters, {count.active / 1e6:.1f}M active, "
-            f"and {count.mtp / 1e6:.1f}M of MTP) in {' and '.join(self.config.precisions)} "
+            f"Training {self.config.preset} ({count.total / 1e6:.1f}M parameters, "
+            f"{count.active / 1e6:.1f}M active, and {count.mtp / 1e6:.1f}M of MTP) "
+            f"in {' and '.join(self.config.precisions)} "
             f"for {train.steps} steps of {train.batch_size} x {train.seq_len} bytes\n"
             f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
-            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results go to {self.folder}",
+            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}",
             highlight=False,
             soft_wrap=True,
         )
@@ -120,7 +125,10 @@ class Run:
     def finish(self, seconds: float, prompt: str, sample_bytes: int) -> None:
         """Prints the tables and a sample, writes summary.json and loss.png."""
         unigram, bigram = report.entropies(self.corpus.train)
-        ends = {t.precision: _same_weights(f"trained in {t.precision.upper()}", t, self.validation) for t in self.trainers}
+        ends = {
+            t.precision: _same_weights(f"trained in {t.precision.upper()}", t, self.validation)
+            for t in self.trainers
+        }
         summary = report.Summary(
             steps=self.config.train.steps,
             seconds=seconds,

@@ -1,4 +1,4 @@
-"""What changes with the step, as the DeepSeek-V3 report has it (section 4.2), scaled to the length of the run."""
+"""What changes with the step (section 4.2 of the DeepSeek-V3 report), scaled to the length of the run."""
 
 import math
 

@@ -19,8 +19,6 @@ from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.optimizer import AdamW
 
 FORMAT = 1
-_MAY_DIFFER = ("steps",)
-"""Settings of a checkpoint that a resumed run may change."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class StepMetrics:
 class Trainer:
     """The model at one precision, its optimizer, and its place in the data.
 
-    All randomness is a function of (seed, step), so the state is the weights, the moments, the expert biases and
-    the step.
+    All randomness is a function of (seed, step), so the state is the weights, the moments, the expert biases
+    and the step.
     """
 
     def __init__(self, model: ModelConfig, train: TrainConfig, precision: Precision, corpus: Corpus) -> None:
@@ -91,8 +89,8 @@ class Trainer:
     def _require_finite(self, value: Tensor, what: str) -> None:
         if not math.isfinite(value.item()):
             raise TrainError(
-                f"{self.precision}: the {what} of step {self.step + 1} is {value.item()}; stopped before its update. "
-                "Mend: a smaller --lr or more --warmup-steps"
+                f"{self.precision}: the {what} of step {self.step + 1} is {value.item()}; "
+                "stopped before its update. Mend: a smaller --lr or more --warmup-steps"
             )
 
     def _balance_experts(self) -> float:
@@ -105,7 +103,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor, precision: Precision | None = None) -> float:
-        """Mean loss over the windows [n, seq_len + 1 + D], in the trainer's precision or another at the same weights."""
+        """Mean loss over windows [n, seq_len + 1 + D], in the trainer's precision or in another."""
         self.model.eval()
         if precision is not None:
             set_recipe(self.model, Fp8Recipe(precision, self.recipe.power_of_2_scales))
@@ -116,29 +114,16 @@ class Trainer:
         return total / len(windows)
 
     def _tensors(self) -> dict[str, Tensor]:
-        biases = {f"buffer/{name}": buffer for name, buffer in self.model.state_dict().items() if name.endswith(".bias")}
+        biases = {
+            f"buffer/{name}": buffer
+            for name, buffer in self.model.state_dict().items()
+            if name.endswith(".bias")
+        }
         return self.optimizer.tensors() | biases
 
-    def save(self, folder: Path, keep: int) -> Path:
-        state: dict[str, Any] = {
-            "format": FORMAT,
-            "precision": self.precision,
-            "step": self.step,
-            "samples": self.step * self.config.batch_size,
-            "text_sha256": self.corpus.sha256,
-            "model": to_json(self.model.config),
-            "train": to_json(self.config),
-        }
-        return checkpoint.save(folder, self.step, self._tensors(), state, keep)
-
-    def load(self, folder: Path) -> None:
-        """Goes on from the checkpoint in folder; it must be of the same settings and text."""
-        tensors, state = checkpoint.load(folder)
-        where = f"the checkpoint in {folder}"
-        step = state.get("step")
-        if type(step) is not int or step < 0:
-            raise TrainError(f"{where}: step is {step!r}, expected an integer from 0 up")
-        expected = {
+    def _state(self, step: int) -> dict[str, Any]:
+        """state.json of a checkpoint at the step."""
+        return {
             "format": FORMAT,
             "precision": self.precision,
             "step": step,
@@ -147,15 +132,26 @@ class Trainer:
             "model": to_json(self.model.config),
             "train": to_json(self.config),
         }
-        if state.keys() != expected.keys():
-            raise TrainError(f"{where}: its state has keys {sorted(state)}, expected {sorted(expected)}")
-        from_json(ModelConfig, state["model"], f"{where}: model")
-        saved = asdict(from_json(TrainConfig, state["train"], f"{where}: train"))
-        for name in _MAY_DIFFER:
-            saved[name] = expected["train"][name]
-        for name, value in (state | {"train": saved}).items():
-            if value != expected[name]:
-                raise TrainError(f"{where}: {_difference(name, value, expected[name])}")
+
+    def save(self, folder: Path, keep: int) -> Path:
+        return checkpoint.save(folder, self.step, self._tensors(), self._state(self.step), keep)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from the checkpoint in folder; it must be of the same settings (but steps) and text."""
+        tensors, found = checkpoint.load(folder)
+        where = f"the checkpoint in {folder}"
+        step = found.get("step")
+        if type(step) is not int or step < 0:
+            raise TrainError(f"{where}: step is {step!r}, expected an integer from 0 up")
+        expected = self._state(step)
+        if found.keys() != expected.keys():
+            raise TrainError(f"{where}: its state has keys {sorted(found)}, expected {sorted(expected)}")
+        from_json(ModelConfig, found["model"], f"{where}: model")
+        train = asdict(from_json(TrainConfig, found["train"], f"{where}: train"))
+        found["train"] = train | {"steps": self.config.steps}
+        for name in expected:
+            if found[name] != expected[name]:
+                raise TrainError(f"{where}: {_difference(name, found[name], expected[name])}")
         checkpoint.copy_checked(tensors, self._tensors(), where)
         self.optimizer.steps = self.step = step
         self.optimizer.write_parameters()
@@ -167,5 +163,5 @@ def _difference(name: str, found: Any, expected: Any) -> str:
             (f"{name}.{key}", found[key], expected[key]) for key in expected if found[key] != expected[key]
         )
     if name == "text_sha256":
-        return "it was trained on other text (the data has changed since), so it cannot go on with the same batches"
+        return "its text was another (the data has changed since), so the same batches cannot go on"
     return f"{name} is {found!r}, expected {expected!r}"
