@@ -40,8 +40,11 @@ class _Fp8LinearFunction(torch.autograd.Function):
         if not training:
             return _gemm(x_q, quantize_128x128(weight, power_of_2_scales=power_of_2), group_offsets)
         w_q, w_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
-        x_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2)
-        ctx.save_for_backward(w_t.data, w_t.scales, x_t.data, x_t.scales, group_offsets)
+        x_data = x_scales = None
+        if ctx.needs_input_grad[1]:
+            x_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2)
+            x_data, x_scales = x_t.data, x_t.scales
+        ctx.save_for_backward(w_t.data, w_t.scales, x_data, x_scales, group_offsets)
         ctx.power_of_2 = power_of_2
         return _gemm(x_q, w_q, group_offsets)
 
