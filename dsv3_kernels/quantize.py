@@ -6,28 +6,36 @@ UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile 
 silent finite value.
 """
 
+import functools
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
+from .jit import Kernel
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
 
-_INPUT = (torch.bfloat16, torch.float32)
+_INPUT = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}  # names in csrc/kernels
+
+# As in csrc/kernels/quantize.cuh.
+THREADS = 256
+ROWS_PER_WARP = 32
+MAX_TASKS = 2**31
+MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
 
 
 def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
-    x: bfloat16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
     Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]`, strides `(.., 1, round_up(M,
     4))`.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
     device.
     """
     op = "quantize_1x128"
-    checks.tensor(op, "x", x, _INPUT, (2, 3))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
@@ -40,7 +48,28 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
         return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales)
-    launch.no_kernel("quantize_1x128")
+    rows, width = x.shape[-2:]
+    batches = x.shape[0] if x.ndim == 3 else 1
+    tasks = batches * checks.ceil_div(rows, ROWS_PER_WARP) * checks.ceil_div(width, TILE)
+    if tasks > MAX_TASKS:
+        raise ValueError(
+            f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
+            f"expected at most {MAX_TASKS}; split it"
+        )
+    data, scales = _fake_1x128(x, power_of_2_scales)
+    if tasks:
+        grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
+        strides = (rows * width, width, scales.stride(0) if x.ndim == 3 else 0, scales.stride(-1))
+        arguments = (x, data, scales, batches, rows, width, *strides)
+        kernel = kernel_1x128(x.dtype, power_of_2_scales)
+        launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+@functools.cache
+def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
+    return Kernel("quantize.cuh", "quantize_1x128", (_INPUT[dtype], power_of_2_scales))
 
 
 def quantize_1x128_t(
@@ -48,7 +77,7 @@ def quantize_1x128_t(
 ) -> QuantizedTensor:
     """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
 
-    x: bfloat16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
+    x: bfloat16, float16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
     group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
         out.
     Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
@@ -60,7 +89,7 @@ def quantize_1x128_t(
     or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
     """
     op = "quantize_1x128_t"
-    checks.tensor(op, "x", x, _INPUT, (2,))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2,))
     checks.multiple(op, "x", "width", x.shape[-1], 8)
     checks.contiguous(op, "x", x)
     if group_offsets is not None:
@@ -91,8 +120,8 @@ def quantize_128x128(
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise weights in blocks of 128x128.
 
-    w: bfloat16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with `transpose` N) a
-        multiple of 16.
+    w: bfloat16, float16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with
+        `transpose` N) a multiple of 16.
     Returns block (128, 128): data `[.., N, K]`, scales `[.., ceil(N/128), ceil(K/128)]`, contiguous. With
     `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed (data `[.., K,
     N]`): the operand of the input gradient, since FP8 tensor cores take K-major operands only.
@@ -100,7 +129,7 @@ def quantize_128x128(
     device.
     """
     op = "quantize_128x128"
-    checks.tensor(op, "w", w, _INPUT, (2, 3))
+    checks.tensor(op, "w", w, tuple(_INPUT), (2, 3))
     checks.multiple(op, "w", "K", w.shape[-1], 16)
     if checks.flag(op, "transpose", transpose):
         checks.multiple(op, "w", "N", w.shape[-2], 16)
