@@ -18,6 +18,8 @@ from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales
 
 _INPUT = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}  # names in csrc/kernels
 
+_DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 # As in csrc/kernels/quantize.cuh.
 THREADS = 256
 ROWS_PER_WARP = 32
@@ -155,15 +157,15 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     """The values of `q`: each code times its scale, rounded to FP32, then to `dtype`.
 
     q: a QuantizedTensor or a (data, scales) tuple, either block, rank 2 or 3.
-    dtype: torch.float32, torch.bfloat16 or torch.float64.
+    dtype: torch.float32, torch.bfloat16, torch.float16 or torch.float64.
     Returns `[.., M, K]` of `dtype`, contiguous. Runs on any device, as PyTorch operations.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
     or device.
     """
     op = "dequantize"
     q = quantized.operand(op, "q", q, None, (2, 3))
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float64")
+    if dtype not in _DEQUANTIZED:
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {', '.join(map(str, _DEQUANTIZED))}")
     launch.world(q.data)
     if torch.compiler.is_compiling():
         return torch.ops.dsv3_kernels.dequantize(q.data, q.scales, q.block[0], dtype)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import dsv3_kernels as dk
 
+INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 Slots = dict[str, object]
 Spoil = Callable[[object, random.Random], object]  # the slot's value -> a bad one
 
@@ -33,7 +34,7 @@ def offsets_of(rng: random.Random, groups: int, rows: int) -> torch.Tensor:
 
 
 def draw_input(rng: random.Random, name: str, *shape: int) -> Slots:
-    dtype = rng.choice([torch.float32, torch.bfloat16])
+    dtype = rng.choice(INPUTS)
     return {name: torch.randn(shape).to(dtype), "power_of_2_scales": rng.random() < 0.5}
 
 
@@ -54,7 +55,7 @@ def draw_128x128(rng):
 
 def draw_dequantize(rng):
     shape = [2] * rng.randint(0, 1) + [rng.randint(2, 140), 16 * rng.randint(1, 20)]
-    slots: Slots = {"dtype": rng.choice([torch.float32, torch.bfloat16, torch.float64])}
+    slots: Slots = {"dtype": rng.choice([*INPUTS, torch.float64])}
     add(slots, "q", rng.choice([dk.quantize_1x128, dk.quantize_128x128])(torch.randn(shape)))
     return slots
 
@@ -214,12 +215,7 @@ def operand(name: str, block: str) -> Iterator[tuple[str, str, Spoil]]:
 
 
 def tensor_input(name: str) -> Iterator[tuple[str, str, Spoil]]:
-    spoils = (
-        ANY_TENSOR
-        | FLOAT
-        | DENSE
-        | {"dtype": of_another_dtype(torch.float32, torch.bfloat16), "K": shorter(-1)}
-    )
+    spoils = ANY_TENSOR | FLOAT | DENSE | {"dtype": of_another_dtype(*INPUTS), "K": shorter(-1)}
     yield from ((name, rf"\b{name}\b", spoil) for spoil in spoils.values())
     yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
 
@@ -244,7 +240,7 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         yield "transpose", "transpose", NO_FLAG
     if op == "dequantize":
         yield from operand("q", "either")
-        yield "dtype", "dtype", other(torch.int8, torch.float16, "float32", None, float, 32)
+        yield "dtype", "dtype", other(torch.int8, torch.float8_e4m3fn, "float32", None, float, 32)
     if op.endswith("gemm"):
         yield from gemm_operands()
     if op == "grouped_fp8_gemm":
