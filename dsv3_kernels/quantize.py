@@ -3,7 +3,7 @@
 `scale = amax/448` of the tile, in FP32, at least 2^-126, and 1 for a tile of zeros; `data = e4m3(x/scale)`,
 round to nearest even, saturating. `power_of_2_scales=True` rounds the scale up to a power of two (exact in
 UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile dequantises to NaN: never a
-silent finite value.
+silent finite value. An input that requires grad is refused while gradients are recorded.
 """
 
 import functools
@@ -31,8 +31,8 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
     x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
-    Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]`, strides `(.., 1, round_up(M,
-    4))`.
+    Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]` with strides
+    `(.., 1, round_up(M, 4))`.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
     device.
     """
@@ -82,11 +82,10 @@ def quantize_1x128_t(
     x: bfloat16, float16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
     group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
         out.
-    Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
-    `(1, round_up(width, 4))`, with T = 128·floor((tokens + 127·G)/128) (G = 1 without groups). Tiles restart
-    at
-    each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero; a
-    tile of zeros has scale 1.
+    Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]` with strides
+    `(1, round_up(width, 4))`, where T = 128·floor((tokens + 127·G)/128), G = 1 without groups. Tiles restart
+    at each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero;
+    a tile of zeros has scale 1.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
     or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
     """
@@ -125,8 +124,8 @@ def quantize_128x128(
     w: bfloat16, float16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with
         `transpose` N) a multiple of 16.
     Returns block (128, 128): data `[.., N, K]`, scales `[.., ceil(N/128), ceil(K/128)]`, contiguous. With
-    `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed (data `[.., K,
-    N]`): the operand of the input gradient, since FP8 tensor cores take K-major operands only.
+    `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed, data
+    `[.., K, N]`: the operand of the input gradient, since FP8 tensor cores take K-major operands only.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
     device.
     """
@@ -164,7 +163,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     """
     op = "dequantize"
     q = quantized.operand(op, "q", q, None, (2, 3))
-    if dtype not in _DEQUANTIZED:
+    if not isinstance(dtype, torch.dtype) or dtype not in _DEQUANTIZED:
         raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {', '.join(map(str, _DEQUANTIZED))}")
     launch.world(q.data)
     if torch.compiler.is_compiling():
@@ -216,7 +215,7 @@ def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bo
 
 
 def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), device=w.device)
+    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
 
 
 def _fake_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

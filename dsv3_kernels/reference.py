@@ -73,7 +73,7 @@ def quantize_1x128_t(
     if columns == tokens and len(offsets) == 2 and offsets[1] == tokens:
         values = x.float()
     else:
-        values = torch.zeros(columns, width, device=x.device)
+        values = torch.zeros(columns, width, dtype=torch.float32, device=x.device)
         start = 0
         for low, high in pairwise(offsets):
             values[start : start + high - low] = x[low:high]
@@ -106,8 +106,8 @@ def transpose(q: QuantizedTensor) -> QuantizedTensor:
 def decode(data: Tensor) -> Tensor:
     """float8_e4m3fn to FP32, exactly. On CPUs several times as fast as PyTorch's own conversion.
 
-    Sign, exponent and fraction of e4m3, moved up by 7 bits, are those of a float16 2^-8 as large, subnormals
-    too.
+    Sign, exponent and fraction of e4m3, moved up by 7 bits, are those of a float16 that is 2^-8 as large,
+    for subnormals too.
     """
     if data.is_cuda:
         return data.float()

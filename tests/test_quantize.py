@@ -188,6 +188,27 @@ def test_transposed_tokens(power_of_2, dtype, sizes, unused):
     assert not codes(q)[:, start:].any() and (q.scales[:, start // 128 :] == 1).all()
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_does_not_matter(default):
+    x = torch.randn(200, 144, generator=fresh_generator())
+    offsets = torch.tensor([0, 70, 200], dtype=torch.int32)
+
+    def results():
+        w_q, w_t = dk.quantize_128x128(x[:192], transpose=True)
+        x_q, x_t = dk.quantize_1x128(x), dk.quantize_1x128_t(x, offsets)
+        quantized = [t for q in (w_q, w_t, x_q, x_t) for t in (q.data.float(), q.scales, dk.dequantize(q))]
+        hopper = dk.reference.fp8_gemm(x_q, w_q, "hopper")
+        return [*quantized, hopper, dk.fp8_gemm(x_q, w_q), dk.fp8_wgrad(x_t, x_t, group_offsets=offsets)]
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(e, g) and e.dtype == g.dtype for e, g in zip(expected, got, strict=True))
+
+
 def test_empty():
     for shape in ((0, 128), (3, 0), (0, 0), (0, 4, 128), (2, 0, 128)):
         for quantizer in (dk.quantize_1x128, dk.quantize_128x128):
