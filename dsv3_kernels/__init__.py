@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _API = {
     "QuantizedTensor": "quantized",
-    "dequantize": "quantized",
+    "dequantize": "quantize",
     "quantize_1x128": "quantize",
     "quantize_1x128_t": "quantize",
     "quantize_128x128": "quantize",

@@ -1,0 +1,235 @@
+"""Quantisation to e4m3 with one FP32 scale a tile (DeepSeek-V3 report, section 3.3.2).
+
+`scale = amax/448` of the tile, in FP32, at least 2^-126, and 1 for a tile of zeros; `data = e4m3(x/scale)`,
+round to nearest even, saturating. `power_of_2_scales=True` rounds the scale up to a power of two (exact in
+UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile dequantises to NaN: never a
+silent finite value.
+"""
+
+import functools
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import checks, launch, quantized, reference
+from .jit import Kernel
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
+
+_INPUT = {torch.bfloat16: "Bf16", torch.float32: "float"}  # and their names in csrc/kernels
+
+# As in csrc/kernels/quantize.cuh.
+THREADS = 256
+ROWS_PER_WARP = 32
+MAX_TASKS = 2**31
+MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
+
+
+def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
+    """Quantise activations or gradients in tiles of 1x128 along the last dimension.
+
+    x: bfloat16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]`, strides `(.., 1, round_up(M,
+    4))`.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
+    device.
+    """
+    op = "quantize_1x128"
+    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
+    checks.multiple(op, "x", "K", x.shape[-1], 16)
+    checks.contiguous(op, "x", x)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales)
+        return QuantizedTensor(data, scales, ROW)
+    return _quantize_1x128(x, power_of_2_scales)
+
+
+def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
+    if launch.world(x) == "reference":
+        return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales)
+    rows, width = x.shape[-2:]
+    batches = x.shape[0] if x.ndim == 3 else 1
+    tasks = batches * checks.ceil_div(rows, ROWS_PER_WARP) * checks.ceil_div(width, TILE)
+    if tasks > MAX_TASKS:
+        raise ValueError(
+            f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
+            f"expected at most {MAX_TASKS}; split it"
+        )
+    data, scales = _fake_1x128(x, power_of_2_scales)
+    if tasks:
+        grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
+        strides = (rows * width, width, scales.stride(0) if x.ndim == 3 else 0, scales.stride(-1))
+        arguments = (x, data, scales, batches, rows, width, *strides)
+        kernel = kernel_1x128(x.dtype, power_of_2_scales)
+        launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+@functools.cache
+def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
+    return Kernel("quantize.cuh", "quantize_1x128", (_INPUT[dtype], power_of_2_scales))
+
+
+def quantize_1x128_t(
+    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
+    """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
+
+    x: bfloat16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
+    group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
+        out.
+    Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
+    `(1, round_up(width, 4))`, with T = 128·floor((tokens + 127·G)/128) (G = 1 without groups). Tiles restart
+    at
+    each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero; a
+    tile of zeros has scale 1.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
+    """
+    op = "quantize_1x128_t"
+    checks.tensor(op, "x", x, tuple(_INPUT), (2,))
+    checks.multiple(op, "x", "width", x.shape[-1], 8)
+    checks.contiguous(op, "x", x)
+    if group_offsets is not None:
+        checks.offsets(op, group_offsets, "x", x)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128_t(x, group_offsets, power_of_2_scales)
+        return QuantizedTensor(data, scales, ROW)
+    return _quantize_1x128_t(x, group_offsets, power_of_2_scales)
+
+
+def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
+    if launch.world(x) == "reference":
+        return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
+    launch.no_kernel("quantize_1x128_t")
+
+
+@overload
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[False] = ...
+) -> QuantizedTensor: ...
+@overload
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[True]
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = False, transpose: bool = False
+) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
+    """Quantise weights in blocks of 128x128.
+
+    w: bfloat16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with `transpose` N) a
+        multiple of 16.
+    Returns block (128, 128): data `[.., N, K]`, scales `[.., ceil(N/128), ceil(K/128)]`, contiguous. With
+    `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed (data `[.., K,
+    N]`): the operand of the input gradient, since FP8 tensor cores take K-major operands only.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
+    device.
+    """
+    op = "quantize_128x128"
+    checks.tensor(op, "w", w, tuple(_INPUT), (2, 3))
+    checks.multiple(op, "w", "K", w.shape[-1], 16)
+    if checks.flag(op, "transpose", transpose):
+        checks.multiple(op, "w", "N", w.shape[-2], 16)
+    checks.contiguous(op, "w", w)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if not torch.compiler.is_compiling():
+        q = _quantize_128x128(w, power_of_2_scales)
+        return (q, reference.transpose(q)) if transpose else q
+    if not transpose:
+        data, scales = torch.ops.dsv3_kernels.quantize_128x128(w, power_of_2_scales)
+        return QuantizedTensor(data, scales, SQUARE)
+    data, scales, data_t, scales_t = torch.ops.dsv3_kernels.quantize_128x128_both(w, power_of_2_scales)
+    return QuantizedTensor(data, scales, SQUARE), QuantizedTensor(data_t, scales_t, SQUARE)
+
+
+def _quantize_128x128(w: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
+    if launch.world(w) == "reference":
+        return reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales)
+    launch.no_kernel("quantize_128x128")
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values of `q`: each code times its scale, rounded to FP32, then to `dtype`.
+
+    q: a QuantizedTensor or a (data, scales) tuple, either block, rank 2 or 3.
+    dtype: torch.float32, torch.bfloat16 or torch.float64.
+    Returns `[.., M, K]` of `dtype`, contiguous. Runs on any device, as PyTorch operations.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
+    or device.
+    """
+    op = "dequantize"
+    q = quantized.operand(op, "q", q, None, (2, 3))
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float64")
+    launch.world(q.data)
+    if torch.compiler.is_compiling():
+        return torch.ops.dsv3_kernels.dequantize(q.data, q.scales, q.block[0], dtype)
+    return reference.dequantize(q).to(dtype)
+
+
+# The same functions as torch.library ops, on plain tensors: what torch.compile traces.
+
+
+def _op_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128(x, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128_t(x, group_offsets, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_128x128(w, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _op_128x128_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q = _quantize_128x128(w, power_of_2_scales)
+    q_t = reference.transpose(q)
+    return q.data, q.scales, q_t.data, q_t.scales
+
+
+def _op_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:
+    return reference.dequantize(QuantizedTensor(data, scales, (block_rows, TILE))).to(dtype)
+
+
+def _fake_data(data: Tensor) -> Tensor:
+    return torch.empty(data.shape, dtype=torch.float8_e4m3fn, device=data.device)
+
+
+def _fake_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    return _fake_data(x), quantized.empty_mn_major(scales_shape(x.shape, ROW), x.device)
+
+
+def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
+    width, columns = x.shape[1], padded_tokens(x.shape[0], groups)
+    data = torch.empty(width, columns, dtype=torch.float8_e4m3fn, device=x.device)
+    return data, quantized.empty_mn_major((width, columns // TILE), x.device)
+
+
+def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), device=w.device)
+
+
+def _fake_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_fake_128x128(w, power_of_2_scales), *_fake_128x128(w.mT, power_of_2_scales)
+
+
+def _fake_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(data.shape, dtype=dtype, device=data.device)
+
+
+for _name, _op, _fake in (
+    ("quantize_1x128", _op_1x128, _fake_1x128),
+    ("quantize_1x128_t", _op_1x128_t, _fake_1x128_t),
+    ("quantize_128x128", _op_128x128, _fake_128x128),
+    ("quantize_128x128_both", _op_128x128_both, _fake_both),
+    ("dequantize", _op_dequantize, _fake_dequantize),
+):
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)

@@ -1,0 +1,89 @@
+"""QuantizedTensor: FP8 values and the FP32 scales of their tiles, and the shape arithmetic of both."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .checks import ceil_div, round_up
+
+Block = tuple[int, int]
+TILE = 128
+ROW: Block = (1, TILE)
+SQUARE: Block = (TILE, TILE)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class QuantizedTensor:
+    """FP8 data with one FP32 scale a tile: `data[m, k] · scales[m // block[0], k // block[1]]` at `[m, k]`.
+
+    data: float8_e4m3fn `[.., M, K]`, row-major contiguous.
+    scales: float32; for block (1, 128) `[.., M, ceil(K/128)]`, MN-major, strides `(.., 1, round_up(M, 4))`,
+        so that a kernel loads the scales of neighbouring rows with one access; for block (128, 128)
+        `[.., ceil(M/128), ceil(K/128)]`, contiguous.
+    block: rows and columns of a tile, (1, 128) or (128, 128).
+
+    The ops check what they are given; building one checks nothing.
+    """
+
+    data: Tensor
+    scales: Tensor
+    block: Block
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+
+def scales_shape(data_shape: torch.Size, block: Block) -> tuple[int, ...]:
+    *batch, m, k = data_shape
+    return (*batch, ceil_div(m, block[0]), ceil_div(k, TILE))
+
+
+def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """FP32 scales `[.., M, K/128]` with strides `(.., 1, round_up(M, 4))`."""
+    *batch, m, k = shape
+    leading = round_up(m, 4)
+    strides = (leading * k, 1, leading) if batch else (1, leading)
+    return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
+
+
+def padded_tokens(tokens: int, groups: int) -> int:
+    """Columns of a token-transposed tensor: the most that `groups` groups, each padded to 128, can take."""
+    return TILE * ((tokens + (TILE - 1) * groups) // TILE)
+
+
+def operand(
+    op: str, name: str, value: object, block: Block | None, ranks: tuple[int, ...]
+) -> QuantizedTensor:
+    """`value`, a QuantizedTensor or a (data, scales) tuple, checked as an operand of `op`.
+
+    `block=None` takes both blocks; a tuple's block is then read off the shape of its scales.
+    """
+    if isinstance(value, QuantizedTensor):
+        data, scales = value.data, value.scales
+        got: Block | None = value.block
+    elif isinstance(value, tuple) and len(value) == 2:
+        data, scales = value
+        got = block
+    else:
+        what = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
+        raise TypeError(f"{op}: {name} is {what}, expected a QuantizedTensor or a (data, scales) tuple")
+    checks.tensor(op, f"{name}.data", data, (torch.float8_e4m3fn,), ranks)
+    checks.tensor(op, f"{name}.scales", scales, (torch.float32,), ranks)
+    if got is None:
+        got = ROW if tuple(scales.shape) == scales_shape(data.shape, ROW) else SQUARE
+    if got != block if block is not None else got not in (ROW, SQUARE):
+        raise ValueError(f"{op}: {name}.block is {got}, expected {block or '(1, 128) or (128, 128)'}")
+    checks.contiguous(op, f"{name}.data", data)
+    checks.same_device(op, f"{name}.scales", scales, f"{name}.data", data)
+    expected = scales_shape(data.shape, got)
+    if tuple(scales.shape) != expected:
+        rows = "rows" if got == ROW else "ceil(rows/128)"
+        raise ValueError(
+            f"{op}: {name}.scales has shape {tuple(scales.shape)}, "
+            f"expected ({'G, ' if len(expected) == 3 else ''}"
+            f"{rows}, ceil(columns/128)) = {expected} for {name}.data of shape {tuple(data.shape)}"
+        )
+    return QuantizedTensor(data, scales, got)
