@@ -166,7 +166,7 @@ Ref Decode::src(const Operand& o, Type type) {
 
 Ref Decode::dst(const Operand& o, Type type) {
     if (o.kind == Operand::Sink && o.items.empty()) {
-        builder.registers.push_back({type, true});
+        builder.registers.push_back({type, true, false});
         return static_cast<Ref>(builder.registers.size()) - 1;
     }
     if (o.kind != Operand::Register || o.negated || o.minus) malformed("the destination is no register");
@@ -211,6 +211,11 @@ const std::vector<Operand>& Decode::items(const Operand& o, size_t least, size_t
     if (o.kind != Operand::Vector || o.items.size() < least || o.items.size() > most)
         malformed("expected a vector of " + std::to_string(least) + (most > least ? " to " + std::to_string(most) : "") + " operands");
     return o.items;
+}
+
+void Decode::dedicate(Ref r) {
+    Builder::Virtual& v = builder.registers[static_cast<size_t>(r)];
+    v.dedicated = v.wgmma = true;
 }
 
 void Decode::set_list(const std::vector<Ref>& refs) {

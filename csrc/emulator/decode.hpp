@@ -45,6 +45,7 @@ class Decode {
     int register_size(const Operand& o) const;  ///< bytes; 0 for a predicate, -1 for no register
     uint64_t literal(size_t i) const;           ///< an operand that must be an integer literal
     bool is_literal(const Operand& o) const { return o.kind == Operand::Integer; }
+    void dedicate(Ref virtual_register);  ///< a slot of its own, and instructions that name it are marked
     void set_list(const std::vector<Ref>& refs);
     const std::vector<Operand>& items(const Operand& o, size_t least, size_t most) const;
     template <class T>
@@ -92,7 +93,7 @@ class Builder {
     explicit Builder(ModuleAst ast);
     std::shared_ptr<Program> build();
 
-    struct Virtual { Type type; bool dedicated; };  ///< dedicated: never shares its slot
+    struct Virtual { Type type; bool dedicated; bool wgmma = false; };  ///< dedicated: never shares its slot
     struct Built { Inst inst; std::vector<int> reads, writes; int target = -1; bool falls_through = true; };
 
     ModuleAst ast;

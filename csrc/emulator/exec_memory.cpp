@@ -42,7 +42,7 @@ Warp::Fences& fences(Warp& w) {
     return *w.fences;
 }
 
-uint64_t address_of(const Context& c, const MemoryOp& op, const uint32_t* base, int l) {
+uint64_t address_of(const MemoryOp& op, const uint32_t* base, int l) {
     uint64_t a = op.wide ? get<uint64_t>(base, l) : base[l];
     a += static_cast<uint64_t>(op.offset);
     return op.wide || op.space == Space::Generic ? a : static_cast<uint32_t>(a);
@@ -82,7 +82,7 @@ Flow load(Context& c, const Inst& i) {
     bool strong = op.order != Order::Weak;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
-        targets[l] = c.locate(op.space, address_of(c, op, base, l), bytes, bytes, l, false);
+        targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
         if (!strong) continue;
         uint64_t v = 0;
         std::memcpy(&v, targets[l].data, std::min(bytes, 8u));
@@ -141,7 +141,7 @@ Flow store(Context& c, const Inst& i) {
     Target targets[32];
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
-        targets[l] = c.locate(op.space, address_of(c, op, base, l), bytes, bytes, l, true);
+        targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, true);
     }
     const Target& first = targets[__builtin_ctz(c.mask)];
     bool tracked = c.checks && (first.shadow || op.space == Space::Generic);
@@ -206,7 +206,6 @@ void decode_access(Decode& d, bool is_load) {
     }
     d.set_list(refs);
     d.inst.type = op.type;
-    d.inst.propagates = is_load;
     d.finish(is_load ? load : store, Class::Memory);
 }
 

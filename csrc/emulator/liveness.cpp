@@ -187,6 +187,8 @@ void allocate_registers(Builder& b) {
         for (uint32_t i = 0; i < inst.list_size; i++)
             if (list[i] != no_ref) rewrite(list[i]);
         inst.touched = static_cast<uint32_t>(p.touched.size());
+        for (const std::vector<int>* list : {&built.reads, &built.writes})
+            for (int r : *list) inst.touches_wgmma |= b.registers[static_cast<size_t>(r)].wgmma;
         for (int r : built.reads) p.touched.push_back(place(r));
         for (int r : built.writes) p.touched.push_back(place(r));
         inst.reads = static_cast<uint16_t>(built.reads.size());

@@ -55,14 +55,11 @@ struct Mbarrier {
 };
 
 struct NamedBarrier {
-    uint32_t arrived = 0, expected = 0;  ///< threads; expected 0: all of the block
+    uint32_t arrived = 0, expected = 0;  ///< threads; expected 0: all warps of the block that have not exited
+    uint32_t warps = 0;                  ///< that arrived, a bit each
     uint32_t generation = 0;
-    uint32_t waiting = 0;
-    int op = 0;                          ///< bar.red: 1 popc, 2 and, 3 or
-    uint32_t result = 0, last_result = 0;
-    bool whole_block = false;
-    Knowledge arriving;
-    std::map<uint32_t, Knowledge> completed;  ///< by generation, while warps still have to leave it
+    uint32_t result = 0, last_result = 0;  ///< of bar.red
+    Knowledge arriving, completed;
 };
 
 /// Something asynchronous that moves in steps of its own.
@@ -78,7 +75,6 @@ struct WgmmaIssue {
     const Inst* inst;
     uint64_t a_descriptor, b_descriptor;
     bool scale_d;
-    uint32_t group;
     Knowledge knowledge;
 };
 
@@ -91,7 +87,7 @@ struct Warpgroup {
 
 struct WgmmaState {
     uint32_t issued = 0;              ///< instructions
-    uint32_t group = 0;               ///< being filled
+    bool fenced = false;              ///< saw a wgmma.fence
     std::vector<uint32_t> group_end;  ///< instructions issued when each group was committed
     std::vector<uint8_t> writing, reading;  ///< by register: operations in flight
     std::vector<uint8_t> dirty;       ///< written by the warp since its last wgmma.fence
@@ -118,6 +114,7 @@ struct Warp {
     uint64_t effects = 0;             ///< stores, arrivals, ...: what makes a repeated test no mere polling
     std::array<Poll, 8> polls;
     uint32_t next_poll = 0;
+    uint32_t cluster_arrivals = 0, cluster_waits = 0;
     bool queued = false;              ///< is in the list of runnable warps
 
     Agent agent = 0;
@@ -147,10 +144,8 @@ struct Warp {
 struct Cluster {
     uint32_t id = 0;
     std::vector<Cta*> ctas;
-    uint32_t arrived = 0;   ///< threads
-    uint32_t generation = 0;
-    Knowledge arriving;
-    std::map<uint32_t, Knowledge> completed;
+    uint32_t generation = 0;  ///< of barrier.cluster
+    Knowledge arriving, completed;
     uint32_t live_ctas = 0;
 };
 

@@ -63,7 +63,7 @@ const FunctionAst& Builder::function_ast() const { return ast.functions[static_c
 int Builder::special(Special kind) {
     auto it = specials_.find(kind);
     if (it != specials_.end()) return it->second;
-    registers.push_back({kind == Special::GridId ? Type::U64 : Type::U32, true});
+    registers.push_back({kind == Special::GridId ? Type::U64 : Type::U32, true, false});
     int id = static_cast<int>(registers.size()) - 1;
     specials_[kind] = id;
     program->specials.push_back({kind, id});
@@ -201,9 +201,9 @@ void Builder::build_function(int index) {
     Function& out = program->functions[static_cast<size_t>(index)];
     out.first = function_start = static_cast<uint32_t>(code.size());
     first_register = static_cast<int>(registers.size());
-    for (const FunctionAst::Register& r : f.registers) registers.push_back({r.type, false});
+    for (const FunctionAst::Register& r : f.registers) registers.push_back({r.type, false, false});
     if (!f.is_entry) {
-        registers.push_back({Type::U32, true});
+        registers.push_back({Type::U32, true, false});
         out.return_pc = static_cast<Ref>(registers.size()) - 1;
     }
     const OpTable& table = op_table();
