@@ -232,6 +232,7 @@ TensorMap make_tensor_map(uint64_t address, int type, const std::vector<uint64_t
 }
 
 void bind_tensor_map(py::module_& m) {
+    m.def("element_type_of_driver", [](int data_type) { return int(element_type_of_driver(data_type)); });
     py::class_<TensorMap>(m, "RawTensorMap", "A tensor map over an address; dimensions innermost first.")
         .def(py::init(&make_tensor_map), py::arg("address"), py::arg("type"), py::arg("dims"),
              py::arg("strides"), py::arg("box"), py::arg("swizzle") = 0, py::arg("fill_nan") = false,

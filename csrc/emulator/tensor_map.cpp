@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 namespace dsv3 {
 
@@ -61,6 +62,16 @@ std::string complaint(const std::string& what, uint64_t got, const std::string& 
 }
 
 }  // namespace
+
+ElementType element_type_of_driver(int data_type) {
+    using E = ElementType;
+    constexpr E kOrder[] = {E::u8,  E::u16, E::u32,  E::s32,     E::u64,  E::s64,     E::f16,
+                            E::f32, E::f64, E::bf16, E::f32_ftz, E::tf32, E::tf32_ftz};
+    if (data_type < 0 || data_type >= kNumTypes)
+        throw std::invalid_argument("tensor map: data type is " + std::to_string(data_type) +
+                                    ", expected 0 to 12");
+    return kOrder[data_type];
+}
 
 int element_bytes(ElementType type) { return kTypes[int(type)].bytes; }
 bool is_floating(ElementType type) { return kTypes[int(type)].floating; }

@@ -30,6 +30,10 @@ enum class ElementType : uint8_t {
 enum class Swizzle : uint8_t { none, b32, b64, b128 };
 enum class OutOfBoundsFill : uint8_t { zeros, nan };
 
+// The driver's CUtensorMapDataType, which numbers the types a little differently. Throws
+// std::invalid_argument.
+ElementType element_type_of_driver(int data_type);
+
 int element_bytes(ElementType type);
 bool is_floating(ElementType type);
 uint32_t swizzle_bytes(Swizzle swizzle);  // 0, 32, 64 or 128

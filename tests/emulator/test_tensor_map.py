@@ -1,11 +1,14 @@
 """Boxes of tensor maps against indexing in numpy."""
 
+import re
+
 import numpy as np
 import pytest
 
 from dsv3_kernels import _emulator
 
-RawTensorMap = _emulator.leaves.RawTensorMap
+leaves = _emulator.leaves
+RawTensorMap = leaves.RawTensorMap
 
 TYPES = {
     "u8": (0, np.uint8), "u16": (1, np.uint16), "u32": (2, np.uint32), "s32": (3, np.int32),
@@ -178,3 +181,22 @@ def test_bytes_that_are_no_map():
     for data in (b"", bytes(128), b"\xff" * 128):
         with pytest.raises(ValueError, match="no tensor map"):
             RawTensorMap.decode(data)
+
+
+def test_the_driver_numbers_types_in_another_order():
+    from cuda.bindings.driver import CUtensorMapDataType as Driver
+
+    names = [name for name in dir(Driver) if name.startswith("CU_TENSOR_MAP_DATA_TYPE_") and "U4" not in name]
+    short = {"UINT": "u", "INT": "s", "FLOAT": "f", "BFLOAT": "bf", "TFLOAT": "tf"}
+    seen = set()
+    for name in names:
+        value = int(getattr(Driver, name))
+        if value > 12:
+            continue
+        kind, bits, ftz = re.fullmatch(r"CU_TENSOR_MAP_DATA_TYPE_([A-Z]+)(\d+)(_FTZ)?", name).groups()
+        mine = f"{short[kind]}{bits}{'_ftz' if ftz else ''}"
+        assert leaves.element_type_of_driver(value) == TYPES[mine][0], name
+        seen.add(mine)
+    assert seen == set(TYPES)
+    with pytest.raises(ValueError, match="data type is 13"):
+        leaves.element_type_of_driver(13)
