@@ -1,0 +1,92 @@
+#include "clock.hpp"
+
+#include <algorithm>
+
+namespace dsv3::emulator {
+
+void Clock::make_own() {
+    if (!data_) {
+        data_ = new ClockData;
+        data_->references = 1;
+    } else if (data_->references > 1) {
+        data_->references--;
+        data_ = new ClockData(*data_);
+        data_->references = 1;
+    }
+}
+
+bool Clock::covers(const Clock& other) const {
+    if (!other.data_ || same(other)) return true;
+    if (!data_) return false;
+    const std::vector<uint32_t>&a = data_->all, &b = other.data_->all;
+    size_t common = std::min(a.size(), b.size());
+    for (size_t i = 0; i < common; i++)
+        if (a[i] < b[i]) return false;
+    for (size_t i = common; i < b.size(); i++)
+        if (b[i]) return false;
+    for (const ClockData::Entry& e : other.data_->some) {
+        if (e.agent < a.size() && a[e.agent] >= e.time) continue;
+        uint32_t rest = e.mask;
+        for (const ClockData::Entry& mine : data_->some)
+            if (mine.agent == e.agent && mine.time >= e.time) rest &= ~mine.mask;
+        if (rest) return false;
+    }
+    return true;
+}
+
+void Clock::join(const Clock& other) {
+    if (covers(other)) return;
+    if (!data_ || other.covers(*this)) {
+        *this = other;
+        return;
+    }
+    make_own();
+    std::vector<uint32_t>& all = data_->all;
+    const std::vector<uint32_t>& theirs = other.data_->all;
+    if (all.size() < theirs.size()) all.resize(theirs.size());
+    for (size_t i = 0; i < theirs.size(); i++) all[i] = std::max(all[i], theirs[i]);
+    for (const ClockData::Entry& e : other.data_->some) add(e.agent, e.mask, e.time);
+    auto& some = data_->some;
+    some.erase(std::remove_if(some.begin(), some.end(),
+                              [&](const ClockData::Entry& e) { return e.agent < all.size() && all[e.agent] >= e.time; }),
+               some.end());
+}
+
+void Clock::add(Agent agent, uint32_t mask, uint32_t time) {
+    make_own();
+    std::vector<uint32_t>& all = data_->all;
+    if (agent < all.size() && all[agent] >= time) return;
+    std::vector<ClockData::Entry>& some = data_->some;
+    if (mask != ~0u) {
+        // Entries of one agent stay disjoint in (lane, time): a later time takes the lanes from an earlier one.
+        uint32_t rest = mask;
+        size_t kept = 0;
+        ClockData::Entry* equal = nullptr;
+        for (size_t i = 0; i < some.size(); i++) {
+            ClockData::Entry e = some[i];
+            if (e.agent == agent) {
+                if (e.time > time) rest &= ~e.mask;
+                else if (e.time < time) e.mask &= ~mask;
+                if (e.mask == 0) continue;
+            }
+            some[kept] = e;
+            if (e.agent == agent && e.time == time) equal = &some[kept];
+            kept++;
+        }
+        some.resize(kept);
+        if (equal) equal->mask |= rest;
+        else if (rest) some.push_back({agent, rest, time});
+        uint32_t covered = 0, least = UINT32_MAX;
+        for (const ClockData::Entry& e : some)
+            if (e.agent == agent) covered |= e.mask, least = std::min(least, e.time);
+        if (covered != ~0u) return;
+        time = least;
+    }
+    if (agent >= all.size()) all.resize(agent + 1);
+    all[agent] = std::max(all[agent], time);
+    some.erase(std::remove_if(some.begin(), some.end(),
+                              [&](const ClockData::Entry& e) { return e.agent == agent && e.time <= all[agent]; }),
+               some.end());
+}
+
+}  // namespace dsv3::emulator

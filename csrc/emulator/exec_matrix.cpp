@@ -1,0 +1,77 @@
+// ldmatrix and stmatrix.
+
+#include "lanes.hpp"
+#include "ordering.hpp"
+#include "tensor_core.hpp"
+
+namespace dsv3::emulator {
+namespace {
+
+struct MatrixOp : MemoryOp {
+    bool transposed = false, is_load = false;
+    int matrices = 1;
+};
+
+Flow matrix(Context& c, const Inst& i) {
+    const MatrixOp& op = *static_cast<const MatrixOp*>(i.extra);
+    const uint32_t* base = c.src(i.a[1]);
+    uint32_t access = c.checks ? c.m.log_access(c.w, i, false, Scope::None) : 0;
+    for (int k = 0; k < op.matrices; k++) {
+        uint8_t rows[8][16];
+        uint32_t regs[32];
+        Target t[8];
+        for (int r = 0; r < 8; r++) {
+            int lane = k * 8 + r;
+            uint64_t a = (op.wide ? get<uint64_t>(base, lane) : base[lane]) + static_cast<uint64_t>(op.offset);
+            t[r] = c.locate(op.space, op.wide ? a : static_cast<uint32_t>(a), 16, 16, lane, !op.is_load);
+        }
+        if (op.is_load) {
+            for (int r = 0; r < 8; r++) {
+                if (c.check_read(t[r], 16, access, k * 8 + r)) c.fail(ErrorKind::Hazard, "reads bytes of shared memory that nobody wrote", k * 8 + r);
+                std::memcpy(rows[r], t[r].data, 16);
+            }
+            ldmatrix_distribute(rows, op.transposed, regs);
+            std::memcpy(c.dst(i.list[k]), regs, sizeof regs);
+        } else {
+            std::memcpy(regs, c.src(i.list[k]), sizeof regs);
+            stmatrix_collect(regs, op.transposed, rows);
+            for (int r = 0; r < 8; r++) {
+                c.check_write(t[r], 16, access, k * 8 + r);
+                std::memcpy(t[r].data, rows[r], 16);
+                c.changed(t[r], 16);
+            }
+        }
+        (op.is_load ? c.m.counts.shared_read : c.m.counts.shared_write) += 128;
+    }
+    return Flow::Next;
+}
+
+void decode_matrix(Decode& d, bool is_load) {
+    MatrixOp& op = d.extra<MatrixOp>();
+    op.is_load = is_load;
+    if (!d.take("sync") || !d.take("aligned") || !d.take("m8n8")) d.unsupported("of this shape");
+    op.matrices = d.take("x4") ? 4 : d.take("x2") ? 2 : d.take("x1") ? 1 : 0;
+    if (op.matrices == 0) d.unsupported("without .x1, .x2 or .x4");
+    op.transposed = d.take("trans");
+    op.space = d.take_space(Space::Generic);
+    if (d.take_type() != Type::B16) d.unsupported("of this type");
+    d.expect_count(2, 2);
+    d.inst.a[1] = d.address(d.at(is_load ? 1 : 0), &op.wide, &op.offset);
+    std::vector<Ref> list;
+    size_t n = static_cast<size_t>(op.matrices);
+    const Operand& o = d.at(is_load ? 0 : 1);
+    std::vector<Operand> one{o};
+    for (const Operand& r : n == 1 && o.kind != Operand::Vector ? one : d.items(o, n, n)) list.push_back(is_load ? d.dst(r, Type::B32) : d.src(r, Type::B32));
+    d.set_list(list);
+    d.inst.convergent = true;
+    d.finish(matrix, Class::Memory);
+}
+
+}  // namespace
+
+void register_matrix(OpTable& t) {
+    t["ldmatrix"] = [](Decode& d) { decode_matrix(d, true); };
+    t["stmatrix"] = [](Decode& d) { decode_matrix(d, false); };
+}
+
+}  // namespace dsv3::emulator

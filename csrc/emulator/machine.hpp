@@ -1,0 +1,362 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "error.hpp"
+#include "memory.hpp"
+#include "program.hpp"
+#include "random.hpp"
+#include "trace.hpp"
+
+namespace dsv3::emulator {
+
+class Machine;
+struct Cta;
+struct Launch;
+
+/// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
+enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency };
+
+/// Lanes of a warp that stand at one instruction.
+struct Group {
+    uint32_t pc = 0;
+    uint32_t mask = 0;
+    Wait wait = Wait::None;
+    uint64_t key = 0;
+    uint64_t until = 0;        ///< Sleep: when it ends
+    uint64_t watch_low = 0, watch_high = 0;  ///< Spin: addresses that are polled
+    uint32_t stage = 0;        ///< of an instruction that blocks in the middle
+    uint64_t token = 0;
+    bool timed_out = false;    ///< woken because nothing else could move
+    std::string waiting_for;
+};
+
+/// A strong load or test that gave the same answer again, with nothing done in between.
+struct Poll { uint32_t pc = UINT32_MAX; uint64_t hash = 0, effects = 0; uint32_t count = 0; };
+
+struct Mbarrier {
+    uint32_t offset = 0;
+    uint32_t expected = 0;   ///< arrivals a phase
+    uint32_t pending = 0;    ///< arrivals still missing
+    int64_t tx = 0;          ///< bytes still missing
+    uint32_t phase = 0;      ///< the incomplete one
+    Agent agent = 0;         ///< of the copies that complete here: their time is the phase
+    uint32_t init_access = 0;
+    int init_lane = 0;
+    Knowledge arriving, completed;
+};
+
+struct NamedBarrier {
+    uint32_t arrived = 0, expected = 0;  ///< threads; expected 0: all warps of the block that have not exited
+    uint32_t warps = 0;                  ///< that arrived, a bit each
+    uint32_t generation = 0;
+    uint32_t result = 0, last_result = 0;  ///< of bar.red
+    Knowledge arriving, completed;
+};
+
+/// Something asynchronous that moves in steps of its own.
+class Operation {
+  public:
+    virtual ~Operation() = default;
+    virtual bool step(Machine& m) = 0;  ///< true: finished
+    uint64_t priority = 0;                ///< "pct"
+};
+
+/// The instructions that one warp has issued to the tensor core.
+struct WgmmaIssue {
+    const Inst* inst;
+    uint64_t a_descriptor, b_descriptor;
+    bool scale_d;
+    Knowledge knowledge;
+};
+
+struct Warpgroup {
+    Agent agent = 0;
+    uint32_t executed = 0;            ///< instructions, in order; the agent's time
+    std::deque<WgmmaIssue> queue[4];  ///< by warp
+    bool active = false;              ///< its operation is listed
+};
+
+struct WgmmaState {
+    uint32_t issued = 0;              ///< instructions
+    bool fenced = false;              ///< saw a wgmma.fence
+    std::vector<uint32_t> group_end;  ///< instructions issued when each group was committed
+    std::vector<uint8_t> writing, reading;  ///< by register: operations in flight
+    std::vector<uint8_t> dirty;       ///< written by the warp since its last wgmma.fence
+    uint32_t retired = 0;             ///< instructions known complete to the warp
+    std::deque<std::pair<uint32_t, const Inst*>> in_flight;
+};
+
+struct BulkState {
+    uint32_t group = 1;               ///< being filled, per lane
+    std::map<uint32_t, int> reading, writing;  ///< operations of a group that still read, still write
+};
+
+struct Warp {
+    Cta* cta = nullptr;
+    uint32_t number = 0;  ///< in the block
+    uint32_t id = 0;      ///< in the run
+    uint32_t live = 0;
+    std::vector<Group> groups;
+    std::vector<uint32_t> registers;
+    std::vector<uint8_t> local;       ///< lane by lane
+    std::vector<uint32_t> poison;     ///< by register word / 32: lanes that hold bytes nobody wrote
+    uint32_t poisoned = 0;
+    uint32_t carry = 0;
+    uint64_t effects = 0;             ///< stores, arrivals, ...: what makes a repeated test no mere polling
+    std::array<Poll, 8> polls;
+    uint32_t next_poll = 0;
+    uint32_t cluster_arrivals = 0, cluster_waits = 0;
+    bool queued = false;              ///< is in the list of runnable warps
+
+    Agent agent = 0;
+    uint32_t now = 1;
+    std::array<Knowledge, 32> known;
+    struct Fences {                   ///< for the fence forms of release and acquire
+        std::array<Knowledge, 32> released;  ///< as known at the fence; own accesses up to `time`
+        std::array<uint32_t, 32> time{};
+        std::array<Scope, 32> scope{};
+        std::array<Knowledge, 32> pending[4];  ///< read by relaxed loads: from own block, cluster, device, elsewhere
+    };
+    std::unique_ptr<Fences> fences;
+    struct Logged { uint32_t pc = UINT32_MAX, time = 0, access = 0, strength = 0; };
+    std::array<Logged, 16> logged;
+
+    WgmmaState wgmma;
+    Agent bulk_read_agent = 0, bulk_write_agent = 0, copy_agent = 0;
+    std::map<int, BulkState> bulk;    ///< by lane
+    std::map<int, BulkState> copies;  ///< cp.async, by lane
+    uint64_t trace_start = 0;
+
+    bool runnable() const;
+    Knowledge release(uint32_t mask);
+    void acquire(uint32_t mask, const Knowledge& k);
+};
+
+struct Cluster {
+    uint32_t id = 0;
+    std::vector<Cta*> ctas;
+    uint32_t generation = 0;  ///< of barrier.cluster
+    Knowledge arriving, completed;
+    uint32_t live_ctas = 0;
+};
+
+struct Cta {
+    Launch* launch = nullptr;
+    Cluster* cluster = nullptr;
+    uint32_t id = 0;
+    uint32_t index[3] = {0, 0, 0};
+    uint32_t rank = 0;      ///< in its cluster
+    uint32_t sm = 0;
+    bool exited = false;
+    bool triggered = false;
+    uint32_t live_threads = 0;
+    std::vector<uint8_t> shared;  ///< by shared address
+    std::unique_ptr<Shadow> shadow;
+    std::unique_ptr<Poison> poison;
+    PublishedMap published;
+    std::map<uint32_t, Mbarrier> mbarriers;
+    std::array<NamedBarrier, 16> barriers;
+    std::vector<std::unique_ptr<Warp>> warps;
+    std::vector<Warpgroup> warpgroups;
+    int operations = 0;     ///< asynchronous, that use its shared memory
+};
+
+/// A kernel on its way through a device.
+struct Launch {
+    std::shared_ptr<const Program> program;
+    const Function* function = nullptr;
+    uint32_t id = 0;
+    uint32_t program_index = 0;
+    int device = 0;
+    int operations = 0;          ///< asynchronous, still to finish
+    std::vector<Agent> agents;
+    uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
+    uint32_t shared_bytes = 0;   ///< dynamic
+    uint32_t shared_total = 0;   ///< end of a block's shared memory
+    std::vector<uint8_t> params;
+    std::vector<uint32_t> constants;
+    uint64_t next_cluster = 0, clusters = 0;
+    uint32_t live_ctas = 0;
+    bool started = false, finished = false;
+    uint32_t triggered = 0;      ///< live blocks that called griddepcontrol.launch_dependents
+    bool dependent = false;      ///< programmatic dependent launch: may start before its predecessor ends
+    std::shared_ptr<Launch> predecessor;
+    Knowledge before;            ///< what is ordered before it
+    std::vector<std::unique_ptr<Cluster>> cluster_list;
+    std::vector<std::unique_ptr<Cta>> ctas;
+};
+
+struct Device {
+    struct Sm { uint32_t ctas = 0, threads = 0, shared = 0; };
+    std::vector<Sm> sms;
+    std::deque<std::shared_ptr<Launch>> queue;  ///< in stream order; the first runs
+    Knowledge done;              ///< all that finished launches did
+    std::map<std::shared_ptr<const Program>, std::vector<uint64_t>> modules;  ///< addresses of module variables
+};
+
+struct Options {
+    int devices = 1;
+    int num_sms = 132;
+    uint64_t seed = 0;
+    std::string schedule = "random";
+    bool checks = true;
+    bool exact_accumulate = false;
+    uint64_t max_steps = uint64_t{1} << 40;
+    std::vector<uint32_t> choices;  ///< "exhaustive": the first decisions, then 0
+};
+
+/// A function that a kernel calls and the machine provides.
+struct ExternCall {
+    Machine& machine;
+    Warp& warp;
+    int lane;
+    std::vector<std::vector<uint8_t>> arguments;
+    std::vector<uint8_t> result;
+};
+using ExternHandler = std::function<void(ExternCall&)>;
+
+/// Bytes and events, for `counters`.
+struct Counts {
+    uint64_t global_read = 0, global_write = 0, shared_read = 0, shared_write = 0, distributed_shared = 0, peer = 0;
+    uint64_t copy_read = 0, copy_write = 0, multicast = 0, bank_conflicts = 0, barrier_waits = 0, wgmma = 0;
+};
+
+/// Where an address leads.
+struct Target {
+    uint8_t* data = nullptr;
+    uint64_t offset = 0;       ///< into the shadow
+    Shadow* shadow = nullptr;  ///< null for memory of one lane and for constants
+    Poison* poison = nullptr;
+    PublishedMap* published = nullptr;
+    Cta* cta = nullptr;
+    Region* region = nullptr;
+    uint64_t watch() const {   ///< one number line for all shared and global memory
+        return cta ? uint64_t{1} << 62 | static_cast<uint64_t>(cta->id) << 32 | offset : region ? region->base + offset : 0;
+    }
+};
+
+struct Context {
+    Machine& m;
+    Warp& w;
+    Group* group;
+    uint32_t* registers;
+    const uint32_t* constants;
+    uint32_t mask;
+    bool checks;
+
+    const uint32_t* src(Ref r) const { return r >= 0 ? registers + r : constants + ~r; }
+    uint32_t* dst(Ref r) const { return registers + r; }
+    uint32_t pred(Ref r) const { return registers[r]; }
+    void set_pred(Ref r, uint32_t value) const { registers[r] = (registers[r] & ~mask) | (value & mask); }
+    uint64_t value(Ref r, int lane, bool wide) const {
+        const uint32_t* p = src(r);
+        return wide ? static_cast<uint64_t>(p[2 * lane + 1]) << 32 | p[2 * lane] : p[lane];
+    }
+    [[noreturn]] void fail(ErrorKind kind, const std::string& what, int lane = -1) const;
+    Flow block(Wait wait, uint64_t key, std::string what) const;
+    /// A test that failed (`hash` of what it saw): true when it should block, because it only repeats itself.
+    bool polls(uint64_t hash) const;
+    /// For .aligned and .sync instructions: true once all of `needed` (live) lanes stand here.
+    bool converged(uint32_t needed) const;
+
+    /// Resolves and checks `bytes` at an address, aligned to `align`.
+    Target locate(Space space, uint64_t address, uint32_t bytes, uint32_t align, int lane, bool write) const;
+    /// The race and poison checks of one lane's access; true if it reads bytes nobody wrote.
+    bool check_read(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
+    void check_write(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
+    [[noreturn]] void race(const Conflict& conflict, const Target& t, bool write, int lane) const;
+    /// After memory changed: wakes those that poll it.
+    void changed(const Target& t, uint32_t bytes) const;
+    void publish(const Target& t, uint32_t bytes, Published p, bool keep) const;
+};
+
+/// The PTX machine: one or more devices in one address space, run by one thread from a seed.
+class Machine {
+  public:
+    explicit Machine(Options options);
+    ~Machine();
+
+    /// Queues a launch on its device; returns it for `finished`. Throws for bad arguments.
+    std::shared_ptr<Launch> submit(std::shared_ptr<Launch> launch);
+    /// Runs until one of these launches has finished (until nothing is queued, if empty). A failure leaves the machine
+    /// empty.
+    void run(const std::vector<std::shared_ptr<Launch>>& until);
+    bool idle() const;
+    uint64_t module_variable(int device, const std::shared_ptr<const Program>& program, int variable);
+
+    Options options;
+    GlobalMemory memory;
+    AccessLog log;
+    Random random;
+    Trace trace;
+    std::map<std::string, uint64_t> counters;
+    std::array<uint64_t, static_cast<size_t>(Class::Count)> executed{};
+    std::map<std::string, ExternHandler> externs;
+    std::vector<Device> devices;
+    std::vector<uint32_t> choice_widths;  ///< "exhaustive": how many ways each decision had
+    Counts counts;
+    uint64_t time = 0;   ///< nanoseconds
+    uint64_t steps = 0;
+    uint64_t progress = 0;  ///< counts whatever may let a blocked warp move
+    uint32_t spinners = 0;
+
+    // Used by instructions.
+    void wake(Wait wait, uint64_t key);
+    void wake_watchers(uint64_t low, uint64_t high);
+    void queue(Warp& w);
+    void start(std::unique_ptr<Operation> op);
+    Agent new_agent(Launch& launch) {
+        launch.agents.push_back(next_agent_);
+        return next_agent_++;
+    }
+    uint32_t log_access(Warp& w, const Inst& inst, bool atomic, Scope scope);
+    [[noreturn]] void fail(ErrorKind kind, const std::string& what, const Warp& w, const Inst& inst, int lane) const;
+    std::string place_of(const Access& a, int lane) const;
+    std::string describe_race(const Conflict& conflict, const Target& t, bool write) const;
+    void lanes_exit(Warp& w, uint32_t mask);
+    void cta_may_finish(Cta& cta);
+    const Inst& inst(uint32_t program, uint32_t code) const { return programs_[program]->code[code]; }
+    std::vector<const Warp*> warps_by_id;
+    uint32_t choose(uint32_t n);
+
+  private:
+    void admit();
+    bool admit_cluster(Launch& launch);
+    void start_warp(Warp& w);
+    void finish_launch(Launch& launch);
+    void step_warp(Warp& w);
+    void merge_groups(Warp& w);
+    uint32_t slice_length();
+    void run_group(Warp& w, Group& g, Context& c, uint32_t budget);
+    size_t pick();
+    void nothing_moves();
+    [[noreturn]] void deadlock();
+    void abandon();
+    void slow_checks_before(Context& c, const Inst& inst);
+    void slow_checks_after(Context& c, const Inst& inst);
+
+    std::vector<Warp*> runnable_;
+    std::vector<std::unique_ptr<Operation>> operations_;
+    std::vector<std::shared_ptr<const Program>> programs_;
+    std::map<std::pair<Wait, uint64_t>, std::vector<Warp*>> waiters_;
+    std::set<std::pair<uint64_t, uint32_t>> sleepers_;  ///< (until, warp)
+    std::set<uint32_t> timed_;                          ///< warps whose wait a timeout may end
+    Agent next_agent_ = 1;
+    uint32_t next_cta_ = 1, next_cluster_ = 1, next_launch_ = 1;
+    uint64_t jump_ = 0, jump_progress_ = 0, jump_rounds_ = 0;
+    size_t turn_ = 0;
+    std::vector<uint64_t> priorities_;   ///< "pct": by warp
+    std::vector<uint64_t> change_points_;
+    friend struct Context;
+};
+
+}  // namespace dsv3::emulator

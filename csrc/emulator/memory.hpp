@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "shadow.hpp"
+
+namespace dsv3::emulator {
+
+/// What a released value publishes to those that acquire it.
+struct Published {
+    Knowledge knowledge;
+    Scope scope = Scope::None;
+    uint32_t cta = 0, cluster = 0, device = 0;
+};
+using PublishedMap = std::unordered_map<uint64_t, Published>;  ///< by byte offset / 4; never iterated
+
+/// One allocation in the machine's global address space. Kernels see virtual addresses, so a run does not depend on
+/// where the host placed a tensor.
+struct Region {
+    Region(uint64_t base, uint64_t size, uint8_t* host, std::string name)
+        : base(base), size(size), host(host), name(std::move(name)), shadow(size) {}
+    uint64_t base, size;
+    uint8_t* host;
+    std::string name;
+    bool alive = true;
+    bool constant = false;
+    int rank = 0;
+    std::vector<uint8_t> owned;
+    Shadow shadow;
+    std::unique_ptr<Poison> poison;
+    PublishedMap published;
+};
+
+class GlobalMemory {
+  public:
+    /// Maps host bytes, or bytes of its own (zeroed) if `host` is null. The base is aligned to 512 bytes.
+    Region& map(uint8_t* host, uint64_t size, std::string name, int rank);
+    void release(uint64_t base);
+    Region* find(uint64_t address);      ///< null between allocations
+    void forget_order();                 ///< nothing runs: all accesses so far are ordered before what comes
+    std::string describe(uint64_t address);  ///< nearest allocation, for messages
+
+  private:
+    std::map<uint64_t, std::unique_ptr<Region>> regions_;
+    Region* last_ = nullptr;
+    uint64_t next_ = 0x0300'0000'0000;
+};
+
+}  // namespace dsv3::emulator

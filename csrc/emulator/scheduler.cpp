@@ -1,0 +1,280 @@
+// Which agent moves next. One thread runs everything; all freedom is in choose() and the seed.
+
+#include <algorithm>
+
+#include "machine.hpp"
+
+namespace dsv3::emulator {
+namespace {
+
+constexpr uint64_t first_jump = 1000, largest_jump = 4'000'000'000;
+constexpr uint64_t max_jump_rounds = 600;
+constexpr size_t max_listed = 64;
+
+}  // namespace
+
+uint32_t Machine::choose(uint32_t n) {
+    if (options.schedule != "exhaustive") return random.below(n);
+    if (n < 2) return 0;
+    size_t depth = choice_widths.size();
+    choice_widths.push_back(n);
+    return depth < options.choices.size() ? std::min(options.choices[depth], n - 1) : 0;
+}
+
+void Machine::queue(Warp& w) {
+    if (w.queued || !w.runnable()) return;
+    w.queued = true;
+    runnable_.push_back(&w);
+}
+
+void Machine::start(std::unique_ptr<Operation> op) {
+    op->priority = random.next() >> 1;
+    operations_.push_back(std::move(op));
+}
+
+void Machine::wake(Wait wait, uint64_t key) {
+    progress++;
+    auto it = waiters_.find({wait, key});
+    if (it == waiters_.end()) return;
+    std::vector<Warp*> list = std::move(it->second);
+    waiters_.erase(it);
+    for (Warp* w : list) {
+        for (Group& g : w->groups) {
+            if (g.wait != wait || g.key != key) continue;
+            if (wait == Wait::Spin) spinners--;
+            g.wait = Wait::None;
+        }
+        queue(*w);
+    }
+}
+
+void Machine::wake_watchers(uint64_t low, uint64_t high) {
+    std::vector<uint64_t> keys;
+    for (auto it = waiters_.lower_bound({Wait::Spin, 0}); it != waiters_.end() && it->first.first == Wait::Spin; ++it)
+        for (const Warp* w : it->second)
+            for (const Group& g : w->groups)
+                if (g.wait == Wait::Spin && g.watch_low < high && low < g.watch_high) keys.push_back(it->first.second);
+    for (uint64_t key : keys) wake(Wait::Spin, key);
+}
+
+/// Index into runnable warps, then operations.
+size_t Machine::pick() {
+    size_t n = runnable_.size() + operations_.size();
+    if (options.schedule == "round_robin") return turn_++ % n;
+    if (options.schedule != "pct") return choose(static_cast<uint32_t>(n));
+    size_t best = 0;
+    uint64_t highest = 0;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t p = i < runnable_.size() ? priorities_[runnable_[i]->id] : operations_[i - runnable_.size()]->priority;
+        if (p >= highest) highest = p, best = i;
+    }
+    if (std::binary_search(change_points_.begin(), change_points_.end(), turn_++)) {
+        if (best < runnable_.size()) priorities_[runnable_[best]->id] = turn_ % 1024;
+        else operations_[best - runnable_.size()]->priority = turn_ % 1024;
+    }
+    return best;
+}
+
+uint32_t Machine::slice_length() {
+    if (options.schedule == "random") return 1 + random.below(random.one_in(4) ? 512 : 64);
+    return options.schedule == "round_robin" ? 32 : options.schedule == "pct" ? 64 : 4096;
+}
+
+void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
+    try {
+        for (;;) {
+            admit();
+            if (until.empty() ? idle() : std::any_of(until.begin(), until.end(), [](auto& l) { return l->finished; })) return;
+            if (runnable_.empty() && operations_.empty()) {
+                nothing_moves();
+                continue;
+            }
+            size_t i = pick();
+            if (i < runnable_.size()) {
+                Warp* w = runnable_[i];
+                w->queued = false;
+                runnable_[i] = runnable_.back();
+                runnable_.pop_back();
+                step_warp(*w);
+                if (w->live) queue(*w);
+            } else {
+                i -= runnable_.size();
+                progress++;
+                time++;
+                if (operations_[i]->step(*this)) {
+                    // A step may start other operations, so look the finished one up anew.
+                    operations_[i] = std::move(operations_.back());
+                    operations_.pop_back();
+                }
+            }
+            if (steps > options.max_steps)
+                throw Error(ErrorKind::Emulation, "more than max_steps = " + std::to_string(options.max_steps) + " instructions");
+        }
+    } catch (...) {
+        abandon();
+        throw;
+    }
+}
+
+/// Lanes that stand at one instruction go on together, unless some already are in the middle of it.
+void Machine::merge_groups(Warp& w) {
+    auto open = [](const Group& g) { return g.stage == 0 && (g.wait == Wait::None || g.wait == Wait::Lanes); };
+    for (size_t i = 0; i < w.groups.size(); i++) {
+        for (size_t j = i + 1; j < w.groups.size();) {
+            if (w.groups[i].pc != w.groups[j].pc || !open(w.groups[i]) || !open(w.groups[j])) {
+                j++;
+                continue;
+            }
+            w.groups[i].mask |= w.groups[j].mask;
+            w.groups[i].wait = Wait::None;
+            w.groups.erase(w.groups.begin() + static_cast<std::ptrdiff_t>(j));
+        }
+    }
+}
+
+void Machine::step_warp(Warp& w) {
+    // The lowest instruction first, which brings divergent lanes together again; now and then another, so that lanes
+    // that wait for each other all move.
+    if (w.groups.size() > 1) merge_groups(w);
+    size_t chosen = w.groups.size();
+    uint32_t ready = 0;
+    for (size_t i = 0; i < w.groups.size(); i++) {
+        if (w.groups[i].wait != Wait::None) continue;
+        ready++;
+        if (chosen == w.groups.size() || w.groups[i].pc < w.groups[chosen].pc) chosen = i;
+    }
+    if (ready == 0) return;
+    if (ready > 1 && choose(8) == 0) {
+        uint32_t n = choose(ready);
+        for (chosen = 0;; chosen++)
+            if (w.groups[chosen].wait == Wait::None && n-- == 0) break;
+    }
+    const Launch& launch = *w.cta->launch;
+    Context c{*this, w, nullptr, w.registers.data(), launch.constants.data(), 0, options.checks};
+    run_group(w, w.groups[chosen], c, slice_length());
+}
+
+void Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
+    const Program& program = *w.cta->launch->program;
+    const Inst* code = program.code.data();
+    Group* g = &start;
+    for (; budget > 0; budget--) {
+        const Inst& inst = code[g->pc];
+        uint32_t mask = g->mask;
+        if (inst.guard != no_ref) mask &= inst.guard_negated ? ~c.registers[inst.guard] : c.registers[inst.guard];
+        executed[static_cast<size_t>(inst.klass)]++;
+        steps++;
+        time++;
+        Flow flow = Flow::Next;
+        if (mask) {
+            c.mask = mask;
+            c.group = g;
+            bool slow = c.checks && (w.poisoned || inst.touches_wgmma);
+            if (slow) slow_checks_before(c, inst);
+            if (inst.convergent && !c.converged(w.live)) {
+                c.block(Wait::Lanes, w.id, "other lanes at a .aligned instruction");
+                return;
+            }
+            flow = inst.execute(c, inst);
+            if (flow == Flow::Jump || flow == Flow::Blocked) return;
+            if (slow) slow_checks_after(c, inst);
+        }
+        g->pc++;
+        if (w.groups.size() > 1) {
+            for (const Group& other : w.groups)
+                if (&other != g && (other.pc == g->pc || (other.wait == Wait::None && other.pc < g->pc))) return;
+        }
+        if (flow == Flow::Yield) return;
+    }
+}
+
+/// Nothing can move: let time pass until a sleeper wakes, then until timed waits give up, again and again.
+void Machine::nothing_moves() {
+    if (!sleepers_.empty()) {
+        auto [until, id] = *sleepers_.begin();
+        sleepers_.erase(sleepers_.begin());
+        time = std::max(time, until);
+        Warp* w = const_cast<Warp*>(warps_by_id[id]);
+        if (!w) return;
+        for (Group& g : w->groups)
+            if (g.wait == Wait::Sleep && g.until <= time) g.wait = Wait::None;
+        queue(*w);
+        return;
+    }
+    if (progress != jump_progress_) jump_rounds_ = 0, jump_ = 0;
+    if (timed_.empty() || jump_rounds_++ > max_jump_rounds) deadlock();
+    jump_ = std::clamp(jump_ * 2, first_jump, largest_jump);
+    time += jump_;
+    std::set<uint32_t> timed = std::move(timed_);
+    timed_.clear();
+    for (uint32_t id : timed) {
+        Warp* w = const_cast<Warp*>(warps_by_id[id]);
+        if (!w) continue;
+        for (Group& g : w->groups) {
+            if (g.wait != Wait::Spin && g.wait != Wait::Mbarrier) continue;
+            if (g.wait == Wait::Spin) spinners--;
+            std::vector<Warp*>& list = waiters_[{g.wait, g.key}];
+            list.erase(std::remove(list.begin(), list.end(), w), list.end());
+            g.wait = Wait::None;
+            g.timed_out = true;
+        }
+        queue(*w);
+    }
+    jump_progress_ = progress;
+}
+
+void Machine::deadlock() {
+    std::string text = "nothing can move";
+    size_t listed = 0, blocked = 0;
+    Place place;
+    for (Device& device : devices)
+        for (auto& launch : device.queue)
+            for (auto& cta : launch->ctas)
+                for (auto& w : cta->warps)
+                    for (const Group& g : w->groups) {
+                        blocked++;
+                        const Inst& inst = launch->program->code[g.pc];
+                        if (listed == 0) {
+                            place.kernel = launch->function->name;
+                            place.ptx_line = static_cast<int>(inst.line);
+                            place.source = launch->program->source_of(inst);
+                            std::copy(cta->index, cta->index + 3, place.block);
+                            place.warp = static_cast<int>(w->number);
+                        }
+                        if (listed++ >= max_listed) continue;
+                        text += "\n  ";
+                        if (devices.size() > 1) text += "rank " + std::to_string(launch->device) + " ";
+                        text += launch->function->name + " block (" + std::to_string(cta->index[0]) + "," +
+                                std::to_string(cta->index[1]) + "," + std::to_string(cta->index[2]) + ") warp " +
+                                std::to_string(w->number);
+                        if (g.mask != w->live) text += " lane " + std::to_string(__builtin_ctz(g.mask)) + "+" + std::to_string(__builtin_popcount(g.mask) - 1);
+                        std::string source = launch->program->source_of(inst);
+                        text += " at PTX line " + std::to_string(inst.line) + (source.empty() ? "" : " (" + source + ")") +
+                                ": waits for " + g.waiting_for;
+                    }
+    if (blocked > max_listed) text += "\n  and " + std::to_string(blocked - max_listed) + " more";
+    throw Error(ErrorKind::Deadlock, text, place);
+}
+
+/// After a failure: drop everything that ran, so that the machine can be used again.
+void Machine::abandon() {
+    operations_.clear();
+    runnable_.clear();
+    waiters_.clear();
+    sleepers_.clear();
+    timed_.clear();
+    spinners = 0;
+    for (Device& d : devices) {
+        for (auto& launch : d.queue) launch->finished = true;
+        d.queue.clear();
+        d.done = {};
+        for (Device::Sm& sm : d.sms) sm = {};
+    }
+    memory.forget_order();
+    log.clear();
+    warps_by_id.clear();
+    priorities_.clear();
+    programs_.clear();
+}
+
+}  // namespace dsv3::emulator
