@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dsv3_kernels.model import PRESETS, DeepSeekV3, ModelConfig, count_parameters
 from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
 from dsv3_kernels.model.moe import MoE, Routing, choose_experts, sequence_balance_loss
 from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SMALL = ModelConfig(
     vocab_size=40,
@@ -380,7 +381,7 @@ def test_whole_model_against_float64(post_norm):
 
 
 def test_mtp_shift():
-    """The last token of the window is a target of the MTP module only, the one before it never an input twice."""
+    """The window's last token is a target of the MTP module only; the one before also ends its input."""
     model = model_of()
     window = torch.randint(40, (1, 12))
     other = window.clone()
@@ -552,7 +553,7 @@ def test_impossible_sizes(changes, message):
 
 
 def test_too_long_a_sequence():
-    with pytest.raises(ValueError, match="the sequence has 33 positions, expected at most .* = 32"):
+    with pytest.raises(ValueError, match=r"the sequence has 33 positions, expected at most .* = 32"):
         DeepSeekV3(SMALL)(torch.zeros(1, 33, dtype=torch.int64))
 
 

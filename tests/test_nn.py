@@ -2,9 +2,11 @@
 
 from collections import Counter
 
-import dsv3_kernels.nn.linear as linear_layers
 import pytest
 import torch
+from torch import nn
+
+import dsv3_kernels.nn.linear as linear_layers
 from dsv3_kernels import (
     dequantize,
     fp8_gemm,
@@ -24,7 +26,6 @@ from dsv3_kernels.nn import (
     grouped_fp8_linear,
     set_recipe,
 )
-from torch import nn
 
 BF16_STEP = 2.0**-8
 FP32_SLACK = 1e-5
@@ -46,7 +47,7 @@ def operands(tokens, k, n, dtype=torch.bfloat16):
 
 
 def exact(q):
-    """The dequantised values in float64. (Each is a code times a scale: rounding it to FP32 would hide errors.)"""
+    """The dequantised values in float64: a code times a scale, not rounded to FP32."""
     data = q.data.to(torch.float64)
     scales = q.scales.double()
     if q.block[0] == 128:
@@ -75,7 +76,7 @@ def test_fp8_linear_against_float64(tokens, k, n, power_of_2):
     assert_product(
         w.grad, exact(quantize_1x128_t(dy, **opt)), exact(quantize_1x128_t(x.detach(), **opt)), 2.0**-23
     )
-    # The quantisation itself: e4m3 has three mantissa bits, so each operand is within 1/16 of its tile's values.
+    # The quantisation itself: with three mantissa bits each operand is within 1/16 of its values.
     relative = (w.grad.double() - dy.double().T @ x.detach().double()).norm() / w.grad.double().norm()
     assert relative < 0.08
 

@@ -40,6 +40,8 @@ class ModelConfig:
             low = 0 if name in optional else 1
             if type(value) is int and value < low:
                 raise ValueError(f"ModelConfig: {name} is {value}, expected at least {low}")
+            if type(value) is float and not 0 < value < float("inf"):
+                raise ValueError(f"ModelConfig: {name} is {value}, expected a finite number above 0")
         self._require(
             self.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "an even number (pairs are rotated)"
         )

@@ -79,7 +79,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             )
         state = json.loads((checkpoint / "state.json").read_bytes())
         tensors = safetensors.torch.load_file(checkpoint / "tensors.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise TrainError(f"cannot load the checkpoint {checkpoint}: {error}{mend}") from error
     if not isinstance(state, dict):
         raise TrainError(f"{checkpoint / 'state.json'}: found {type(state).__name__}, expected an object")

@@ -59,6 +59,8 @@ class RunConfig:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions):
+            raise TrainError(f"precisions is {list(self.precisions)}, expected fp8, bf16 or both, once each")
         for name in ("checkpoint_every", "validate_every", "validation_windows", "keep"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected at least 1")

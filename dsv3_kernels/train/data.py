@@ -76,6 +76,8 @@ def _given(path: Path) -> tuple[Path, list[Path]]:
         return path, names
     if not path.exists():
         raise TrainError(f"--data: {path} does not exist")
+    if not path.is_file():
+        raise TrainError(f"--data: {path} is neither a file nor a folder")
     return path, [Path()]
 
 

@@ -50,7 +50,7 @@ def read_config(folder: Path) -> RunConfig:
         raise TrainError(
             f"--resume: cannot read {path}: {error.strerror}; expected the folder of a run"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TrainError(f"--resume: {path} is not JSON: {error}") from error
     return from_json(RunConfig, value, str(path))
 

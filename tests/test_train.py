@@ -1,0 +1,633 @@
+"""The trainer: optimizer, schedules, bit-exact resuming, the command line, and bad input."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dsv3_kernels.model import ModelConfig
+from dsv3_kernels.train import schedule
+from dsv3_kernels.train.config import RunConfig, TrainConfig, from_json, to_json
+from dsv3_kernels.train.data import load_corpus
+from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.metrics import MetricsLog
+from dsv3_kernels.train.optimizer import AdamW
+from dsv3_kernels.train.report import entropies
+from dsv3_kernels.train.trainer import StepMetrics, Trainer
+
+SMALL = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    max_position_embeddings=64,
+    initializer_range=0.02,
+)
+SETTINGS = TrainConfig(steps=20, batch_size=2, seq_len=16, warmup_steps=3, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"The {i}th file counts: " + ", ".join(map(str, range(i, i + 80))))
+    return folder
+
+
+def trainer(text, precision="fp8", **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return Trainer(SMALL, settings, precision, load_corpus(str(text), settings.seq_len + 2))
+
+
+def steps_to(trainer, step):
+    return [trainer.train_step() for _ in range(trainer.step, step)]
+
+
+# Optimizer
+
+
+def slow_adamw(initial, gradients, lr, decay, clip):
+    """One parameter in float64, moments rounded to BF16 between the steps."""
+    w, m, v = initial.double(), torch.zeros_like(initial).double(), torch.zeros_like(initial).double()
+    for step, gradient in enumerate(gradients, start=1):
+        g = gradient.double() * clip
+        m = 0.9 * m + 0.1 * g
+        v = 0.95 * v + 0.05 * g * g
+        w = w - lr * decay * w - lr * (m / (1 - 0.9**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-8)
+        m, v = m.bfloat16().double(), v.bfloat16().double()
+    return w, m, v
+
+
+def test_adamw_against_float64():
+    torch.manual_seed(int(torch.randint(1 << 30, ())))
+    model = nn.Sequential(nn.Linear(9, 7), nn.LayerNorm(7), nn.Linear(7, 3, bias=False))
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = AdamW(model.named_parameters(), weight_decay=0.1)
+    model.bfloat16()
+    optimizer.write_parameters()
+    history = {name: [] for name in initial}
+    for _ in range(6):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape)
+            history[name].append(parameter.grad.clone())
+        expected_norm = sum(h[-1].double().square().sum() for h in history.values()).sqrt()
+        assert float(optimizer.gather_gradients()) == pytest.approx(float(expected_norm), rel=1e-6)
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.step(0.01, 0.5)
+    state = optimizer.tensors()
+    for name, parameter in model.named_parameters():
+        decay = 0.1 if parameter.dim() > 1 else 0.0
+        w, m, v = slow_adamw(initial[name], history[name], 0.01, decay, 0.5)
+        assert torch.allclose(state[f"master/{name}"].double(), w, rtol=1e-4, atol=1e-6)
+        assert state[f"exp_avg/{name}"].dtype == state[f"exp_avg_sq/{name}"].dtype == torch.bfloat16
+        # FP32 and FP64 may round a moment to neighbouring BF16 numbers.
+        assert torch.allclose(state[f"exp_avg/{name}"].double(), m, rtol=2**-7, atol=1e-6)
+        assert torch.allclose(state[f"exp_avg_sq/{name}"].double(), v, rtol=2**-7, atol=1e-6)
+        assert torch.equal(parameter, state[f"master/{name}"].bfloat16())
+
+
+def test_masters_collect_updates_too_small_for_bf16():
+    layer = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    optimizer = AdamW(layer.named_parameters(), weight_decay=0.0)
+    layer.bfloat16()
+    for _ in range(100):
+        layer.weight.grad = torch.ones(1, 1)
+        optimizer.gather_gradients()
+        optimizer.step(1e-4)
+    assert layer.weight.item() == pytest.approx(0.99, abs=0.004)
+    assert float(optimizer.master) == pytest.approx(0.99, abs=1e-4)
+
+
+def test_missing_gradients_are_zero():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    optimizer = AdamW(model.named_parameters(), weight_decay=0.0)
+    before = model[1].weight.detach().clone()
+    model[0].weight.grad = torch.ones(2, 2)
+    assert float(optimizer.gather_gradients()) == pytest.approx(2.0)
+    optimizer.step(0.1)
+    assert torch.equal(model[1].weight, before)
+
+
+def test_gradients_reach_the_optimizer_in_fp32(text):
+    run = trainer(text)
+    run.model.losses(run.batches.batch(0)).main.backward()
+    weight = run.model.blocks[0].attention.o_proj.weight
+    assert weight.dtype == torch.bfloat16
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+
+
+# Schedules
+
+
+def test_learning_rate():
+    config = TrainConfig(steps=100, warmup_steps=10, lr=2.0, final_lr=0.1)
+    rates = [schedule.learning_rate(step, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert rates[10] == max(rates) == 2.0
+    assert rates[99] == pytest.approx(0.2)
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert schedule.learning_rate(10, config) + schedule.learning_rate(99, config) == pytest.approx(
+        schedule.learning_rate(54, config) + schedule.learning_rate(55, config)
+    )
+    assert schedule.learning_rate(0, TrainConfig(steps=1, warmup_steps=0, lr=1.0)) == 1.0
+
+
+def test_late_switches():
+    config = TrainConfig(steps=1000, mtp_weight=0.3, bias_speed=0.01)
+    assert [schedule.mtp_weight(step, config) for step in (0, 675, 676, 999)] == pytest.approx(
+        [0.3, 0.3, 0.1, 0.1]
+    )
+    assert [schedule.bias_speed(step, config) for step in (0, 966, 967, 999)] == [0.01, 0.01, 0, 0]
+
+
+# A step
+
+
+def test_one_step_is_losses_gradients_and_update_by_hand(text):
+    """The same through a plain float64 AdamW, from the model's own gradients."""
+    run, other = trainer(text, "bf16"), trainer(text, "bf16")
+    before = {name: t.clone() for name, t in run.optimizer.tensors().items()}
+    losses = other.model.losses(other.batches.batch(0))
+    (losses.main + 0.3 * losses.mtp + 1e-4 * losses.balance).backward()
+    gradients = {name: p.grad.double() for name, p in other.model.named_parameters()}
+    norm = sum(g.square().sum() for g in gradients.values()).sqrt()
+    metrics = run.train_step()
+    assert metrics.loss == losses.main.item()
+    assert metrics.grad_norm == pytest.approx(float(norm), rel=1e-5)
+    lr = schedule.learning_rate(0, SETTINGS)
+    for name, gradient in gradients.items():
+        decay = 0.1 if gradient.dim() > 1 else 0.0
+        w, _, _ = slow_adamw(before[f"master/{name}"], [gradient], lr, decay, min(1.0, 1 / float(norm)))
+        got = run.optimizer.tensors()[f"master/{name}"]
+        assert torch.allclose(got.double(), w, rtol=1e-5, atol=lr * 1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_learns(text, precision):
+    metrics = steps_to(trainer(text, precision), 20)
+    assert metrics[0].loss == pytest.approx(5.55, abs=0.1)
+    assert metrics[-1].loss < 4.0
+    assert [m.step for m in metrics] == list(range(1, 21))
+
+
+def test_expert_biases_move_and_rest(text):
+    run = trainer(text)
+    biases = [gate.bias.clone() for gate in run.model.gates()]
+    steps_to(run, 5)
+    moved = [gate.bias.clone() for gate in run.model.gates()]
+    assert len(moved) == 2
+    for before, after in zip(biases, moved, strict=True):
+        assert 0 < (after - before).abs().max() <= 5 * SETTINGS.bias_speed + 1e-6
+        assert after.dtype == torch.float32
+    steps_to(run, 20)
+    assert schedule.bias_speed(19, SETTINGS) > 0  # with 20 steps the rest is empty; with 200 it is not
+    assert schedule.bias_speed(199, dataclasses.replace(SETTINGS, steps=200)) == 0
+
+
+def test_evaluation_changes_nothing(text):
+    run, other = trainer(text), trainer(text)
+    windows = run.corpus.validation[: 18 * 5].view(5, 18).long()
+    steps_to(run, 2)
+    fp8, bf16 = run.evaluate(windows), run.evaluate(windows, "bf16")
+    assert fp8 == run.evaluate(windows, "fp8")
+    assert fp8 != bf16
+    assert fp8 == pytest.approx(bf16, rel=0.01)
+    losses = [run.model.next_token_loss(row[None, :17]).item() for row in windows]
+    assert fp8 == pytest.approx(sum(losses) / 5, rel=1e-3)
+    steps_to(other, 2)
+    assert run.train_step().loss == other.train_step().loss
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_loss_that_is_not_finite_stops_before_the_update(text, what):
+    run = trainer(text)
+    steps_to(run, 3)
+    before = {name: t.clone() for name, t in run._tensors().items()}
+    if what == "loss":
+        with torch.no_grad():
+            run.model.norm.weight[0] = torch.nan
+    else:
+        run.model.head.weight.register_hook(lambda g: g * torch.inf)
+    with pytest.raises(TrainError, match=rf"fp8: the {what} of step 4 is (nan|inf)"):
+        run.train_step()
+    assert run.step == 3
+    assert all(torch.equal(t, before[name]) for name, t in run._tensors().items())
+
+
+# Checkpoints of a trainer
+
+
+def assert_same_state(a, b):
+    assert a.step == b.step == a.optimizer.steps == b.optimizer.steps
+    left, right = a._tensors(), b._tensors()
+    assert left.keys() == right.keys()
+    assert {name.split("/")[0] for name in left} == {"master", "exp_avg", "exp_avg_sq", "buffer"}
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_twenty_steps_equal_ten_and_ten(text, tmp_path, precision):
+    whole = trainer(text, precision)
+    expected = steps_to(whole, 20)
+    first = trainer(text, precision)
+    steps_to(first, 10)
+    first.save(tmp_path, keep=1)
+    second = trainer(text, precision)
+    second.load(tmp_path)
+    assert_same_state(first, second)
+    torch.manual_seed(0)  # whatever the global generator does meanwhile plays no part
+    rest = steps_to(second, 20)
+    assert_same_state(whole, second)
+    for a, b in zip(expected[10:], rest, strict=True):
+        assert dataclasses.replace(a, seconds=0, tokens_per_second=0) == dataclasses.replace(
+            b, seconds=0, tokens_per_second=0
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 1.0}, r"train\.lr is 0\.003, expected 1\.0"),
+        ({"batch_size": 4}, "samples is 4, expected 8"),
+        ({"power_of_2_scales": True}, r"train\.power_of_2_scales is False"),
+    ],
+)
+def test_other_settings_are_refused(text, tmp_path, changes, message):
+    run = trainer(text)
+    steps_to(run, 2)
+    run.save(tmp_path, keep=1)
+    with pytest.raises(TrainError, match=message):
+        trainer(text, **changes).load(tmp_path)
+    with pytest.raises(TrainError, match="precision is 'fp8', expected 'bf16'"):
+        trainer(text, "bf16").load(tmp_path)
+    longer = trainer(text, steps=30)
+    longer.load(tmp_path)
+    assert longer.step == 2
+
+
+def test_other_text_is_refused(text, tmp_path):
+    run = trainer(text)
+    run.save(tmp_path / "checkpoints", keep=1)
+    copy = shutil.copytree(text, tmp_path / "text")
+    (copy / "0.txt").write_text("another text " * 10)
+    with pytest.raises(TrainError, match="its text was another"):
+        trainer(copy).load(tmp_path / "checkpoints")
+
+
+# Settings as JSON
+
+
+def test_settings_survive_json():
+    config = RunConfig(data="x", train=TrainConfig(lr=1), precisions=("bf16",))
+    value = json.loads(json.dumps(to_json(config)))
+    assert from_json(RunConfig, value, "here") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v.update(extra=1), r"unknown keys \['extra'\]"),
+        (lambda v: v["train"].pop("lr"), r"here\.train: .*missing keys \['lr'\]"),
+        (lambda v: v["train"].update(steps="20"), r"here\.train\.steps: found '20', expected int"),
+        (lambda v: v["train"].update(steps=True), r"here\.train\.steps: found True"),
+        (lambda v: v["train"].update(steps=0), "steps is 0, expected at least 1"),
+        (lambda v: v["train"].update(lr=float("nan")), "lr is nan"),
+        (lambda v: v["train"].update(grad_clip=-1.0), "grad_clip is -1.0"),
+        (lambda v: v["model"].update(n_group=3), r"here\.model: .*n_group is 3"),
+        (lambda v: v["model"].update(rope_theta=0.0), "rope_theta is 0.0"),
+        (lambda v: v.update(model=[]), r"here\.model: found list, expected an object"),
+        (lambda v: v.update(precisions=["fp4"]), r"here\.precisions\[0\]: found 'fp4'"),
+        (lambda v: v.update(precisions=[]), "precisions is"),
+        (lambda v: v.update(precisions=["fp8", "fp8"]), "precisions is"),
+        (lambda v: v.update(data=3), r"here\.data: found 3"),
+        (lambda v: v.update(keep=0), "keep is 0"),
+    ],
+)
+def test_settings_from_bad_json(change, message):
+    value = json.loads(json.dumps(to_json(RunConfig())))
+    change(value)
+    with pytest.raises(TrainError, match=message):
+        from_json(RunConfig, value, "here")
+
+
+# Metrics
+
+
+def metrics_of(step, precision="fp8"):
+    values = {f.name: 1.0 for f in dataclasses.fields(StepMetrics)}
+    return StepMetrics(**(values | {"step": step, "precision": precision}))
+
+
+def test_metrics_go_on_without_duplicates(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, {})
+    for step in range(1, 8):
+        log.append(metrics_of(step), None)
+        log.append(metrics_of(step, "bf16"), 2.0)
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"precision": "fp8", "st')  # the row a killed process was writing
+    log = MetricsLog(path, {"fp8": 5, "bf16": 4})
+    log.append(metrics_of(6), None)
+    log.close()
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [r["step"] for r in rows if r["precision"] == "fp8"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows if r["precision"] == "bf16"] == [1, 2, 3, 4]
+    path.write_text("not json\n")
+    with pytest.raises(TrainError, match="line 1: not a row of metrics"):
+        MetricsLog(path, {})
+
+
+def test_entropies():
+    text = torch.tensor(list(b"ab" * 500), dtype=torch.uint8)
+    unigram, bigram = entropies(text)
+    assert unigram == pytest.approx(0.6931, abs=1e-3)
+    assert bigram == pytest.approx(0.0, abs=1e-3)
+
+
+# The command line
+
+FAST = ["--batch-size", "1", "--seq-len", "24", "--validation-windows", "2", "--sample-bytes", "6"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def command(*arguments, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "dsv3_kernels.train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+        **options,
+    )
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_tensors(folder, precision):
+    checkpoints = folder / "checkpoints" / precision
+    return (checkpoints / (checkpoints / "latest").read_text().strip() / "tensors.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole_run(text, tmp_path_factory):
+    """Twelve steps of the tiny preset in both precisions, uninterrupted."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = command(*FAST, "--steps", 12, "--data", text, "--out", folder, "--validate-every", 6)
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def test_a_run_from_end_to_end(whole_run):
+    folder, done = whole_run
+    assert done.stderr == ""
+    for words in (
+        "training loss before",
+        "validation loss after",
+        "FP8 against BF16",
+        "trained in BF16",
+        "A sample of the weights trained in FP8",
+        "def ",
+        "step 12/12",
+        "tokens/s",
+    ):
+        assert words in done.stdout
+    rows = rows_of(folder)
+    assert [(r["step"], r["precision"]) for r in rows] == [
+        (s, p) for s in range(1, 13) for p in ("fp8", "bf16")
+    ]
+    fields = {f.name for f in dataclasses.fields(StepMetrics)} | {"validation_loss"}
+    for row in rows:
+        assert row.keys() == fields
+        assert row["loss"] > 0
+        assert row["tokens_per_second"] == pytest.approx(24 / row["seconds"])
+        assert (row["validation_loss"] is not None) == (row["step"] in (6, 12))
+    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    config = from_json(RunConfig, json.loads((folder / "config.json").read_text()), "config.json")
+    assert (config.train.steps, config.train.batch_size, config.preset) == (12, 1, "tiny")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [s["weights"] for s in summary["same_weights"]] == [
+        "at the start",
+        "trained in FP8",
+        "trained in BF16",
+    ]
+    assert all(abs(s["difference"]) < 0.01 for s in summary["same_weights"])
+    assert summary["training"]["fp8"]["before"] == rows[0]["loss"]
+    assert {p.name for p in folder.iterdir()} == {
+        "checkpoints",
+        "config.json",
+        "loss.png",
+        "metrics.jsonl",
+        "summary.json",
+    }
+
+
+def start(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dsv3_kernels.train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for_rows(process, folder, count):
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists() and len(rows_of(folder)) >= count:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no {count} rows came: {process.communicate()}")
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_equals_uninterrupted(whole_run, text, tmp_path, number):
+    folder = tmp_path / "run"
+    arguments = [
+        "--steps",
+        12,
+        "--data",
+        text,
+        "--out",
+        folder,
+        "--validate-every",
+        6,
+        "--checkpoint-every",
+        4,
+    ]
+    process = start(*FAST, *arguments)
+    wait_for_rows(process, folder, 11)  # past the first checkpoint
+    process.send_signal(number)
+    stdout, stderr = process.communicate(timeout=100)
+    assert stderr == ""
+    if number == signal.SIGKILL:
+        assert process.returncode == -9
+    else:
+        assert process.returncode == 128 + number
+        assert f"--resume {folder}" in stdout
+        saved = (folder / "checkpoints" / "fp8" / "latest").read_text().strip()
+        assert saved == f"step-{rows_of(folder)[-1]['step']:06d}"
+    done = command("--resume", folder, "--sample-bytes", 6)
+    assert (done.returncode, done.stderr) == (0, "")
+    whole, whole_done = whole_run
+    for precision in ("fp8", "bf16"):
+        assert final_tensors(folder, precision) == final_tensors(whole, precision)
+    rows = sorted(without_times(rows_of(folder)), key=lambda r: (r["step"], r["precision"]))
+    assert rows == sorted(without_times(rows_of(whole)), key=lambda r: (r["step"], r["precision"]))
+    last_line = [line for line in done.stdout.splitlines() if line.startswith("def ")]
+    assert last_line == [line for line in whole_done.stdout.splitlines() if line.startswith("def ")]
+
+
+def copy_of(whole_run, tmp_path):
+    return Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
+
+
+def test_a_finished_run_can_be_prolonged(whole_run, tmp_path):
+    folder = copy_of(whole_run, tmp_path)
+    done = command("--resume", folder, "--steps", 14, "--sample-bytes", 0, "--validate-every", 50)
+    assert done.returncode == 0, done.stderr
+    assert [r["step"] for r in rows_of(folder)] == sorted([*range(1, 15)] * 2)
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
+    done = command("--resume", folder, "--steps", 13)
+    assert done.returncode == 1
+    assert "at step 14 already" in done.stderr
+
+
+def assert_one_line(done, *words):
+    assert done.returncode == 1, done
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("dsv3_kernels.train: ")
+    for word in words:
+        assert word in done.stderr
+
+
+def test_damaged_checkpoint(whole_run, tmp_path):
+    folder = copy_of(whole_run, tmp_path)
+    path = folder / "checkpoints" / "bf16" / "step-000012" / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    before = rows_of(folder)
+    assert_one_line(command("--resume", folder), "step-000012 is damaged", "SHA256SUMS")
+    assert rows_of(folder) == before
+
+
+def test_full_disk(whole_run, text, tmp_path):
+    """A limit on the size of files stands for the disk: the tensors are the only file above it."""
+    folder = tmp_path / "run"
+    process = start(*FAST, "--steps", 40, "--data", text, "--out", folder, "--precision", "bf16")
+    wait_for_rows(process, folder, 2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=100)
+    pointer = (folder / "checkpoints" / "bf16" / "latest").read_text()
+    tensors = final_tensors(folder, "bf16")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    done = command("--resume", folder, "--checkpoint-every", 1, preexec_fn=limit)
+    assert_one_line(done, "cannot save the checkpoint", pointer.strip(), "is untouched")
+    assert (folder / "checkpoints" / "bf16" / "latest").read_text() == pointer
+    assert final_tensors(folder, "bf16") == tensors
+    assert not list((folder / "checkpoints" / "bf16").glob(".writing-*"))
+
+
+def test_diverging_run_stops_at_its_step(text, tmp_path):
+    arguments = ["--steps", 9, "--lr", 1e30, "--warmup-steps", 0, "--precision", "bf16", "--data", text]
+    done = command(*FAST, *arguments, "--out", tmp_path / "run")
+    assert_one_line(done, "bf16: the ", " of step 2 is nan", "Mend:")
+
+
+def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch):
+    """In this process, since none of them gets as far as training."""
+    from dsv3_kernels.train.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.mkdir()
+    binary.write_bytes(b"\0\1\2" * 999)
+    config = copy_of(whole_run, tmp_path) / "config.json"
+    broken, foreign = tmp_path / "broken", tmp_path / "foreign"
+    broken.mkdir()
+    (broken / "config.json").write_text("{")
+    foreign.mkdir()
+    (foreign / "config.json").write_text(config.read_text().replace('"lr"', '"__import__"'))
+    cases = [
+        (["--data", "none"], "none does not exist"),
+        (["--data", empty], "is an empty folder"),
+        (["--data", binary], "is binary, expected UTF-8 text"),
+        (["--data", text, "--seq-len", 2000], "Mend: more text, or a smaller --seq-len"),
+        (["--seq-len", 4096], "--seq-len is 4096, expected at most 2048"),
+        (["--steps", 0], "steps is 0, expected at least 1"),
+        (["--lr", "nan"], "lr is nan"),
+        (["--batch-size", -1], "batch_size is -1"),
+        (["--threads", 0], "--threads must be at least 1"),
+        (["--keep", 0], "keep is 0"),
+        (["--out", whole_run[0]], "already holds a run"),
+        (["--out", binary], "File exists"),
+        (["--resume", "none"], "expected the folder of a run"),
+        (["--resume", empty], "expected the folder of a run"),
+        (["--resume", broken], "config.json is not JSON"),
+        (["--resume", foreign], "unknown keys ['__import__'], missing keys ['lr']"),
+        (["--resume", whole_run[0], "--lr", 1], "--lr cannot be given with --resume"),
+        (["--resume", whole_run[0], "--precision", "fp8"], "--precision cannot be given with --resume"),
+    ]
+    for arguments, message in cases:
+        assert main([*map(str, arguments)]) == 1, arguments
+        printed = capsys.readouterr().err
+        assert message in printed, (arguments, printed)
+        assert printed.count("\n") == 1
+    for arguments in (["--preset", "v3"], ["--precision", "fp4"], ["--steps", "many"], ["--unknown"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert arguments[0] in capsys.readouterr().err
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    from dsv3_kernels.train.cli import build_parser, main
+
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for action in build_parser()._actions[1:]:
+        assert action.option_strings[0] in text
+        assert "(default: " in action.help
+    for group in ("run:", "text:", "optimisation:", "validation and checkpoints:", "sample:"):
+        assert f"\n{group}" in text
