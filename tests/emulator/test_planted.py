@@ -13,14 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_kernels import jit
+from dsv3_kernels import emulator, jit
 from dsv3_kernels.tensor_map import TensorMap
-
-emulator = pytest.importorskip("dsv3_kernels.emulator")
 
 KERNELS = Path(__file__).parent / "kernels"
 BUG_SEEDS = 20
-TWIN_SEEDS, TWIN_SEEDS_LONG = 6, 200
+TWIN_SEEDS, TWIN_SEEDS_LONG = 40, 200
 
 HAZARD, DEADLOCK, ACCESS = "HazardError", "DeadlockError", "MemoryAccessError"
 
