@@ -195,7 +195,7 @@ void bind_machine(py::module_& m) {
                           const std::vector<uint32_t>& block, const std::vector<uint32_t>& cluster, uint32_t shared_bytes, const py::bytes& params, bool dependent) {
             return m.submit(make_launch(p, kernel, device, grid, block, cluster, shared_bytes, params, dependent));
         })
-        .def("run", [](Machine& m, const Launch* until) { m.run(until); }, py::arg("until") = nullptr, py::call_guard<py::gil_scoped_release>())
+        .def("run", &Machine::run, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("choice_widths", [](const Machine& m) { return m.choice_widths; })
         .def_property_readonly("time", [](const Machine& m) { return m.time; })
         .def("counters", &counters)

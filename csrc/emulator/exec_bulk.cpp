@@ -281,7 +281,7 @@ void decode_cp(Decode& d) {
         return d.finish(copy_arrive, Class::Async);
     }
     if (!d.take("ca") && !d.take("cg")) d.unsupported("of this form");
-    if (d.take_space(Space::Generic) != Space::Shared || d.take_space(Space::Generic) != Space::Global) d.unsupported("of these state spaces");
+    if ((!d.take("shared") && !d.take("shared::cta")) || !d.take("global")) d.unsupported("of these state spaces");
     const Operand* policy;
     take_cache_hints(d, &policy);
     d.expect_count(3, 5);

@@ -287,8 +287,9 @@ class Machine {
 
     /// Queues a launch on its device; returns it for `finished`. Throws for bad arguments.
     std::shared_ptr<Launch> submit(std::shared_ptr<Launch> launch);
-    /// Runs until this launch has finished (all that is queued, if null). A failure leaves the machine empty.
-    void run(const Launch* until = nullptr);
+    /// Runs until one of these launches has finished (until nothing is queued, if empty). A failure leaves the machine
+    /// empty.
+    void run(const std::vector<std::shared_ptr<Launch>>& until);
     bool idle() const;
     uint64_t module_variable(int device, const std::shared_ptr<const Program>& program, int variable);
 

@@ -80,11 +80,11 @@ uint32_t Machine::slice_length() {
     return options.schedule == "round_robin" ? 32 : options.schedule == "pct" ? 64 : 4096;
 }
 
-void Machine::run(const Launch* until) {
+void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
     try {
         for (;;) {
             admit();
-            if (until ? until->finished : idle()) return;
+            if (until.empty() ? idle() : std::any_of(until.begin(), until.end(), [](auto& l) { return l->finished; })) return;
             if (runnable_.empty() && operations_.empty()) {
                 nothing_moves();
                 continue;
