@@ -157,3 +157,19 @@ KERNEL(stage_released_before_wait) {
     }
     finish(out, in, d[0], 64);
 }
+
+// Rows of A that nobody wrote spoil their own rows of D, which may be left alone, and nothing else.
+KERNEL(product_of_rows_nobody_wrote) {
+    __shared__ Operands o;
+    for (u32 i = threadIdx.x; i < 32 * 32; i += 128) o.a[i] = kOnes;
+    for (u32 i = threadIdx.x; i < kN * 32; i += 128) o.b[i] = kOnes;
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    float d[kN / 2];
+    ptx::wgmma_fence();
+    ptx::wgmma_e4m3<kN>(d, ptx::k_major_descriptor(o.a), ptx::k_major_descriptor(o.b), false);
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait(d);
+    finish(out, in, d[0], 32);
+    if (BUG && threadIdx.x == 64) out[0] = d[0];  // BUG
+}
