@@ -1,8 +1,8 @@
 """FP8 GEMM: 1x128-scaled rows times 128x128-scaled weights to BF16 (DeepSeek-V3 report, section 3.3.2).
 
 Per 128 of K the tensor core's partial sum is promoted: `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in
-FP32, K ascending; y is rounded to BF16, to nearest even. The reference backend equals this up to FP32
-rounding.
+FP32, K ascending; y is rounded to BF16, to nearest even. The CPU backend sums in FP32 throughout
+(reference.py says more). An operand that requires grad is refused while gradients are recorded.
 """
 
 import functools

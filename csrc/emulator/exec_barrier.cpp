@@ -59,8 +59,8 @@ Flow bar(Context& c, const Inst& i) {
         return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, barrier_name(id, b));
     }
     uint32_t count = i.flags & has_count ? uniform(c, i.a[2], "number of threads") : 0;
-    if (i.flags & has_count && (count == 0 || count % 32 || count > cta.warps.size() * 32))
-        c.fail(ErrorKind::Hazard, "thread count " + std::to_string(count) + " is no multiple of 32 within the block");
+    if (i.flags & has_count && (count == 0 || count % 32))
+        c.fail(ErrorKind::Hazard, "thread count " + std::to_string(count) + " is no positive multiple of 32");
     if (b.arrived && b.expected != count)
         c.fail(ErrorKind::Hazard, "comes with " + std::to_string(count) + " threads to " + barrier_name(id, b));
     if (b.arrived == 0) b.expected = count, b.result = i.imm == And ? 1 : 0;

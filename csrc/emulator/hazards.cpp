@@ -22,7 +22,10 @@ void Machine::slow_checks_before(Context& c, const Inst& inst) {
             if (c.w.wgmma.writing[u])
                 c.fail(ErrorKind::Hazard, std::string(writes ? "writes" : "reads") + " an accumulator register of a wgmma in flight, before wgmma.wait_group");
             if (writes && c.w.wgmma.reading[u]) c.fail(ErrorKind::Hazard, "writes a register that a wgmma in flight reads as A, before wgmma.wait_group");
-            if (writes) c.w.wgmma.dirty[u] = 1;
+            // A mov hands on what its source is: the compiler may place the copies of operands behind the fence.
+            bool moves = inst.propagates && !inst.selects;
+            bool clean = moves && (inst.reads == 0 || touched[0] < p.predicate_words || !c.w.wgmma.dirty[unit(p, touched[0])]);
+            if (writes && !clean) c.w.wgmma.dirty[u] = 1;
         }
         if (!writes && !inst.propagates && (c.w.poison[u] & c.mask))
             c.fail(ErrorKind::Hazard, "uses a value loaded from bytes that nobody wrote", __builtin_ctz(c.w.poison[u] & c.mask));
