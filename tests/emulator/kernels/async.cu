@@ -233,3 +233,17 @@ KERNEL(box_beyond_the_tensor) {
         out[0] = -1;
     }
 }
+
+// What lies beyond a group's rows may never have been written: loading it is harmless, using it is not. The launch marks
+// the second row of `in` as unwritten.
+KERNEL(rows_nobody_wrote) {
+    __shared__ __align__(128) float buffer[kCount];
+    __shared__ u64 full;
+    init_barrier(&full, 1);
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&full, kBytes);
+        ptx::tma_load(buffer, &in_map, &full, 0, 0);
+    }
+    ptx::mbarrier_wait(&full, 0);
+    if (BUG || threadIdx.x < 32) out[threadIdx.x] = buffer[threadIdx.x];  // BUG
+}

@@ -108,7 +108,7 @@ KERNEL(unwritten_bytes_travel) {
     }
 }
 
-// 4-byte atomics do not race with each other, a plain read does.
+// Atomics do not race with each other, a plain (weak) read of theirs does.
 KERNEL(plain_read_of_atomic) {
     __shared__ u32 counter;
     if (threadIdx.x == 0) counter = 0;
@@ -117,5 +117,7 @@ KERNEL(plain_read_of_atomic) {
 #if !BUG
     __syncthreads();
 #endif
-    out[threadIdx.x] = in[threadIdx.x] + (*(volatile u32*)&counter > kCount ? 1.0f : 0.0f);  // BUG
+    u32 count;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(count) : "r"(ptx::shared_address(&counter)) : "memory");  // BUG
+    out[threadIdx.x] = in[threadIdx.x] + (count > kCount ? 1.0f : 0.0f);
 }
