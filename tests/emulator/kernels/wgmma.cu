@@ -67,9 +67,9 @@ KERNEL(accumulators_written_without_fence) {
     __syncthreads();
     float d[kN / 2] = {};
 #if BUG
-    asm volatile(FENCE "mov.f32 %0, 0f3F800000;\n" WGMMA COMMIT WAIT : OPERANDS : "memory");  // BUG
+    asm volatile(FENCE "add.f32 %0, %0, 0f3F800000;\n" WGMMA COMMIT WAIT : OPERANDS : "memory");  // BUG
 #else
-    asm volatile("mov.f32 %0, 0f3F800000;\n" FENCE WGMMA COMMIT WAIT : OPERANDS : "memory");
+    asm volatile("add.f32 %0, %0, 0f3F800000;\n" FENCE WGMMA COMMIT WAIT : OPERANDS : "memory");
 #endif
     finish(out, in, d[0], 33);
 }
@@ -90,9 +90,9 @@ KERNEL(a_registers_written_before_wait) {
         "+r"(a1), "+r"(a2), "+r"(a3)                                                                           \
         : "l"(ptx::k_major_descriptor(o.b))
 #if BUG
-    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT "mov.b32 %8, 0;\n" WAIT : OPERANDS_A : "memory");  // BUG
+    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT "and.b32 %8, %8, 0;\n" WAIT : OPERANDS_A : "memory");  // BUG
 #else
-    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT WAIT "mov.b32 %8, 0;\n" : OPERANDS_A : "memory");
+    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT WAIT "and.b32 %8, %8, 0;\n" : OPERANDS_A : "memory");
 #endif
     finish(out, in, d[0] + a0, 64);
 }
