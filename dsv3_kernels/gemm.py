@@ -1,15 +1,107 @@
 """FP8 GEMM: 1x128-scaled rows times 128x128-scaled weights to BF16 (DeepSeek-V3 report, section 3.3.2).
 
 Per 128 of K the tensor core's partial sum is promoted: `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in
-FP32, K ascending; y is rounded to BF16, to nearest even. The reference backend equals this up to FP32
-rounding.
+FP32, K ascending; y is rounded to BF16, to nearest even. The CPU backend sums in FP32 throughout
+(reference.py says more). An operand that requires grad is refused while gradients are recorded.
 """
+
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
-from .quantized import ROW, SQUARE, QuantizedTensor
+from .checks import ceil_div, round_up
+from .jit import Kernel
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major
+from .tensor_map import TensorMap
+
+SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
+WARPGROUP = 128  # threads
+WAVE = 64  # rows of a wgmma
+MAX_STAGES = 8
+TILES = (
+    *((256, 64), (256, 96), (256, 128)),
+    *((128, n) for n in (32, 64, 96, 128, 160, 192)),
+    *((64, n) for n in (16, 32, 64, 96, 128, 160, 192)),
+)
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """How csrc/kernels/gemm.cuh is instantiated; what follows from a tile's shape is in its `Layout`.
+
+    block_m, block_n: rows and columns of an output tile. stages: tiles of operands in flight, 128 of K each.
+    strip: width in tiles of the strips in which tiles are taken.
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    strip: int = 16
+
+    @property
+    def math_warpgroups(self) -> int:
+        return 2 if self.block_m > WAVE else 1
+
+    @property
+    def threads(self) -> int:
+        return (self.math_warpgroups + 1) * WARPGROUP
+
+    @property
+    def panel(self) -> int:
+        """Columns of D that leave in one bulk store."""
+        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+
+    @property
+    def shared_bytes(self) -> int:
+        barriers = 2 * 8 * self.stages
+        used = (
+            self.stages * stage_bytes(self.block_m, self.block_n) + self.block_m * self.block_n * 2 + barriers
+        )
+        return round_up(used, 1024)
+
+    @property
+    def kernel(self) -> Kernel:
+        return _kernel(self)
+
+
+@functools.cache
+def _kernel(config: GemmConfig) -> Kernel:
+    template = (config.block_m, config.block_n, config.stages, config.strip)
+    return Kernel("gemm.cuh", "fp8_gemm", template)
+
+
+def stage_bytes(block_m: int, block_n: int) -> int:
+    """Shared memory of one stage: both operands and the scales of A."""
+    return (block_m + block_n) * TILE + block_m * 4
+
+
+def config_of_tile(block_m: int, block_n: int) -> GemmConfig:
+    """The deepest ring that fits beside the output tile."""
+    room = SHARED_MEMORY - block_m * block_n * 2 - 1024
+    return GemmConfig(block_m, block_n, min(MAX_STAGES, room // stage_bytes(block_m, block_n)))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose_config(m: int, n: int, num_sms: int) -> GemmConfig:
+    """The tile of `TILES` with the least estimated time for `[m, n]` on `num_sms` SMs.
+
+    Blocks take tiles in waves of `num_sms`. Per 128 of K a tile costs the larger of its tensor core's cycles
+    (512 for 128x128) and its loads' (64 bytes a cycle from L2); a lone warpgroup's promotion is not hidden
+    behind another's wgmma. Of equals the larger tile, which reads less.
+    """
+
+    def cycles(tile: tuple[int, int]) -> tuple[float, int]:
+        block_m, block_n = tile
+        waves = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n), num_sms)
+        multiply = block_m * block_n / 32
+        promote = block_m * block_n / 128 if block_m == WAVE else 0
+        load = stage_bytes(block_m, block_n) / 64
+        return waves * max(multiply + promote, load), -block_m * block_n
+
+    return config_of_tile(*min(TILES, key=cycles))
 
 
 def _operands(
@@ -47,7 +139,47 @@ def fp8_gemm(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
 def _fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
     if launch.world(a) == "reference":
         return reference.fp8_gemm(QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE))
-    launch.no_kernel("fp8_gemm")
+    out = _fake(a, a_scales, b, b_scales)
+    if out.numel() == 0 or a.shape[1] == 0:
+        return out.zero_()
+    num_sms = launch.num_sms(a)
+    _launch(choose_config(*out.shape, num_sms), a, a_scales, b, b_scales, out, num_sms)
+    return out
+
+
+def _launch(
+    config: GemmConfig, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, num_sms: int
+) -> None:
+    (m, k), n = a.shape, b.shape[0]
+    block_m, block_n, panel = config.block_m, config.block_n, config.panel
+    a_scales = _mn_major(a_scales)
+    k_tiles = a_scales.shape[1]
+    maps = (
+        TensorMap(a, (block_m, TILE)),
+        TensorMap(b, (block_n, TILE)),
+        TensorMap(a_scales, (1, block_m), 0, shape=(k_tiles, m), strides=(round_up(m, 4), 1)),
+        TensorMap(out, (WAVE, panel), 2 * panel),
+    )
+    grid = min(ceil_div(m, block_m) * ceil_div(n, block_n), num_sms)
+    arguments = (*maps, b_scales.contiguous(), m, n, k)
+    launch.launch(
+        config.kernel,
+        (grid, 1, 1),
+        (config.threads, 1, 1),
+        arguments,
+        shared_bytes=config.shared_bytes,
+        programmatic=True,
+    )
+
+
+def _mn_major(scales: Tensor) -> Tensor:
+    """Scales `[M, K/128]` as the kernels read them: strides (1, round_up(M, 4)), 16-byte aligned."""
+    m, k_tiles = scales.shape
+    rows_ok = scales.stride(0) == 1 or m == 1
+    columns_ok = scales.stride(1) == round_up(m, 4) or k_tiles == 1
+    if rows_ok and columns_ok and scales.data_ptr() % checks.ALIGNMENT == 0:
+        return scales
+    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
 
 
 def grouped_fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor) -> Tensor:

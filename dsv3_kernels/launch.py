@@ -1,23 +1,168 @@
-"""The one door to the worlds a call can run in."""
+"""The one door to the three worlds: the reference, the GPU, the emulator."""
 
-from typing import Literal, NoReturn
+import functools
+import importlib
+import sys
+from types import ModuleType
+from typing import Any, Literal, NoReturn
 
+import torch
 from torch import Tensor
 
+from .jit import Kernel, toolchain
+from .tensor_map import Encoding, TensorMap
+
 World = Literal["reference", "cuda", "emulator"]
+Dim3 = tuple[int, int, int]
+Argument = Tensor | TensorMap | int | float
+
+CAPABILITY = (9, 0)
+
+
+class UnsupportedDeviceError(RuntimeError):
+    """The GPU or its driver cannot run these kernels."""
 
 
 def world(*tensors: Tensor) -> World:
-    """Where a call on these tensors runs: CPU tensors take the reference, CUDA tensors the kernel."""
-    kind = tensors[0].device.type
-    if kind == "cpu":
-        return "reference"
-    if kind == "cuda":
+    """Where a call on these tensors runs.
+
+    CUDA tensors take the kernel; CPU tensors the reference, or the PTX inside `emulator.virtual_gpu(...)`.
+    Raises `ValueError` for tensors of several devices and for other kinds of device.
+    """
+    device = tensors[0].device
+    for i, tensor in enumerate(tensors):
+        if tensor.device != device:
+            raise ValueError(
+                f"tensors are on several devices: number 0 is on {device}, number {i} is on {tensor.device}; "
+                f"move it with .to({str(device)!r})"
+            )
+    if device.type == "cuda":
         return "cuda"
-    raise ValueError(f"dsv3_kernels: tensors are on device {kind!r}, expected 'cpu' or 'cuda'")
+    if device.type != "cpu":
+        raise ValueError(f"tensors are on device {str(device)!r}, expected 'cpu' or 'cuda'")
+    return "reference" if _virtual_gpu() is None else "emulator"
+
+
+def num_sms(tensor: Tensor) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
+    if tensor.is_cuda:
+        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _virtual_gpu().num_sms
+
+
+def launch(
+    kernel: Kernel,
+    grid: Dim3,
+    block: Dim3,
+    args: tuple[Argument, ...],
+    *,
+    cluster: Dim3 = (1, 1, 1),
+    shared_bytes: int = 0,
+    stream: "torch.cuda.Stream | None" = None,
+    cooperative: bool = False,
+    programmatic: bool = False,
+) -> None:
+    """Run `kernel` on the GPU that holds the tensors of `args`, or on the virtual GPU; first use compiles it.
+
+    grid, block, cluster: blocks, threads a block, blocks a cluster, each (x, y, z).
+    args: in the kernel's order; a tensor passes the address of its first element.
+    shared_bytes: dynamic shared memory a block. stream: the device's current stream if None.
+    cooperative: all blocks are resident at once. programmatic: may start before the stream's last kernel
+        has ended.
+    Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
+    `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
+    """
+    tensors = (a.tensor if isinstance(a, TensorMap) else a for a in args)
+    first = next((t for t in tensors if isinstance(t, Tensor)), None)
+    if first is None:
+        raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
+    if not first.is_cuda:
+        _emulate(kernel, args, grid=grid, block=block, cluster=cluster, shared_bytes=shared_bytes)
+        return
+    device = first.get_device()
+    values = [_value(kernel, device, i, argument) for i, argument in enumerate(args)]
+    raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
+    _loaded(kernel, device).launch(
+        device, raw_stream, grid, block, tuple(values), cluster, shared_bytes, cooperative, programmatic
+    )
 
 
 def no_kernel(op: str) -> NoReturn:
     raise NotImplementedError(
         f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (reference backend)"
     )
+
+
+def _virtual_gpu() -> Any:
+    """The active virtual GPU. None is active while nobody has imported the emulator."""
+    emulator = sys.modules.get(f"{__package__}.emulator")
+    return emulator.current() if emulator is not None else None
+
+
+def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> None:
+    gpu = _virtual_gpu()
+    if gpu is None:
+        raise ValueError(
+            f"launch: {kernel} got CPU tensors and no virtual GPU is active; "
+            "pass CUDA tensors, or call inside `with dsv3_kernels.emulator.virtual_gpu():`"
+        )
+    ptx = kernel.ptx(lineinfo=True)  # so that the emulator's errors name lines of the source
+    gpu.launch(ptx.text, ptx.name, args=args, **shape)
+
+
+def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int | float | bytes:
+    """The argument as the runtime takes it: an address, a number, or the bytes of a tensor map."""
+    if isinstance(argument, int | float):
+        return argument
+    tensor = argument.tensor if isinstance(argument, TensorMap) else argument
+    if tensor.get_device() != device:
+        raise ValueError(
+            f"launch: {kernel} got argument {index} on {tensor.device}, expected cuda:{device}, "
+            "where the first tensor is"
+        )
+    return _encoded(argument.encoding) if isinstance(argument, TensorMap) else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoded(encoding: Encoding) -> bytes:
+    return _runtime().encode_tensor_map(*encoding)
+
+
+@functools.cache
+def _runtime() -> ModuleType:
+    try:
+        return importlib.import_module("._runtime", __package__)
+    except ImportError as error:
+        raise RuntimeError(
+            f"the C++ part of dsv3_kernels is not built ({error}). Mend: pip install -e . in the checkout"
+        ) from None
+
+
+@functools.cache
+def _loaded(kernel: Kernel, device: int) -> Any:
+    """The kernel, on the GPU. One image serves all devices; each is checked once."""
+    _check_device(device)
+    return _load(kernel)
+
+
+@functools.cache
+def _load(kernel: Kernel) -> Any:
+    cubin = kernel.cubin()
+    return _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+
+
+@functools.cache
+def _check_device(device: int) -> None:
+    properties = _runtime().device_properties(device)
+    if properties["capability"] != CAPABILITY:
+        major, minor = properties["capability"]
+        raise UnsupportedDeviceError(
+            f"cuda:{device} is a {properties['name']} of compute capability {major}.{minor}, expected 9.0 "
+            "(Hopper: H100, H200, H800, H20, GH200). Mend: pass CPU tensors, which take the reference"
+        )
+    driver, compiler = _runtime().driver_version() // 1000, toolchain.nvrtc().version
+    if driver < compiler[0]:
+        raise UnsupportedDeviceError(
+            f"the driver supports CUDA {driver}.x, but the kernels are compiled by NVRTC {compiler[0]}."
+            f"{compiler[1]}. Mend: pip install 'dsv3_kernels[cu{driver}]', or a driver for CUDA {compiler[0]}"
+        )

@@ -3,31 +3,41 @@
 `scale = amax/448` of the tile, in FP32, at least 2^-126, and 1 for a tile of zeros; `data = e4m3(x/scale)`,
 round to nearest even, saturating. `power_of_2_scales=True` rounds the scale up to a power of two (exact in
 UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile dequantises to NaN: never a
-silent finite value.
+silent finite value. An input that requires grad is refused while gradients are recorded.
 """
 
+import functools
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
+from .jit import Kernel
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
 
-_INPUT = (torch.bfloat16, torch.float32)
+_INPUT = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}  # names in csrc/kernels
+
+_DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# As in csrc/kernels/quantize.cuh.
+THREADS = 256
+ROWS_PER_WARP = 32
+MAX_TASKS = 2**31
+MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
 
 
 def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
-    x: bfloat16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
-    Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]`, strides `(.., 1, round_up(M,
-    4))`.
+    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]` with strides
+    `(.., 1, round_up(M, 4))`.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
     device.
     """
     op = "quantize_1x128"
-    checks.tensor(op, "x", x, _INPUT, (2, 3))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
@@ -40,7 +50,28 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
         return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales)
-    launch.no_kernel("quantize_1x128")
+    rows, width = x.shape[-2:]
+    batches = x.shape[0] if x.ndim == 3 else 1
+    tasks = batches * checks.ceil_div(rows, ROWS_PER_WARP) * checks.ceil_div(width, TILE)
+    if tasks > MAX_TASKS:
+        raise ValueError(
+            f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
+            f"expected at most {MAX_TASKS}; split it"
+        )
+    data, scales = _fake_1x128(x, power_of_2_scales)
+    if tasks:
+        grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
+        strides = (rows * width, width, scales.stride(0) if x.ndim == 3 else 0, scales.stride(-1))
+        arguments = (x, data, scales, batches, rows, width, *strides)
+        kernel = kernel_1x128(x.dtype, power_of_2_scales)
+        launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+@functools.cache
+def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
+    return Kernel("quantize.cuh", "quantize_1x128", (_INPUT[dtype], power_of_2_scales))
 
 
 def quantize_1x128_t(
@@ -48,19 +79,18 @@ def quantize_1x128_t(
 ) -> QuantizedTensor:
     """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
 
-    x: bfloat16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
+    x: bfloat16, float16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
     group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
         out.
-    Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
-    `(1, round_up(width, 4))`, with T = 128·floor((tokens + 127·G)/128) (G = 1 without groups). Tiles restart
-    at
-    each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero; a
-    tile of zeros has scale 1.
+    Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]` with strides
+    `(1, round_up(width, 4))`, where T = 128·floor((tokens + 127·G)/128), G = 1 without groups. Tiles restart
+    at each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero;
+    a tile of zeros has scale 1.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
     or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
     """
     op = "quantize_1x128_t"
-    checks.tensor(op, "x", x, _INPUT, (2,))
+    checks.tensor(op, "x", x, tuple(_INPUT), (2,))
     checks.multiple(op, "x", "width", x.shape[-1], 8)
     checks.contiguous(op, "x", x)
     if group_offsets is not None:
@@ -91,16 +121,16 @@ def quantize_128x128(
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise weights in blocks of 128x128.
 
-    w: bfloat16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with `transpose` N) a
-        multiple of 16.
+    w: bfloat16, float16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with
+        `transpose` N) a multiple of 16.
     Returns block (128, 128): data `[.., N, K]`, scales `[.., ceil(N/128), ceil(K/128)]`, contiguous. With
-    `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed (data `[.., K,
-    N]`): the operand of the input gradient, since FP8 tensor cores take K-major operands only.
+    `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed, data
+    `[.., K, N]`: the operand of the input gradient, since FP8 tensor cores take K-major operands only.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
     device.
     """
     op = "quantize_128x128"
-    checks.tensor(op, "w", w, _INPUT, (2, 3))
+    checks.tensor(op, "w", w, tuple(_INPUT), (2, 3))
     checks.multiple(op, "w", "K", w.shape[-1], 16)
     if checks.flag(op, "transpose", transpose):
         checks.multiple(op, "w", "N", w.shape[-2], 16)
@@ -126,15 +156,15 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     """The values of `q`: each code times its scale, rounded to FP32, then to `dtype`.
 
     q: a QuantizedTensor or a (data, scales) tuple, either block, rank 2 or 3.
-    dtype: torch.float32, torch.bfloat16 or torch.float64.
+    dtype: torch.float32, torch.bfloat16, torch.float16 or torch.float64.
     Returns `[.., M, K]` of `dtype`, contiguous. Runs on any device, as PyTorch operations.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
     or device.
     """
     op = "dequantize"
     q = quantized.operand(op, "q", q, None, (2, 3))
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float64")
+    if not isinstance(dtype, torch.dtype) or dtype not in _DEQUANTIZED:
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {', '.join(map(str, _DEQUANTIZED))}")
     launch.world(q.data)
     if torch.compiler.is_compiling():
         return torch.ops.dsv3_kernels.dequantize(q.data, q.scales, q.block[0], dtype)
@@ -185,7 +215,7 @@ def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bo
 
 
 def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), device=w.device)
+    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
 
 
 def _fake_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,5 +1,18 @@
-"""CUDA C++ text -> PTX -> cubin, without a GPU, a driver or a CUDA toolkit."""
+"""CUDA C++ text -> PTX -> cubin, without a GPU, a driver, a CUDA toolkit or torch."""
 
-from .compile import CompileError, compile_ptx
+from .cache import CacheError
+from .compile import CompileError, Resources, compile_ptx, kernel_dir
+from .kernel import Cubin, Kernel, Ptx
+from .toolchain import ToolchainError
 
-__all__ = ["CompileError", "compile_ptx"]
+__all__ = [
+    "CacheError",
+    "CompileError",
+    "Cubin",
+    "Kernel",
+    "Ptx",
+    "Resources",
+    "ToolchainError",
+    "compile_ptx",
+    "kernel_dir",
+]

@@ -1,0 +1,362 @@
+// The only inline PTX in the tree: one small function an instruction, ordered by the chapters of the PTX ISA manual.
+// No CUDA or standard header is included, so that NVRTC needs no toolkit.
+#pragma once
+
+namespace dsv3 {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+// 16 bits of storage each; arithmetic happens in float.
+struct Bf16 {
+    u16 bits;
+};
+struct Fp16 {
+    u16 bits;
+};
+
+struct alignas(16) U32x4 {
+    u32 x, y, z, w;
+};
+
+// Describes a tensor to the copy engine; made on the host, passed to a kernel as `const __grid_constant__ TensorMap`.
+struct alignas(64) TensorMap {
+    u64 opaque[16];
+};
+
+namespace ptx {
+
+// ---- Floating point instructions ----------------------------------------------------------------------------------
+
+// IEEE division, whatever --use_fast_math says.
+__device__ __forceinline__ float div_rn(float a, float b) {
+    float d;
+    asm("div.rn.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+__device__ __forceinline__ float rcp_rn(float a) {
+    float d;
+    asm("rcp.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// NaN if either operand is NaN; plain fmaxf would drop it.
+__device__ __forceinline__ float max_nan(float a, float b) {
+    float d;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(d) : "f"(a), "f"(b));
+    return d;
+}
+
+__device__ __forceinline__ float abs(float a) {
+    float d;
+    asm("abs.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// ---- Data movement and conversion instructions --------------------------------------------------------------------
+
+// 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
+__device__ __forceinline__ U32x4 load_global_nc(const void* address) {
+    U32x4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+__device__ __forceinline__ void store_global(void* address, U32x4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
+__device__ __forceinline__ void store_global(float* address, float v) {
+    asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(v) : "memory");
+}
+
+__device__ __forceinline__ float shuffle_xor(float value, u32 lane_mask) {
+    float d;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, -1;" : "=f"(d) : "f"(value), "r"(lane_mask));
+    return d;
+}
+
+// Two floats to two e4m3 bytes, round to nearest even, saturating; NaN becomes 0x7F. `low` lands in bits 0 to 7.
+__device__ __forceinline__ u16 e4m3x2(float low, float high) {
+    u16 d;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float fp16_to_float(u16 bits) {
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(bits));
+    return d;
+}
+
+// Two floats to two bf16, round to nearest even. `low` lands in bits 0 to 15.
+__device__ __forceinline__ u32 bf16x2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ float load_global_nc_float(const float* address) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+__device__ __forceinline__ float load_shared(const float* address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared_address(address)));
+    return v;
+}
+
+// The address of the same variable in the shared memory of another block of the cluster.
+__device__ __forceinline__ u32 cluster_address(const void* pointer, u32 rank) {
+    u32 d;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(d) : "r"(shared_address(pointer)), "r"(rank));
+    return d;
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// ---- Data movement: bulk copies by the copy engine (TMA) ----------------------------------------------------------
+
+// One box to shared memory; its bytes, those outside the tensor included, are completed on `barrier`. Coordinates count
+// elements, innermost first.
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+            shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+        : "memory");
+}
+
+// One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk group.
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+                 "r"(shared_address(source)), "r"(x), "r"(y)
+                 : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until at most `kPending` of the thread's bulk groups may still read their source.
+template <u32 kPending>
+__device__ __forceinline__ void bulk_wait_group_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Parallel synchronization and communication instructions ------------------------------------------------------
+
+// Barrier `id` (0 is __syncthreads') among `threads` threads, whole warps.
+__device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 d;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(d));
+    return d;
+}
+
+// This thread's writes to shared memory before it come before bulk copies' and wgmma's accesses after it.
+__device__ __forceinline__ void fence_proxy_async_shared() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Makes mbarrier initialisations visible to the copy engine and to the cluster, after a barrier that both sides pass.
+__device__ __forceinline__ void fence_mbarrier_init() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// Programmatic dependent launch: until the grids this one depends on have ended and their writes are visible.
+__device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The dependent grid may start once every block has come here or ended.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// True for one lane of the calling warp, all of whose lanes must call.
+__device__ __forceinline__ bool elect_one() {
+    u32 elected;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(elected));
+    return elected != 0;
+}
+
+__device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives at the barrier of another block of the cluster; the address is cluster_address()'s.
+__device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and the phase also waits for `bytes` bytes of bulk copies.
+__device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+
+// True once the phase of this parity has completed; may suspend the thread for a while before it gives up.
+__device__ __forceinline__ bool mbarrier_try_wait(u64* barrier, u32 parity) {
+    u32 done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+__device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
+    while (!mbarrier_try_wait(barrier, parity)) {
+    }
+}
+
+// ---- Warp-level matrix instructions -------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void stmatrix(void* row, u32 m0, u32 m1, u32 m2, u32 m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(m0),
+                 "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+// ---- Asynchronous warpgroup-level matrix instructions -------------------------------------------------------------
+
+// The matrix descriptor of a K-major operand in lines of 128 bytes with 128-byte swizzle, 8 lines a group, groups
+// contiguous and 1024-byte aligned. Adding kDescriptorStep moves it 32 bytes along K: one wgmma.
+__device__ __forceinline__ u64 k_major_descriptor(const void* tile) {
+    constexpr u64 kSwizzle128 = 1ull << 62;
+    constexpr u64 kGroupStride = 1024 >> 4;
+    return kSwizzle128 | kGroupStride << 32 | (shared_address(tile) & 0x3ffff) >> 4;
+}
+constexpr u64 kDescriptorStep = 32 >> 4;
+
+// Orders the warpgroup's earlier accesses to registers and shared memory before the wgmma that follow.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until every committed wgmma is done and `d` may be read: the empty asm keeps the compiler from reading it sooner.
+template <u32 kCount>
+__device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// d[64 x kN] = a[64 x 32] * b[kN x 32]^T (+ d if accumulate), e4m3 operands by descriptor, FP32 sums. Register 4i + j of a
+// lane holds row 16 * warp + lane / 4 + 8 * (j / 2), column 8i + 2 * (lane % 4) + j % 2.
+template <u32 kN>
+__device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], u64 a, u64 b, bool accumulate);
+
+// The instruction names its N/2 accumulators one by one: these build the lists, 8 and then 16 at a time.
+#define DSV3_NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define DSV3_NAMES_16 DSV3_NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define DSV3_NAMES_32 \
+    DSV3_NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define DSV3_NAMES_48 \
+    DSV3_NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define DSV3_NAMES_64 \
+    DSV3_NAMES_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define DSV3_NAMES_80 \
+    DSV3_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define DSV3_NAMES_96 \
+    DSV3_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define DSV3_NAMES_128                                                                                        \
+    DSV3_NAMES_96                                                                                             \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"            \
+    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define DSV3_EIGHT(i)                                                                                      \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+        "+f"(d[i + 7])
+#define DSV3_OPERANDS_8 DSV3_EIGHT(0)
+#define DSV3_OPERANDS_16 DSV3_OPERANDS_8, DSV3_EIGHT(8)
+#define DSV3_OPERANDS_32 DSV3_OPERANDS_16, DSV3_EIGHT(16), DSV3_EIGHT(24)
+#define DSV3_OPERANDS_48 DSV3_OPERANDS_32, DSV3_EIGHT(32), DSV3_EIGHT(40)
+#define DSV3_OPERANDS_64 DSV3_OPERANDS_48, DSV3_EIGHT(48), DSV3_EIGHT(56)
+#define DSV3_OPERANDS_80 DSV3_OPERANDS_64, DSV3_EIGHT(64), DSV3_EIGHT(72)
+#define DSV3_OPERANDS_96 DSV3_OPERANDS_80, DSV3_EIGHT(80), DSV3_EIGHT(88)
+#define DSV3_OPERANDS_128 DSV3_OPERANDS_96, DSV3_EIGHT(96), DSV3_EIGHT(104), DSV3_EIGHT(112), DSV3_EIGHT(120)
+
+// N, the number of accumulators R = N / 2, and the numbers R, R + 1, R + 2 of the operands that follow them.
+#define DSV3_WGMMA_E4M3(N, R, A, B, P)                                                                         \
+    template <>                                                                                                \
+    __device__ __forceinline__ void wgmma_e4m3<N>(float (&d)[R], u64 a, u64 b, bool accumulate) {              \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %" #P ", 0;\n"                                          \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" DSV3_NAMES_##R "}, %" #A     \
+                     ", %" #B ", p, 1, 1;\n}"                                                                  \
+                     : DSV3_OPERANDS_##R                                                                       \
+                     : "l"(a), "l"(b), "r"(static_cast<u32>(accumulate)));                                     \
+    }
+DSV3_WGMMA_E4M3(16, 8, 8, 9, 10)
+DSV3_WGMMA_E4M3(32, 16, 16, 17, 18)
+DSV3_WGMMA_E4M3(64, 32, 32, 33, 34)
+DSV3_WGMMA_E4M3(96, 48, 48, 49, 50)
+DSV3_WGMMA_E4M3(128, 64, 64, 65, 66)
+DSV3_WGMMA_E4M3(160, 80, 80, 81, 82)
+DSV3_WGMMA_E4M3(192, 96, 96, 97, 98)
+DSV3_WGMMA_E4M3(256, 128, 128, 129, 130)
+#undef DSV3_WGMMA_E4M3
+#undef DSV3_NAMES_8
+#undef DSV3_NAMES_16
+#undef DSV3_NAMES_32
+#undef DSV3_NAMES_48
+#undef DSV3_NAMES_64
+#undef DSV3_NAMES_80
+#undef DSV3_NAMES_96
+#undef DSV3_NAMES_128
+#undef DSV3_EIGHT
+#undef DSV3_OPERANDS_8
+#undef DSV3_OPERANDS_16
+#undef DSV3_OPERANDS_32
+#undef DSV3_OPERANDS_48
+#undef DSV3_OPERANDS_64
+#undef DSV3_OPERANDS_80
+#undef DSV3_OPERANDS_96
+#undef DSV3_OPERANDS_128
+
+// ---- Miscellaneous instructions -----------------------------------------------------------------------------------
+
+// A warpgroup's registers a thread; called by all its warps. Given-up registers are free for the others to take.
+template <u32 kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+template <u32 kRegisters>
+__device__ __forceinline__ void increase_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+}  // namespace ptx
+}  // namespace dsv3

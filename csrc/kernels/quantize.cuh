@@ -1,0 +1,176 @@
+// Quantisation to e4m3 with one FP32 scale a tile of 1x128 (activations and gradients; DeepSeek-V3 report,
+// section 3.3.2).
+//
+// Memory bound: of an element it reads b bytes (b = 2 or 4) and writes 1, and a tile has a scale of 4 bytes,
+// so it moves rows * width * (b + 1 + 1/32) bytes: 3.03 bytes an element from BF16. Nothing is read or
+// written twice.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace dsv3 {
+namespace quantize {
+
+constexpr u32 kTile = 128;            // elements that share a scale
+constexpr u32 kThreads = 256;         // a block
+constexpr u32 kElementsPerLane = 16;  // one 16-byte store of e4m3
+constexpr u32 kLanesPerTile = kTile / kElementsPerLane;
+constexpr u32 kRowsPerWarp = 32;       // one scale a lane: a warp's scales fill one 128-byte line
+constexpr u32 kSteps = kLanesPerTile;  // a step takes one row from each of the warp's 4 lane groups
+constexpr u32 kLoadsInFlight = 4;      // 16-byte loads a lane issues before it waits
+
+constexpr float kE4m3Max = 448.0f;
+constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126, the smallest normal float
+constexpr float kLargestFloat = 3.40282347e+38f;
+constexpr float kTinyScale = 8.67361738e-19f;  // 2^-60
+constexpr float kLift = 1.84467441e+19f;       // 2^64
+constexpr u32 kMantissa = 0x007fffff;
+constexpr u32 kInfinity = 0x7f800000;
+
+// The 16 bytes of v as floats.
+__device__ __forceinline__ void widen(U32x4 v, float* out, Bf16) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+
+__device__ __forceinline__ void widen(U32x4 v, float* out, Fp16) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) {
+        out[2 * i] = ptx::fp16_to_float(static_cast<u16>(words[i]));
+        out[2 * i + 1] = ptx::fp16_to_float(static_cast<u16>(words[i] >> 16));
+    }
+}
+
+__device__ __forceinline__ void widen(U32x4 v, float* out, float) {
+    const u32 words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) out[i] = __uint_as_float(words[i]);
+}
+
+// amax / 448, at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
+// such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product
+// with the scale is NaN.
+template <bool kPowerOf2>
+__device__ __forceinline__ float tile_scale(float amax) {
+    if (amax == 0.0f) return 1.0f;
+    const float scale = ptx::max_nan(ptx::div_rn(amax, kE4m3Max), kSmallestScale);
+    const u32 bits = __float_as_uint(scale);
+    if (kPowerOf2 && bits < kInfinity) return __uint_as_float((bits + kMantissa) & ~kMantissa);  // rounded up
+    return scale;
+}
+
+// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 5 operations a value instead
+// of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
+// correction the quotient x * r is within one ulp, so that the next one makes it the nearest float
+// (Markstein). Three things keep that true at the edges:
+// - scales below 2^-60 are lifted together with their values, or the residue would be subnormal and inexact;
+// - the residue is written q * scale - x and subtracted, which keeps the sign of a zero;
+// - an infinite scale has r = 0, and corrections with a finite scale leave x * 0 alone.
+// A power of two has an exact reciprocal and needs no correction.
+template <bool kPowerOf2, u32 kCount>
+__device__ __forceinline__ void divide(float (&values)[kCount], float scale) {
+    if (!kPowerOf2 && scale < kTinyScale) {
+        scale *= kLift;
+#pragma unroll
+        for (u32 i = 0; i < kCount; ++i) values[i] *= kLift;
+    }
+    const float r = ptx::rcp_rn(scale);
+    const float finite_scale = fminf(scale, kLargestFloat);
+#pragma unroll
+    for (u32 i = 0; i < kCount; ++i) {
+        const float x = values[i];
+        float q = x * r;
+        if (!kPowerOf2) {
+            q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
+            q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
+        }
+        values[i] = q;
+    }
+}
+
+__device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
+    return ptx::e4m3x2(a, b) | static_cast<u32>(ptx::e4m3x2(c, d)) << 16;
+}
+
+}  // namespace quantize
+
+// x [batches, rows, width], strides in elements (.., x_row_stride, 1), 16-byte aligned rows -> q e4m3,
+// contiguous, and scales [batches, rows, ceil(width / 128)] with strides (scale_batch_stride, 1,
+// scale_tile_stride). width is a multiple of 16. Any grid is right; a warp takes 32 rows of one column of
+// tiles at a time.
+template <class Input, bool kPowerOf2Scales>
+__global__ void __launch_bounds__(quantize::kThreads, 3)
+    quantize_1x128(const Input* x, u8* q, float* scales, u32 batches, u32 rows, u32 width, i64 x_batch_stride,
+                   i64 x_row_stride, i64 scale_batch_stride, i64 scale_tile_stride) {
+    using namespace quantize;
+    constexpr u32 kElementsPerLoad = 16 / sizeof(Input);
+    constexpr u32 kLoads = kElementsPerLane / kElementsPerLoad;
+    constexpr u32 kStepsInFlight = kLoadsInFlight / kLoads;
+
+    const u32 lane = threadIdx.x % 32;
+    const u32 group = lane / kLanesPerTile;
+    const u32 part = lane % kLanesPerTile;
+    const u32 tiles = (width + kTile - 1) / kTile;
+    const u32 row_blocks = (rows + kRowsPerWarp - 1) / kRowsPerWarp;
+    const u32 tasks = batches * row_blocks * tiles;
+    const u32 warps = gridDim.x * (kThreads / 32);
+
+    // Neighbouring warps take neighbouring tiles of the same rows.
+    for (u32 task = blockIdx.x * (kThreads / 32) + threadIdx.x / 32; task < tasks; task += warps) {
+        const u32 tile = task % tiles;
+        const u32 batch = task / tiles / row_blocks;
+        const u32 first_row = task / tiles % row_blocks * kRowsPerWarp;
+        const u32 column = tile * kTile + part * kElementsPerLane;
+        const Input* x_lane = x + batch * x_batch_stride + column;
+        u8* q_lane = q + static_cast<i64>(batch) * rows * width + column;
+
+        float scale_of_lane = 1.0f;  // of row first_row + lane
+#pragma unroll 1
+        for (u32 step = 0; step < kSteps; step += kStepsInFlight) {
+            const u32 row = first_row + group * kSteps + step;
+            U32x4 raw[kStepsInFlight][kLoads];
+#pragma unroll
+            for (u32 s = 0; s < kStepsInFlight; ++s) {
+                const bool inside = row + s < rows && column < width;
+#pragma unroll
+                for (u32 i = 0; i < kLoads; ++i) {
+                    const Input* address = x_lane + (row + s) * x_row_stride + i * kElementsPerLoad;
+                    raw[s][i] = inside ? ptx::load_global_nc(address) : U32x4{0, 0, 0, 0};
+                }
+            }
+#pragma unroll
+            for (u32 s = 0; s < kStepsInFlight; ++s) {
+                float v[kElementsPerLane];
+#pragma unroll
+                for (u32 i = 0; i < kLoads; ++i) widen(raw[s][i], v + i * kElementsPerLoad, Input{});
+
+                float amax = 0.0f;
+#pragma unroll
+                for (u32 i = 0; i < kElementsPerLane; ++i) amax = ptx::max_nan(amax, ptx::abs(v[i]));
+#pragma unroll
+                for (u32 mask = 1; mask < kLanesPerTile; mask *= 2)
+                    amax = ptx::max_nan(amax, ptx::shuffle_xor(amax, mask));
+
+                const float scale = tile_scale<kPowerOf2Scales>(amax);
+                if (part == step + s) scale_of_lane = scale;
+
+                divide<kPowerOf2Scales>(v, scale);
+                U32x4 packed{e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
+                             e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
+                if (row + s < rows && column < width)
+                    ptx::store_global(q_lane + static_cast<i64>(row + s) * width, packed);
+            }
+        }
+        if (first_row + lane < rows)
+            ptx::store_global(
+                scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
+                scale_of_lane);
+    }
+}
+
+}  // namespace dsv3

@@ -1,0 +1,62 @@
+// Tensor maps that a kernel writes. 64 threads.
+#include "common.cuh"
+
+__device__ __forceinline__ void acquire_map(const void* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}
+
+__device__ __forceinline__ void load_and_copy(float* out, const TensorMap* map) {
+    __shared__ __align__(128) float buffer[kCount];
+    __shared__ u64 full;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&full, 1);
+        ptx::fence_mbarrier_init();
+        ptx::mbarrier_arrive_expect(&full, kBytes);
+        ptx::tma_load(buffer, map, &full, 0, 0);  // BUG
+    }
+    __syncthreads();
+    ptx::mbarrier_wait(&full, 0);
+    out[threadIdx.x] = buffer[threadIdx.x];
+}
+
+// A map in global memory, changed in place: release by the writer, acquire by the user.
+KERNEL(map_changed_without_fence) {
+    u64* map = reinterpret_cast<u64*>(flags + 96);
+    if (threadIdx.x < 16) map[threadIdx.x] = out_map.opaque[threadIdx.x];  // BUG
+    __syncwarp();
+    if (threadIdx.x == 0) {
+        asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(in)  // BUG
+                     : "memory");
+#if !BUG
+        asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
+        acquire_map(map);
+#endif
+    }
+    load_and_copy(out, reinterpret_cast<TensorMap*>(map));  // BUG
+}
+
+// A map edited in shared memory, then copied out by tensormap.cp_fenceproxy.
+KERNEL(map_used_without_acquire) {
+    __shared__ __align__(128) u64 draft[16];
+    void* map = flags + 96;
+    if (threadIdx.x < 32) {
+        if (threadIdx.x < 16) draft[threadIdx.x] = out_map.opaque[threadIdx.x];
+        __syncwarp();
+        if (threadIdx.x == 0)
+            asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" ::"r"(
+                             ptx::shared_address(draft)),
+                         "l"(in)
+                         : "memory");
+        __syncwarp();
+        asm volatile(
+            "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(  // BUG
+                map),
+            "r"(ptx::shared_address(draft))
+            : "memory");
+    }
+    __syncthreads();
+#if !BUG
+    acquire_map(map);
+#endif
+    load_and_copy(out, reinterpret_cast<TensorMap*>(map));  // BUG
+}

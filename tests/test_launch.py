@@ -1,0 +1,297 @@
+"""The launcher: what reaches the driver, for which arguments, and what its errors say.
+
+A stand-in for libcuda records the calls, in a process of its own.
+"""
+
+import ctypes.util
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv3_kernels import jit, launch
+from dsv3_kernels.tensor_map import TensorMap
+
+ROOT = Path(__file__).parents[1]
+
+PRELUDE = """
+import torch
+from dsv3_kernels import _runtime, jit, launch
+from dsv3_kernels.tensor_map import TensorMap
+
+class OnCuda(torch.Tensor):  # looks like a CUDA tensor to the launcher
+    is_cuda = True
+    number = 0
+    def get_device(self): return self.number
+    def data_ptr(self): return 0x7000
+
+class Stub:  # a kernel whose image the fake driver understands
+    def __init__(self, *types, sizes): self.types, self.sizes = types, sizes
+    def __str__(self): return "dsv3::stub"
+    def cubin(self): return jit.Cubin(self.sizes.encode() + b"\\0", "stub", self.types, None)
+
+def on_cuda(device=0):
+    tensor = torch.zeros(64, 64, dtype=torch.bfloat16).as_subclass(OnCuda)
+    tensor.number = device
+    return tensor
+
+def expect(error, text, call, *args, **kwargs):
+    try:
+        call(*args, **kwargs)
+    except error as raised:
+        assert text in str(raised), str(raised)
+    else:
+        raise SystemExit(f"expected {error}: {text}")
+
+torch._C._cuda_getCurrentRawStream = lambda device: 7 + device
+"""
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory):
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [str(ROOT / "tests" / "fake_libcuda.cpp"), "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def run(fake_driver, tmp_path):
+    """Runs a script against the fake driver and returns its log."""
+
+    def run(script, **environment):
+        log = tmp_path / "log"
+        paths = {"LD_LIBRARY_PATH": str(fake_driver), "PYTHONPATH": str(ROOT), "FAKE_CUDA_LOG": str(log)}
+        paths["DSV3_KERNELS_CACHE"] = str(tmp_path / "cache")
+        result = subprocess.run(
+            [sys.executable, "-c", PRELUDE + textwrap.dedent(script)],
+            env={**os.environ, **paths, **environment},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stderr
+        return log.read_text().splitlines() if log.exists() else []
+
+    return run
+
+
+def test_a_launch_carries_every_argument_and_attribute(run):
+    log = run("""
+        kernel = Stub("u64", "u32", "f32", "u64", "f64", "b8[128]", "u32", sizes="8 4 4 8 8 128 4")
+        tensor = on_cuda(1)
+        tensor_map = TensorMap(tensor, (8, 32), 64)
+        args = (tensor, 2**32 - 1, 1.5, -2, 0.1, tensor_map, -1)
+        launch.launch(kernel, (5, 6, 7), (128, 2, 1), args, cluster=(2, 1, 1), shared_bytes=100_000,
+                      cooperative=True, programmatic=True)
+    """)
+    assert log[:2] == ["map type 9 address 28672 shape 64 64 strides 128 box 32 8 steps 1 1 "
+                       "interleave 0 swizzle 2 l2 3 fill 0 aligned 1", "load"]  # fmt: skip
+    assert log[2:4] == ["kernel stub", "attribute 8 100000 device 1"]
+    values = [
+        struct.pack("<Q", 0x7000),
+        b"\xff" * 4,
+        struct.pack("<f", 1.5),
+        struct.pack("<q", -2),
+        struct.pack("<d", 0.1),
+        b"\x5a" * 128,
+        b"\xff" * 4,
+    ]
+    assert log[4] == (
+        "launch context 1 grid 5,6,7 block 128,2,1 shared 100000 stream 8 "
+        f"attribute 4={struct.pack('<III', 2, 1, 1).hex()} "
+        f"attribute 2=01{'00' * 11} attribute 6=01{'00' * 11} "
+        f"parameters {' '.join(value.hex() for value in values)} extra 0"
+    )
+
+
+def test_one_image_serves_several_devices_and_the_stream_can_be_given(run):
+    log = run("""
+        kernel = Stub("u64", sizes="8")
+        class Stream: cuda_stream = 99
+        for device, shared in ((0, 0), (1, 60_000), (0, 60_000), (1, 50_000), (0, 70_000)):
+            tensor = on_cuda(device)
+            launch.launch(kernel, (1, 1, 1), (32, 1, 1), (tensor,), shared_bytes=shared, stream=Stream())
+    """)
+    assert log.count("load") == 1
+    wanted = ["attribute 8 60000 device 1", "attribute 8 60000 device 0", "attribute 8 70000 device 0"]
+    assert [line for line in log if line.startswith("attribute")] == wanted
+    launches = [line.split(" parameters")[0] for line in log if line.startswith("launch")]
+    assert launches == [
+        f"launch context {device} grid 1,1,1 block 32,1,1 shared {shared} stream 99"
+        for device, shared in ((0, 0), (1, 60_000), (0, 60_000), (1, 50_000), (0, 70_000))
+    ]
+
+
+def test_arguments_that_do_not_fit_are_refused_before_the_launch(run):
+    log = run("""
+        kernel = _runtime.Kernel(b"8 4 2 4 16\\0", "k", ["u64", "u32", "u16", "f32", "b8[16]"], "dsv3::k")
+        good = [0, 0, 0, 0.0, bytes(16)]
+        def call(index, value):
+            args = list(good)
+            args[index] = value
+            kernel.launch(0, 0, (1, 1, 1), (1, 1, 1), tuple(args))
+        for index, value in enumerate([2**64 - 1, 2**32 - 1, -2**15, 3, b"x" * 16]):
+            call(index, value)
+        for index, value in ((0, 2**64), (0, -2**63 - 1), (1, 2**32), (1, -2**31 - 1), (2, 2**16)):
+            text = f"dsv3::k: argument {index} is {value}, expected an int that fits"
+            expect(ValueError, text, call, index, value)
+        for index, value, expected in ((0, 1.0, "an int"), (1, "1", "an int"), (3, "1", "a float"),
+                                       (4, bytes(15), "16 bytes"), (4, 1, "16 bytes"), (0, None, "an int")):
+            expect(TypeError, f"argument {index} is {value!r}, expected {expected}", call, index, value)
+        good.pop()
+        expect(TypeError, "got 4 arguments, expected 5", call, 0, 0)
+    """)
+    assert sum(line.startswith("launch") for line in log) == 5
+
+
+@pytest.mark.parametrize(
+    "function", ["cuLaunchKernelEx", "cuKernelSetAttribute", "cuDevicePrimaryCtxRetain", "cuLibraryGetKernel"]
+)
+def test_a_failing_call_names_itself_the_driver_error_and_the_launch(run, function):
+    run(
+        f"""
+        kernel = Stub("u64", sizes="8")
+        def call():
+            launch.launch(kernel, (3, 1, 1), (32, 1, 1), (on_cuda(),), shared_bytes=60_000)
+        error = "CUDA_ERROR_INVALID_VALUE (1, invalid argument)"
+        for text in ("{function}", error, "dsv3::stub", "driver for CUDA 13.0"):
+            expect(_runtime.DriverError, text, call)
+        if "{function}" != "cuLibraryGetKernel":
+            expect(RuntimeError, "grid (3, 1, 1), block (32, 1, 1), cluster (1, 1, 1), 60000 bytes", call)
+        """,
+        FAKE_CUDA_FAIL=function,
+    )
+
+
+def test_an_unsupported_gpu_is_refused_before_anything_is_loaded(run):
+    script = """
+        call = lambda: launch.launch(Stub("u64", sizes="8"), (1, 1, 1), (32, 1, 1), (on_cuda(),))
+        expect(launch.UnsupportedDeviceError, "{text}", call)
+    """
+    text = "cuda:0 is a Fake H100 of compute capability 8.0, expected 9.0"
+    assert "load" not in run(script.format(text=text), FAKE_CUDA_CAPABILITY="80")
+    if jit.toolchain.nvrtc().version[0] == 13:
+        text = "the driver supports CUDA 12.x, but the kernels are compiled by NVRTC 13"
+        assert "load" not in run(script.format(text=text), FAKE_CUDA_VERSION="12040")
+
+
+def test_an_old_driver_is_named(run):
+    run(
+        """
+        text = "supports CUDA 11.8, expected 12.0 or later"
+        expect(_runtime.DriverError, text, _runtime.device_count)
+        """,
+        FAKE_CUDA_VERSION="11080",
+    )
+
+
+def test_devices_and_versions(run):
+    run("""
+        assert (_runtime.driver_version(), _runtime.device_count()) == (13000, 2)
+        wanted = {"name": "Fake H100", "capability": (9, 0), "multiprocessors": 132, "shared_bytes": 232448}
+        assert _runtime.device_properties(1) == wanted
+        first, second = on_cuda(0), on_cuda(1)
+        call = lambda: launch.launch(Stub("u64", "u64", sizes="8 8"), (1, 1, 1), (1, 1, 1), (first, second))
+        expect(ValueError, "argument 1 on", call)
+    """)
+
+
+def test_without_a_driver_the_module_imports_and_each_call_says_what_is_missing():
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has a CUDA driver")
+    from dsv3_kernels import _runtime
+
+    calls = (
+        _runtime.driver_version,
+        _runtime.device_count,
+        lambda: _runtime.device_properties(0),
+        lambda: _runtime.Kernel(b"", "k", [], "k"),
+        lambda: _runtime.encode_tensor_map(0, 0, [1], [], [1], [1], 0, 0, False),
+    )
+    for call in calls:
+        with pytest.raises(
+            _runtime.DriverError, match=r"found no CUDA driver: .*Mend: install the NVIDIA driver"
+        ):
+            call()
+
+
+def test_the_world_follows_the_tensors(monkeypatch):
+    cpu, meta = torch.zeros(2), torch.zeros(2, device="meta")
+    assert launch.world(cpu, cpu) == "reference"
+    with pytest.raises(ValueError, match=r"several devices: number 0 is on cpu, number 1 is on meta"):
+        launch.world(cpu, meta)
+    with pytest.raises(ValueError, match=r"on device 'meta', expected 'cpu' or 'cuda'"):
+        launch.world(meta)
+
+    kernel = jit.Kernel("quantize.cuh", "quantize_1x128", ("Bf16", False))
+    with pytest.raises(ValueError, match=r"quantize_1x128<Bf16, false> got CPU tensors and no virtual GPU"):
+        launch.launch(kernel, (1, 1, 1), (32, 1, 1), (cpu,))
+    with pytest.raises(ValueError, match="got no tensor"):
+        launch.launch(kernel, (1, 1, 1), (32, 1, 1), (1, 2.0))
+
+    calls = []
+    gpu = types.SimpleNamespace(launch=lambda *args, **kwargs: calls.append((args, kwargs)))
+    emulator = types.SimpleNamespace(current=lambda: gpu)
+    monkeypatch.setitem(sys.modules, "dsv3_kernels.emulator", emulator)
+    assert launch.world(cpu) == "emulator"
+    launch.launch(kernel, (4, 1, 1), (256, 1, 1), (cpu, 3), cluster=(2, 1, 1), shared_bytes=64)
+    (((text, name), shape),) = calls
+    assert (text, name) == (kernel.ptx(lineinfo=True).text, kernel.ptx().name)
+    assert shape.pop("args")[0] is cpu
+    assert shape == {"grid": (4, 1, 1), "block": (256, 1, 1), "cluster": (2, 1, 1), "shared_bytes": 64}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "box", "options", "message"),
+    [
+        ((4, 64), torch.complex64, (4, 8), {}, "dtype torch.complex64"),
+        ((1, 1, 1, 1, 1, 64), torch.uint8, (1,) * 5 + (64,), {}, "6 dimensions, expected 1 to 5"),
+        ((4, 64), torch.uint8, (64,), {}, r"box \(64,\) has 1 entries, expected 2"),
+        ((0, 64), torch.uint8, (1, 64), {}, r"shape \(0, 64\), expected each extent"),
+        ((4, 64), torch.uint8, (0, 64), {}, r"box \(0, 64\), expected each extent in 1..256"),
+        ((4, 512), torch.uint8, (4, 512), {"swizzle": 0}, "expected each extent in 1..256"),
+        ((4, 65), torch.uint8, (4, 64), {}, r"are \(65,\) bytes, expected positive multiples of 16"),
+        ((4, 64), torch.uint8, (4, 64), {"strides": (1, 64)}, "expected 1 for the last dimension"),
+        ((4, 64), torch.uint8, (4, 64), {"swizzle": 48}, "swizzle 48"),
+        ((4, 64), torch.uint8, (4, 64), {"l2_promotion": 1}, "l2_promotion 1"),
+        ((4, 256), torch.uint8, (4, 256), {}, "256 bytes wide.* at most the swizzle's 128"),
+        ((4, 64), torch.uint8, (4, 8), {"swizzle": 0}, "8 bytes wide, expected a multiple of 16"),
+        ((4, 64), torch.uint8, (4, 64), {"element_strides": (1, 9)}, "expected each in 1..8"),
+    ],
+)  # fmt: skip
+def test_a_tensor_map_that_the_hardware_cannot_do_is_refused(shape, dtype, box, options, message):
+    with pytest.raises(ValueError, match=message):
+        TensorMap(torch.zeros(shape, dtype=dtype), box, **options)
+
+
+def test_a_tensor_map_starts_at_a_multiple_of_16_bytes():
+    tensor = torch.zeros(1024, dtype=torch.uint8)
+    misaligned = tensor[(-tensor.data_ptr()) % 16 + 8 :]
+    with pytest.raises(ValueError, match="expected a multiple of 16 bytes"):
+        TensorMap(misaligned, (16,), 0)
+
+
+def test_a_tensor_map_is_encoded_innermost_first():
+    tensor = torch.zeros(6, 40, 64, dtype=torch.bfloat16)
+    encoding = TensorMap(tensor, (1, 8, 32), 64, element_strides=(1, 2, 1), fill_nan=True).encoding
+    assert encoding.shape == (64, 40, 6)
+    assert encoding.strides == (128, 40 * 128)
+    assert encoding.box == (32, 8, 1)
+    assert encoding.element_strides == (1, 2, 1)
+    assert (encoding.data_type, encoding.address, encoding.swizzle) == (9, tensor.data_ptr(), 64)
+    assert (encoding.l2_promotion, encoding.fill_nan) == (256, True)
+
+    view = TensorMap(tensor, (8, 32), 64, shape=(240, 64), strides=(64, 1)).encoding
+    assert (view.shape, view.strides, view.box) == ((64, 240), (128,), (32, 8))

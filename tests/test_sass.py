@@ -1,0 +1,81 @@
+"""The machine code of each kernel: wide loads and stores, no local memory, registers within budget."""
+
+import itertools
+
+import pytest
+
+from dsv3_kernels.jit import Kernel
+from dsv3_kernels.jit.compile import compile_source, source_options
+from dsv3_kernels.jit.disassemble import Sass, disassemble
+
+# Registers a thread: three blocks of 256 threads share an SM's 65,536.
+QUANTIZE_REGISTERS = 80
+QUANTIZE = list(itertools.product(("Bf16", "Fp16", "float"), (False, True)))
+
+
+@pytest.mark.parametrize(("input_type", "power_of_2"), QUANTIZE)
+def test_quantize_1x128(input_type, power_of_2):
+    cubin = Kernel("quantize.cuh", "quantize_1x128", (input_type, power_of_2)).cubin()
+    sass = disassemble(cubin.image)
+    assert cubin.parameters == ("u64",) * 3 + ("u32",) * 3 + ("u64",) * 4
+
+    # Every load has 16 bytes; so has every store but the one of the warp's scales, 4 bytes a lane.
+    steps = 1 if input_type == "float" else 2
+    assert sass.widths("LDG") == {128: 4}
+    assert sass.count("LDG.E.128.CONSTANT") == 4, "x is read through the non-coherent path"
+    assert sass.widths("STG") == {128: steps, 32: 1}
+    assert sass.count("F2FP.SATFINITE.E4M3") == steps * 8, "two values a conversion"
+
+    # One division a tile (each begins with FCHK), not one a value; besides, four corrections a value.
+    assert sass.count("FCHK") == steps
+    corrections = 0 if power_of_2 else 4 * 16 * steps
+    assert corrections <= sass.count("FFMA") <= corrections + 48
+
+    assert sass.local_memory == 0
+    assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0
+    assert sass.registers <= cubin.resources.registers <= QUANTIZE_REGISTERS
+    resources = cubin.resources
+    assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+
+
+def sass_of(body):
+    source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
+    return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)
+
+
+def test_the_checks_see_what_they_look_for():
+    wide = sass_of("float4 v = p[threadIdx.x]; v.x += 1; p[threadIdx.x] = v; b[0] = b[1];")
+    assert wide.widths("LDG") == {128: 1, 8: 1}
+    assert wide.widths("STG") == {128: 1, 8: 1}
+    assert wide.local_memory == 0
+
+    indexed = sass_of("float a[64] = {}; for (int i = 0; i < n; ++i) a[b[i] % 64] += q[i]; q[0] = a[n % 64];")
+    assert indexed.local_memory > 0
+
+    spilling = """
+        extern "C" __global__ void __launch_bounds__(1024, 2) k(float* q) {
+            float a[64];
+            #pragma unroll
+            for (int i = 0; i < 64; ++i) a[i] = q[i * 1024 + threadIdx.x];
+            __syncthreads();
+            #pragma unroll
+            for (int i = 0; i < 64; ++i) q[i * 1024 + threadIdx.x] = a[63 - i] * a[(i * 7) % 64];
+        }"""
+    done = compile_source(spilling, (), source_options(), cubin=True)
+    resources = done.resources("k")
+    assert resources.spill_store_bytes > 0
+    assert resources.registers <= 32
+    assert disassemble(done.cubin).local_memory > 0
+
+
+def test_counting_of_opcodes():
+    sass = Sass("R2 R17 UR40", {"LDG.E.128.CONSTANT": 2, "LDG.E": 1, "LDGSTS.E.128": 5, "LDG.E.U16": 3})
+    assert sass.count("LDG") == 6
+    assert sass.count("LDG.E.128") == 2
+    assert sass.widths("LDG") == {128: 2, 32: 1, 16: 3}
+    assert sass.registers == 18
+
+
+def test_a_bad_image_is_refused():
+    with pytest.raises(ValueError, match="nvdisasm refused the image"):
+        disassemble(b"not a cubin")
