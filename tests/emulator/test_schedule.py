@@ -27,10 +27,10 @@ def test_a_seed_replays_the_same_run(schedule):
 def test_explore_finds_every_order():
     """Three warps take a ticket each: all 6 orders occur, and nothing else."""
     seen = set()
+    ptx = jit.compile_ptx('extern "C" __global__ void ' + ORDER)
 
     def run(gpu):
         out = torch.zeros(4, dtype=torch.int32)
-        ptx = jit.compile_ptx('extern "C" __global__ void ' + ORDER)
         gpu.launch(ptx, "k", grid=(1, 1, 1), block=(96, 1, 1), args=[out])
         seen.add(tuple(out.tolist()[1:]))
 
@@ -51,12 +51,7 @@ def test_explore_finds_the_one_bad_order():
         emulator.explore(run)
     assert info.value.choices
     with pytest.raises(emulator.EmulationError, match="more than 2 interleavings"):
-        emulator.explore(lambda gpu: order_of(gpu), limit=2)
-
-
-def order_of(gpu):
-    ptx = jit.compile_ptx('extern "C" __global__ void ' + ORDER)
-    gpu.launch(ptx, "k", grid=(1, 1, 1), block=(128, 1, 1), args=[torch.zeros(17, dtype=torch.int32)])
+        emulator.explore(lambda gpu: cuda(ORDER, torch.zeros(17, dtype=torch.int32), block=128, gpu=gpu), limit=2)
 
 
 def test_a_gpu_goes_on_after_an_error():
