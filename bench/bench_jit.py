@@ -9,11 +9,12 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from report import Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,13 +113,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=7, help="fresh processes a number (default 7)")
+    parser.add_argument("--out", type=Path, help="where to write the JSON (default runs/bench/jit.json)")
     options = parser.parse_args()
+    report = Report("jit")
     for name, seconds in measure(options.repeats).items():
-        unit, scale = ("ms", 1e3) if statistics.median(seconds) > 1e-4 else ("us", 1e6)
-        low, middle, high = (
-            scale * value for value in (min(seconds), statistics.median(seconds), max(seconds))
-        )
-        print(f"{name:42s} {middle:9.2f} {unit}  ({low:.2f} to {high:.2f})")
+        print(report.add(name, seconds))
+    print(f"written: {report.write(options.out)}")
 
 
 if __name__ == "__main__":

@@ -88,8 +88,10 @@ def launch(
 
 
 def no_kernel(op: str) -> NoReturn:
+    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
     raise NotImplementedError(
-        f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (reference backend)"
+        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
+        "`emulator.virtual_gpu(...)`, for the reference"
     )
 
 
