@@ -117,7 +117,7 @@ def attempt(texts: list[tuple[str, list[str]]], seed: int) -> str:
         gpu.launch(
             damaged,
             name,
-            grid=(2, 1, 1),
+            grid=(1, 1, 1),
             block=(64, 1, 1),
             args=[out, given, torch.zeros(640, dtype=torch.int32), *maps],
         )
