@@ -25,12 +25,15 @@ def _names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ranks: Sequence[int]) -> Tensor:
-    """`value` as a dense tensor of one of `dtypes` and `ranks` that carries no gradient."""
+    """`value` as a dense tensor of one of `dtypes` and `ranks` that carries no gradient.
+
+    Dynamo refuses to trace `layout` in the backward of an autograd.Function, so a trace does without it.
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a torch.Tensor")
     if value.dtype not in dtypes:
         raise TypeError(f"{op}: {name} has dtype {value.dtype}, expected {_names(dtypes)}")
-    if value.layout != torch.strided:
+    if not torch.compiler.is_compiling() and value.layout != torch.strided:
         raise ValueError(
             f"{op}: {name} has layout {value.layout}, expected torch.strided; pass {name}.to_dense()"
         )
@@ -45,8 +48,8 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
         )
     if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{op}: {name} requires grad, but the op has no derivative and would drop the gradient silently; "
-            f"pass {name}.detach(), call it under torch.no_grad(), or use dsv3_kernels.nn"
+            f"{op}: {name} requires grad, expected one that does not: the op has no derivative and would "
+            f"lose the gradient; pass {name}.detach(), call it under torch.no_grad(), or use dsv3_kernels.nn"
         )
     return value
 

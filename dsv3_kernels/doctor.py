@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .jit import CacheError, cache, toolchain
-from .jit.compile import compile_names, link_cubin, ptx_options
+from .jit.compile import compile_source, source_options
 
 Status = Literal["ok", "missing", "broken"]
 
@@ -191,11 +191,13 @@ def _cache() -> str:
 def _compile() -> str:
     started = time.perf_counter()
     source = '#include "quantize.cuh"\nusing namespace dsv3;\n'
-    ptx, (name,) = compile_names(source, ["dsv3::quantize_1x128<Bf16, false>"], ptx_options())
-    image, resources = link_cubin(ptx, name)
+    done = compile_source(source, ["dsv3::quantize_1x128<Bf16, false>"], source_options(), cubin=True)
     seconds = time.perf_counter() - started
-    return f"quantize_1x128 in {seconds:.2f} s, uncached: {len(image)} bytes, {resources.registers} registers"
+    registers = done.resources(done.names[0]).registers
+    return f"quantize_1x128 in {seconds:.2f} s, uncached: {len(done.cubin)} bytes, {registers} registers"
 
+
+_NODES = "communication between nodes"
 
 CHECKS = (
     Check("Python", "everything", _python, "", required=True),
@@ -205,12 +207,12 @@ CHECKS = (
     Check("driver", "kernels on a GPU", _driver, "reinstall the NVIDIA driver"),
     Check("GPU", "kernels on a GPU", _gpus, "nvidia-smi says more"),
     Check("NVRTC", "kernels, on a GPU or emulated", lambda: str(toolchain.nvrtc()), toolchain.MEND["nvrtc"]),
-    Check("nvJitLink", "kernels on a GPU", lambda: str(toolchain.nvjitlink()), toolchain.MEND["nvjitlink"]),
+    Check("nvJitLink", _NODES, lambda: str(toolchain.nvjitlink()), toolchain.MEND["nvjitlink"]),
     Check("compile", "kernels", _compile, toolchain.MEND["nvrtc"]),
     Check("cache", "quick starts", _cache, f"set {cache.ENVIRONMENT} to a folder of your own"),
     Check("nvdisasm", "tests of machine code", lambda: str(toolchain.nvdisasm()), toolchain.MEND["nvdisasm"]),
-    Check("NVSHMEM", "communication between nodes", _nvshmem, toolchain.MEND["nvshmem"]),
-    Check("NIC", "communication between nodes", _nic, "check the NIC's driver"),
+    Check("NVSHMEM", _NODES, _nvshmem, toolchain.MEND["nvshmem"]),
+    Check("NIC", _NODES, _nic, "check the NIC's driver"),
     Check("C++ compiler", "building from source", _compiler, "apt install g++, or set CXX"),
 )
 
@@ -226,7 +228,7 @@ def summary(findings: Iterable[Finding]) -> list[str]:
     return [
         line("reference (CPU)", "Python", "torch"),
         line("emulator (CPU)", "Python", "torch", "emulator", "NVRTC", "compile"),
-        line("one GPU", "torch", "runtime", "driver", "GPU", "NVRTC", "nvJitLink", "compile"),
+        line("one GPU", "torch", "runtime", "driver", "GPU", "NVRTC", "compile"),
         line("several nodes", "torch", "runtime", "driver", "GPU", "NVRTC", "nvJitLink", "NVSHMEM", "NIC"),
     ]
 

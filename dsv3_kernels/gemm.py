@@ -1,8 +1,8 @@
 """FP8 GEMM: 1x128-scaled rows times 128x128-scaled weights to BF16 (DeepSeek-V3 report, section 3.3.2).
 
 Per 128 of K the tensor core's partial sum is promoted: `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in
-FP32, K ascending; y is rounded to BF16, to nearest even. The reference backend equals this up to FP32
-rounding.
+FP32, K ascending; y is rounded to BF16, to nearest even. The CPU backend sums in FP32 throughout
+(reference.py says more). An operand that requires grad is refused while gradients are recorded.
 """
 
 import functools
@@ -150,25 +150,33 @@ def _fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tenso
 def _launch(
     config: GemmConfig, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, num_sms: int
 ) -> None:
-    (m, k), n = a.shape, b.shape[0]
-    block_m, block_n, panel = config.block_m, config.block_n, config.panel
-    a_scales = _mn_major(a_scales)
-    k_tiles = a_scales.shape[1]
-    maps = (
-        TensorMap(a, (block_m, TILE)),
-        TensorMap(b, (block_n, TILE)),
-        TensorMap(a_scales, (1, block_m), 0, shape=(k_tiles, m), strides=(round_up(m, 4), 1)),
-        TensorMap(out, (WAVE, panel), 2 * panel),
-    )
-    grid = min(ceil_div(m, block_m) * ceil_div(n, block_n), num_sms)
-    arguments = (*maps, b_scales.contiguous(), m, n, k)
+    tiles = ceil_div(out.shape[0], config.block_m) * ceil_div(out.shape[1], config.block_n)
     launch.launch(
         config.kernel,
-        (grid, 1, 1),
+        (min(tiles, num_sms), 1, 1),
         (config.threads, 1, 1),
-        arguments,
+        arguments(config, a, a_scales, b, b_scales, out),
         shared_bytes=config.shared_bytes,
         programmatic=True,
+    )
+
+
+def arguments(
+    config: GemmConfig, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor
+) -> tuple[launch.Argument, ...]:
+    """The arguments of the kernel, in its order."""
+    (m, k), n = a.shape, b.shape[0]
+    a_scales = _mn_major(a_scales)
+    k_tiles = a_scales.shape[1]
+    return (
+        TensorMap(a, (config.block_m, TILE)),
+        TensorMap(b, (config.block_n, TILE)),
+        TensorMap(a_scales, (1, config.block_m), 0, shape=(k_tiles, m), strides=(round_up(m, 4), 1)),
+        TensorMap(out, (WAVE, config.panel), 2 * config.panel),
+        b_scales.contiguous(),
+        m,
+        n,
+        k,
     )
 
 

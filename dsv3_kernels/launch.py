@@ -88,8 +88,10 @@ def launch(
 
 
 def no_kernel(op: str) -> NoReturn:
+    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
     raise NotImplementedError(
-        f"{op}: there is no CUDA kernel yet; move the tensors to the CPU (reference backend)"
+        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
+        "`emulator.virtual_gpu(...)`, for the reference"
     )
 
 
@@ -106,7 +108,7 @@ def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> Non
             f"launch: {kernel} got CPU tensors and no virtual GPU is active; "
             "pass CUDA tensors, or call inside `with dsv3_kernels.emulator.virtual_gpu():`"
         )
-    ptx = kernel.ptx()
+    ptx = kernel.ptx(lineinfo=True)  # so that the emulator's errors name lines of the source
     gpu.launch(ptx.text, ptx.name, args=args, **shape)
 
 
@@ -160,9 +162,9 @@ def _check_device(device: int) -> None:
             f"cuda:{device} is a {properties['name']} of compute capability {major}.{minor}, expected 9.0 "
             "(Hopper: H100, H200, H800, H20, GH200). Mend: pass CPU tensors, which take the reference"
         )
-    driver, compiler = _runtime().driver_version() // 1000, toolchain.nvjitlink().version
+    driver, compiler = _runtime().driver_version() // 1000, toolchain.nvrtc().version
     if driver < compiler[0]:
         raise UnsupportedDeviceError(
-            f"the driver supports CUDA {driver}.x, but the kernels are assembled by nvJitLink {compiler[0]}."
+            f"the driver supports CUDA {driver}.x, but the kernels are compiled by NVRTC {compiler[0]}."
             f"{compiler[1]}. Mend: pip install 'dsv3_kernels[cu{driver}]', or a driver for CUDA {compiler[0]}"
         )

@@ -16,7 +16,9 @@ from . import checks, launch, quantized, reference
 from .jit import Kernel
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
 
-_INPUT = {torch.bfloat16: "Bf16", torch.float32: "float"}  # and their names in csrc/kernels
+_INPUT = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}  # names in csrc/kernels
+
+_DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # As in csrc/kernels/quantize.cuh.
 THREADS = 256
@@ -28,7 +30,7 @@ MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many 
 def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
-    x: bfloat16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
     Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]`, strides `(.., 1, round_up(M,
     4))`.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
@@ -77,7 +79,7 @@ def quantize_1x128_t(
 ) -> QuantizedTensor:
     """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
 
-    x: bfloat16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
+    x: bfloat16, float16 or float32 `[tokens, width]`, contiguous, 16-byte aligned, width a multiple of 8.
     group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most tokens; rows past it are left
         out.
     Returns block (1, 128) whose rows are features: data `[width, T]`, scales `[width, T/128]`, strides
@@ -120,8 +122,8 @@ def quantize_128x128(
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise weights in blocks of 128x128.
 
-    w: bfloat16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with `transpose` N) a
-        multiple of 16.
+    w: bfloat16, float16 or float32 `[N, K]` or `[G, N, K]`, contiguous, 16-byte aligned, K (and with
+        `transpose` N) a multiple of 16.
     Returns block (128, 128): data `[.., N, K]`, scales `[.., ceil(N/128), ceil(K/128)]`, contiguous. With
     `transpose=True` returns `(q, q_t)`, where `q_t` holds the same codes and scales transposed (data `[.., K,
     N]`): the operand of the input gradient, since FP8 tensor cores take K-major operands only.
@@ -155,15 +157,15 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
     """The values of `q`: each code times its scale, rounded to FP32, then to `dtype`.
 
     q: a QuantizedTensor or a (data, scales) tuple, either block, rank 2 or 3.
-    dtype: torch.float32, torch.bfloat16 or torch.float64.
+    dtype: torch.float32, torch.bfloat16, torch.float16 or torch.float64.
     Returns `[.., M, K]` of `dtype`, contiguous. Runs on any device, as PyTorch operations.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
     or device.
     """
     op = "dequantize"
     q = quantized.operand(op, "q", q, None, (2, 3))
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"{op}: dtype is {dtype!r}, expected torch.float32, torch.bfloat16 or torch.float64")
+    if dtype not in _DEQUANTIZED:
+        raise TypeError(f"{op}: dtype is {dtype!r}, expected one of {', '.join(map(str, _DEQUANTIZED))}")
     launch.world(q.data)
     if torch.compiler.is_compiling():
         return torch.ops.dsv3_kernels.dequantize(q.data, q.scales, q.block[0], dtype)

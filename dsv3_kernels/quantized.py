@@ -14,7 +14,7 @@ ROW: Block = (1, TILE)
 SQUARE: Block = (TILE, TILE)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False)
 class QuantizedTensor:
     """FP8 data with one FP32 scale a tile: `data[m, k] · scales[m // block[0], k // block[1]]` at `[m, k]`.
 
@@ -63,27 +63,27 @@ def operand(
     """
     if isinstance(value, QuantizedTensor):
         data, scales = value.data, value.scales
-        got: Block | None = value.block
     elif isinstance(value, tuple) and len(value) == 2:
         data, scales = value
-        got = block
     else:
         what = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
         raise TypeError(f"{op}: {name} is {what}, expected a QuantizedTensor or a (data, scales) tuple")
     checks.tensor(op, f"{name}.data", data, (torch.float8_e4m3fn,), ranks)
     checks.tensor(op, f"{name}.scales", scales, (torch.float32,), ranks)
-    if got is None:
-        got = ROW if tuple(scales.shape) == scales_shape(data.shape, ROW) else SQUARE
-    if got != block if block is not None else got not in (ROW, SQUARE):
-        raise ValueError(f"{op}: {name}.block is {got}, expected {block or '(1, 128) or (128, 128)'}")
+    if isinstance(value, QuantizedTensor):
+        got = value.block
+    else:
+        got = block or (ROW if tuple(scales.shape) == scales_shape(data.shape, ROW) else SQUARE)
+    if type(got) is not tuple or got not in ((block,) if block else (ROW, SQUARE)):
+        raise ValueError(f"{op}: {name}.block is {got!r}, expected {block or '(1, 128) or (128, 128)'}")
     checks.contiguous(op, f"{name}.data", data)
     checks.same_device(op, f"{name}.scales", scales, f"{name}.data", data)
     expected = scales_shape(data.shape, got)
     if tuple(scales.shape) != expected:
         rows = "rows" if got == ROW else "ceil(rows/128)"
         raise ValueError(
-            f"{op}: {name}.scales has shape {tuple(scales.shape)}, "
-            f"expected ({'G, ' if len(expected) == 3 else ''}"
-            f"{rows}, ceil(columns/128)) = {expected} for {name}.data of shape {tuple(data.shape)}"
+            f"{op}: {name}.scales has shape {tuple(scales.shape)}, expected "
+            f"({'G, ' if len(expected) == 3 else ''}{rows}, ceil(columns/128)) = {expected} "
+            f"for {name}.data of shape {tuple(data.shape)}"
         )
     return QuantizedTensor(data, scales, got)

@@ -3,8 +3,9 @@
 A function here has the name and the arguments of its op and takes them checked (the op does that); only the
 values of `group_offsets` and `counts` are checked here, where they are read. GEMMs have two arithmetics:
 
-- "fp32", the CPU backend: both operands dequantised to FP32, then one FP32 matmul. Equal to the kernels up to
-  FP32 rounding (and to what `torch.set_float32_matmul_precision` allows).
+- "fp32", the CPU backend: both operands dequantised to FP32, then FP32 matmuls (as precise as
+  `torch.set_float32_matmul_precision` says). Kernels differ from it by FP32 rounding and by the truncation
+  to 13 fraction bits inside the tensor core.
 - "hopper", the oracle: what a kernel computes on Hopper, bit for bit. Per 128 of K the FP8 tensor core's own
   arithmetic (`tensor_core`), then `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in FP32, K ascending.
 """
@@ -97,16 +98,19 @@ def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> Quantized
 
 
 def transpose(q: QuantizedTensor) -> QuantizedTensor:
-    """The transpose of 128x128 blocks: the same codes and scales."""
-    return QuantizedTensor(q.data.mT.contiguous(), q.scales.mT.contiguous(), q.block)
+    """The transpose of 128x128 blocks: the same codes and scales, in memory of their own."""
+    data, scales = (t.mT.clone(memory_format=torch.contiguous_format) for t in (q.data, q.scales))
+    return QuantizedTensor(data, scales, q.block)
 
 
 def decode(data: Tensor) -> Tensor:
-    """float8_e4m3fn to FP32, exactly; about six times as fast as PyTorch's own conversion on CPUs.
+    """float8_e4m3fn to FP32, exactly. On CPUs several times as fast as PyTorch's own conversion.
 
     Sign, exponent and fraction of e4m3, moved up by 7 bits, are those of a float16 2^-8 as large, subnormals
     too.
     """
+    if data.is_cuda:
+        return data.float()
     codes = data.view(torch.int8)
     halves = codes.to(torch.int16).mul_(128).bitwise_and_(~0x4000).view(torch.float16)
     values = halves.float().mul_(256.0)
@@ -239,7 +243,7 @@ def tensor_core(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     units = (a[:, None, :] * b[None, :, :]).mul_(to_units.unsqueeze(-1)).trunc_().sum(-1)
     units += (c * to_units).trunc_()
     kept = (units.view(torch.int32) & -(1 << (23 - FRACTION_BITS))).view(torch.float32)
-    result = kept.mul_(_power_of_2(largest - FRACTION_BITS)).add_(0.0)  # a sum of zero is +0
+    result = kept.mul_(_power_of_2(largest - FRACTION_BITS))
     result.view(torch.int32).masked_fill_(units.isnan(), 0x7FFFFFFF)
     return result
 

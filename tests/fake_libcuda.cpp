@@ -1,7 +1,9 @@
-// A stand-in for libcuda.so.1 that writes down what it is asked to do, so that the launcher is tested without a GPU.
+// A stand-in for libcuda.so.1 that writes down what it is asked to do, so that the launcher is tested without
+// a GPU.
 //
-// $FAKE_CUDA_LOG names the file to write to; $FAKE_CUDA_VERSION and $FAKE_CUDA_CAPABILITY (90 is 9.0) are what it
-// claims to be; $FAKE_CUDA_FAIL names a function that fails. A kernel image is text: the bytes of each parameter.
+// $FAKE_CUDA_LOG names the file to write to; $FAKE_CUDA_VERSION and $FAKE_CUDA_CAPABILITY (90 is 9.0) are
+// what it claims to be; $FAKE_CUDA_FAIL names a function that fails. A kernel image is text: the bytes of
+// each parameter.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -21,10 +23,12 @@ static_assert(offsetof(dsv3::LaunchConfig, attributes) == offsetof(CUlaunchConfi
 static_assert(offsetof(dsv3::LaunchConfig, attribute_count) == offsetof(CUlaunchConfig, numAttrs));
 static_assert(sizeof(dsv3::LaunchAttribute) == sizeof(CUlaunchAttribute));
 static_assert(offsetof(dsv3::LaunchAttribute, value) == offsetof(CUlaunchAttribute, value));
-static_assert(offsetof(CUlaunchAttributeValue, clusterDim) == 0 && offsetof(CUlaunchAttributeValue, cooperative) == 0);
+static_assert(offsetof(CUlaunchAttributeValue, clusterDim) == 0 &&
+              offsetof(CUlaunchAttributeValue, cooperative) == 0);
 static_assert(int(dsv3::kCooperative) == int(CU_LAUNCH_ATTRIBUTE_COOPERATIVE));
 static_assert(int(dsv3::kClusterDimension) == int(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION));
-static_assert(int(dsv3::kProgrammaticSerialization) == int(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION));
+static_assert(int(dsv3::kProgrammaticSerialization) ==
+              int(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION));
 static_assert(dsv3::kFunctionMaxDynamicShared == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 static_assert(dsv3::kDeviceMultiprocessors == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT);
 static_assert(dsv3::kDeviceCapabilityMajor == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR);
@@ -55,7 +59,8 @@ Status reply(const char* function) {
 }
 
 void log(const std::string& line) {
-    static FILE* file = std::getenv("FAKE_CUDA_LOG") ? std::fopen(std::getenv("FAKE_CUDA_LOG"), "w") : nullptr;
+    static FILE* file =
+        std::getenv("FAKE_CUDA_LOG") ? std::fopen(std::getenv("FAKE_CUDA_LOG"), "w") : nullptr;
     if (file == nullptr) return;
     std::fprintf(file, "%s\n", line.c_str());
     std::fflush(file);
@@ -80,8 +85,8 @@ int context_index(Handle context) { return context ? int(static_cast<char*>(cont
 #undef cuCtxPopCurrent
 
 // The functions live under assembler names, so that they do not collide with the declarations of cuda.h.
-#define FAKE(name, parameters)                                        \
-    EXPORT Status fake_##name parameters __asm__(#name);              \
+#define FAKE(name, parameters)                           \
+    EXPORT Status fake_##name parameters __asm__(#name); \
     Status fake_##name parameters
 
 FAKE(cuInit, (unsigned)) { return reply("cuInit"); }
@@ -134,7 +139,8 @@ FAKE(cuCtxPopCurrent_v2, (Handle * context)) {
     current_context = nullptr;
     return kSuccess;
 }
-FAKE(cuLibraryLoadData, (Handle * library, const void* image, void*, void*, unsigned, void*, void*, unsigned)) {
+FAKE(cuLibraryLoadData,
+     (Handle * library, const void* image, void*, void*, unsigned, void*, void*, unsigned)) {
     auto* kernel = new FakeKernel;
     std::istringstream sizes(static_cast<const char*>(image));
     for (size_t size; sizes >> size;) kernel->sizes.push_back(size);
@@ -149,7 +155,8 @@ FAKE(cuLibraryGetKernel, (Handle * kernel, Handle library, const char* name)) {
     return reply("cuLibraryGetKernel");
 }
 FAKE(cuKernelSetAttribute, (int attribute, int value, Handle, Device device)) {
-    log("attribute " + std::to_string(attribute) + " " + std::to_string(value) + " device " + std::to_string(device));
+    log("attribute " + std::to_string(attribute) + " " + std::to_string(value) + " device " +
+        std::to_string(device));
     return reply("cuKernelSetAttribute");
 }
 FAKE(cuLaunchKernelEx, (const LaunchConfig* config, Handle kernel, void** parameters, void** extra)) {
@@ -163,7 +170,8 @@ FAKE(cuLaunchKernelEx, (const LaunchConfig* config, Handle kernel, void** parame
     dim("block", config->block);
     line << "shared " << config->shared_bytes << " stream " << reinterpret_cast<uintptr_t>(config->stream);
     for (unsigned i = 0; i < config->attribute_count; ++i)
-        line << " attribute " << config->attributes[i].id << '=' << hex(config->attributes[i].value.bytes, 12);
+        line << " attribute " << config->attributes[i].id << '='
+             << hex(config->attributes[i].value.bytes, 12);
     line << " parameters";
     const auto& sizes = static_cast<FakeKernel*>(kernel)->sizes;
     for (size_t i = 0; i < sizes.size(); ++i) line << ' ' << hex(parameters[i], sizes[i]);
@@ -172,8 +180,9 @@ FAKE(cuLaunchKernelEx, (const LaunchConfig* config, Handle kernel, void** parame
     return reply("cuLaunchKernelEx");
 }
 FAKE(cuTensorMapEncodeTiled,
-     (TensorMapBytes * map, int type, uint32_t rank, void* address, const uint64_t* shape, const uint64_t* strides,
-      const uint32_t* box, const uint32_t* steps, int interleave, int swizzle, int l2_promotion, int fill)) {
+     (TensorMapBytes * map, int type, uint32_t rank, void* address, const uint64_t* shape,
+      const uint64_t* strides, const uint32_t* box, const uint32_t* steps, int interleave, int swizzle,
+      int l2_promotion, int fill)) {
     std::ostringstream line;
     line << "map type " << type << " address " << reinterpret_cast<uintptr_t>(address) << " shape";
     for (uint32_t i = 0; i < rank; ++i) line << ' ' << shape[i];
@@ -183,7 +192,8 @@ FAKE(cuTensorMapEncodeTiled,
     for (uint32_t i = 0; i < rank; ++i) line << ' ' << box[i];
     line << " steps";
     for (uint32_t i = 0; i < rank; ++i) line << ' ' << steps[i];
-    line << " interleave " << interleave << " swizzle " << swizzle << " l2 " << l2_promotion << " fill " << fill;
+    line << " interleave " << interleave << " swizzle " << swizzle << " l2 " << l2_promotion << " fill "
+         << fill;
     line << " aligned " << (reinterpret_cast<uintptr_t>(map) % 64 == 0);
     log(line.str());
     std::memset(map, 0x5a, sizeof *map);

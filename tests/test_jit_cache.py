@@ -59,6 +59,13 @@ def rebuilds(folder):
     return build.builds == 1
 
 
+def give_away(path):
+    try:
+        os.chown(path, 12345, 12345)
+    except PermissionError:
+        pytest.skip("only root can give files away")
+
+
 def test_an_entry_is_built_once_and_kept_privately(folder):
     assert rebuilds(folder)
     assert not rebuilds(folder)
@@ -120,13 +127,11 @@ def test_an_entry_that_is_not_our_own_file_is_rebuilt(folder, tmp_path, kind):
     elif kind == "others may write":
         entry.chmod(0o622)
     elif kind == "unreadable":
-        if os.geteuid() == 0:
-            pytest.skip("root reads everything")
         entry.chmod(0)
+        if os.access(entry, os.R_OK):
+            pytest.skip("root reads everything")
     else:
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a file away")
-        os.chown(entry, 12345, 12345)
+        give_away(entry)
     assert rebuilds(folder)
     assert entry.is_file() and not entry.is_symlink()
     assert entry.stat().st_uid == os.geteuid()
@@ -159,11 +164,10 @@ def test_a_folder_that_others_can_write_is_refused(folder, mode):
     assert rebuilds(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
 def test_a_folder_of_another_user_is_refused(folder):
     folder.mkdir(mode=0o700)
-    os.chown(folder, 12345, 12345)
-    with pytest.raises(cache.CacheError, match=r"belongs to user 12345, expected 0 .*DSV3_KERNELS_CACHE"):
+    give_away(folder)
+    with pytest.raises(cache.CacheError, match=r"belongs to user 12345, expected \d+ .*DSV3_KERNELS_CACHE"):
         get(folder, Builder())
 
 
@@ -199,10 +203,11 @@ def test_an_unusable_place_costs_one_warning(tmp_path, caplog, place):
     assert "compiling without it" in message and "DSV3_KERNELS_CACHE" in message and "\n" not in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_a_read_only_folder_is_read(folder, caplog):
     get(folder, Builder())
     folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("root writes everywhere")
     assert not rebuilds(folder)
     build = Builder()
     assert get(folder, build, cache.key_of("other")) == ENTRY
@@ -299,25 +304,22 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 # A cold process: imports, says so, waits for its standard input to close, compiles, and reports what it got.
-# It writes a line to $BUILDS for each time the compiler or the assembler really ran.
+# It writes a line to $BUILDS for each time the compiler really ran.
 COMPILING = """
 import hashlib, os, sys
 from dsv3_kernels.jit import Kernel, compile, kernel
 
-def counted(name):
-    real = getattr(compile, name)
-    def count(*args):
-        file = os.open(os.environ["BUILDS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(file, f"{name} {os.getpid()}\\n".encode())
-        os.close(file)
-        return real(*args)
-    setattr(kernel, name, count)
+def counted(source, expressions, options, cubin):
+    file = os.open(os.environ["BUILDS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(file, f"{expressions} {cubin}\\n".encode())
+    os.close(file)
+    return compile.compile_source(source, expressions, options, cubin)
 
-counted("compile_names")
-counted("link_cubin")
+kernel.compile_source = counted
 print("ready", flush=True)
 sys.stdin.read()
-images = [Kernel("quantize.cuh", "quantize_1x128", ("Bf16", flag)).cubin().image for flag in (False, True)]
+kernels = [Kernel("quantize.cuh", "quantize_1x128", ("Bf16", flag)) for flag in (False, True)]
+images = [kernels[0].ptx().text.encode(), kernels[0].cubin().image, kernels[1].cubin().image]
 assert "torch" not in sys.modules
 print(*(hashlib.sha256(image).hexdigest() for image in images))
 """
@@ -352,9 +354,9 @@ def test_cold_processes_compile_each_key_once(tmp_path, processes, rounds):
             assert (worker.returncode, errors) == (0, "")
             outputs.add(output)
         assert len(outputs) == 1, "all got the same machine code"
-        ran = sorted(line.split()[0] for line in builds.read_text().splitlines())
-        assert ran == ["compile_names"] * 2 + ["link_cubin"] * 2
-        assert cache.usage(folder).entries == 4
+        ran = builds.read_text().splitlines()
+        assert len(ran) == len(set(ran)) == 3, "a PTX and two cubins, each compiled once"
+        assert cache.usage(folder).entries == 3
         assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
@@ -421,7 +423,7 @@ def test_kill_9_during_a_compile_leaves_the_next_process_well(tmp_path, seed, ki
         worker.communicate()
         built, cached = (start(COMPILING, folder, BUILDS=str(builds)).communicate(timeout=120) for _ in "12")
         assert built[1] == cached[1] == ""
-        assert built[0] == cached[0] and len(built[0].split()) == 3
+        assert built[0] == cached[0] and len(built[0].split()) == 4
         clear(folder)
 
 

@@ -182,8 +182,8 @@ def test_an_unsupported_gpu_is_refused_before_anything_is_loaded(run):
     """
     text = "cuda:0 is a Fake H100 of compute capability 8.0, expected 9.0"
     assert "load" not in run(script.format(text=text), FAKE_CUDA_CAPABILITY="80")
-    if jit.toolchain.nvjitlink().version[0] == 13:
-        text = "the driver supports CUDA 12.x, but the kernels are assembled by nvJitLink 13"
+    if jit.toolchain.nvrtc().version[0] == 13:
+        text = "the driver supports CUDA 12.x, but the kernels are compiled by NVRTC 13"
         assert "load" not in run(script.format(text=text), FAKE_CUDA_VERSION="12040")
 
 
@@ -241,6 +241,9 @@ def test_the_world_follows_the_tensors(monkeypatch):
     with pytest.raises(ValueError, match="got no tensor"):
         launch.launch(kernel, (1, 1, 1), (32, 1, 1), (1, 2.0))
 
+    with pytest.raises(NotImplementedError, match=r"some_op: there is no kernel yet.*for the reference"):
+        launch.no_kernel("some_op")
+
     calls = []
     gpu = types.SimpleNamespace(launch=lambda *args, **kwargs: calls.append((args, kwargs)))
     emulator = types.SimpleNamespace(current=lambda: gpu)
@@ -248,7 +251,7 @@ def test_the_world_follows_the_tensors(monkeypatch):
     assert launch.world(cpu) == "emulator"
     launch.launch(kernel, (4, 1, 1), (256, 1, 1), (cpu, 3), cluster=(2, 1, 1), shared_bytes=64)
     (((text, name), shape),) = calls
-    assert (text, name) == (kernel.ptx().text, kernel.ptx().name)
+    assert (text, name) == (kernel.ptx(lineinfo=True).text, kernel.ptx().name)
     assert shape.pop("args")[0] is cpu
     assert shape == {"grid": (4, 1, 1), "block": (256, 1, 1), "cluster": (2, 1, 1), "shared_bytes": 64}
 

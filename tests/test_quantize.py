@@ -32,12 +32,12 @@ def spread(generator, *shape):
 
 @both
 @powers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 16), (5, 128), (130, 272), (129, 400), (256, 256)])
 def test_bit_exact(kind, power_of_2, dtype, shape):
     generator = fresh_generator()
     for x in (torch.randn(shape, generator=generator), spread(generator, *shape)):
-        x = x.to(dtype)
+        x = x.to(dtype).clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
         before = x.clone()
         q = QUANTIZERS[kind](x, power_of_2_scales=power_of_2)
         assert q.block == BLOCKS[kind]
@@ -112,7 +112,7 @@ def test_smallest_scale(kind, power_of_2):
 @both
 @powers
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_nan_and_inf_poison_their_tile_and_no_other(kind, power_of_2, bad, dtype):
     generator = fresh_generator()
     x = torch.randn(256, 256, generator=generator).to(dtype)
@@ -162,8 +162,8 @@ def test_transposed_weights_hold_the_same_codes(power_of_2, batch):
 
 
 @powers
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [None, [], [0], [0, 128, 1, 300, 0], [127, 129], [0, 0, 5], [256]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sizes", [None, [], [0], [0, 128, 1, 300, 0], [127, 129], [0, 0, 5], [256], [91]])
 @pytest.mark.parametrize("unused", [0, 37])
 def test_transposed_tokens(power_of_2, dtype, sizes, unused):
     """Each group is what quantising the transpose of its own rows gives; tails are zero with scale 1."""
@@ -211,6 +211,7 @@ def test_dequantize_rounds_once(kind, shape):
     assert values.dtype == torch.float32 and values.is_contiguous()
     assert torch.equal(values, exact.float())
     assert torch.equal(dk.dequantize(q, torch.bfloat16), exact.float().bfloat16())
+    assert torch.equal(dk.dequantize(q, torch.float16), exact.float().half())
     assert torch.equal(dk.dequantize(q, torch.float64), exact.float().double())
     assert torch.equal(dk.dequantize((q.data, q.scales)), values)
 

@@ -24,6 +24,13 @@ def cases(generator):
     yield random_codes(generator, 6, 32, low=110), random_codes(generator, 6, 32, low=110)  # the largest
     sparse = torch.rand(6, 32, generator=generator) < 0.9
     yield random_codes(generator, 6, 32).masked_fill_(sparse, 0), random_codes(generator, 6, 32)
+    tiny, wide = random_codes(generator, 6, 32, high=9), random_codes(generator, 6, 32)
+    yield tiny, wide  # the largest exponent comes from a subnormal's -6
+    yield wide, tiny
+    holes = torch.rand(1, 32, generator=generator) < 0.5
+    tiny, zeros = tiny.masked_fill(holes, 448.0), random_codes(generator, 6, 32).masked_fill_(holes, 0)
+    yield tiny, zeros  # 448 times zero has no exponent
+    yield zeros, tiny
     half = random_codes(generator, 6, 16)
     flipped = torch.cat([half, -half], 1)  # sums that cancel wholly or nearly
     yield flipped, torch.cat([half.flip(0), half.flip(0)], 1)

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
-from dsv3_kernels.jit import Kernel, compile_ptx
-from dsv3_kernels.jit.compile import link_cubin
+from dsv3_kernels.jit import Kernel
+from dsv3_kernels.jit.compile import compile_source, source_options
 from dsv3_kernels.jit.disassemble import Sass, disassemble
 
 # Registers a thread: three blocks of 256 threads share an SM's 65,536.
@@ -39,10 +39,8 @@ def test_quantize_1x128(input_type, power_of_2):
 
 
 def sass_of(body):
-    ptx = compile_ptx(
-        'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
-    )
-    return disassemble(link_cubin(ptx, "k")[0])
+    source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
+    return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)
 
 
 def test_the_checks_see_what_they_look_for():
@@ -54,7 +52,7 @@ def test_the_checks_see_what_they_look_for():
     indexed = sass_of("float a[64] = {}; for (int i = 0; i < n; ++i) a[b[i] % 64] += q[i]; q[0] = a[n % 64];")
     assert indexed.local_memory > 0
 
-    spilling = compile_ptx("""
+    spilling = """
         extern "C" __global__ void __launch_bounds__(1024, 2) k(float* q) {
             float a[64];
             #pragma unroll
@@ -62,11 +60,12 @@ def test_the_checks_see_what_they_look_for():
             __syncthreads();
             #pragma unroll
             for (int i = 0; i < 64; ++i) q[i * 1024 + threadIdx.x] = a[63 - i] * a[(i * 7) % 64];
-        }""")
-    image, resources = link_cubin(spilling, "k")
+        }"""
+    done = compile_source(spilling, (), source_options(), cubin=True)
+    resources = done.resources("k")
     assert resources.spill_store_bytes > 0
     assert resources.registers <= 32
-    assert disassemble(image).local_memory > 0
+    assert disassemble(done.cubin).local_memory > 0
 
 
 def test_counting_of_opcodes():

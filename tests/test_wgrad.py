@@ -65,7 +65,7 @@ def test_gradient_of_a_linear_layer():
     for g in range(3):
         rows = slice(int(offsets[g]), int(offsets[g + 1]))
         exact = dy[rows].double().t() @ x[rows].double()
-        # Each operand is off by at most 2^-4 of itself, or 2^-10 of its tile's scale where codes are subnormal.
+        # An operand is off by at most 2^-4 of itself, or 2^-10 of its tile's scale where codes are subnormal.
         magnitude = dy[rows].double().abs().t() @ x[rows].double().abs()
         slack = 2.0**-10 / 448 * 5 * 5 * 2 * dy[rows].shape[0]
         assert ((out[g] - exact).abs() <= (2 * 2.0**-4 + 2.0**-8) * magnitude + slack).all()

@@ -1,7 +1,9 @@
-// Quantisation to e4m3 with one FP32 scale a tile of 1x128 (activations and gradients; DeepSeek-V3 report, section 3.3.2).
+// Quantisation to e4m3 with one FP32 scale a tile of 1x128 (activations and gradients; DeepSeek-V3 report,
+// section 3.3.2).
 //
-// Memory bound: of an element it reads b bytes (b = 2 or 4) and writes 1, and a tile has a scale of 4 bytes, so it moves
-// rows * width * (b + 1 + 1/32) bytes: 3.03 bytes an element from BF16. Nothing is read or written twice.
+// Memory bound: of an element it reads b bytes (b = 2 or 4) and writes 1, and a tile has a scale of 4 bytes,
+// so it moves rows * width * (b + 1 + 1/32) bytes: 3.03 bytes an element from BF16. Nothing is read or
+// written twice.
 #pragma once
 
 #include "ptx.cuh"
@@ -9,19 +11,19 @@
 namespace dsv3 {
 namespace quantize {
 
-constexpr u32 kTile = 128;                           // elements that share a scale
-constexpr u32 kThreads = 256;                        // a block
-constexpr u32 kElementsPerLane = 16;                 // one 16-byte store of e4m3
+constexpr u32 kTile = 128;            // elements that share a scale
+constexpr u32 kThreads = 256;         // a block
+constexpr u32 kElementsPerLane = 16;  // one 16-byte store of e4m3
 constexpr u32 kLanesPerTile = kTile / kElementsPerLane;
-constexpr u32 kRowsPerWarp = 32;                     // one scale a lane: a warp's scales fill one 128-byte line
-constexpr u32 kSteps = kLanesPerTile;                // a step takes one row from each of the warp's 4 lane groups
-constexpr u32 kLoadsInFlight = 4;                    // 16-byte loads a lane issues before it waits
+constexpr u32 kRowsPerWarp = 32;       // one scale a lane: a warp's scales fill one 128-byte line
+constexpr u32 kSteps = kLanesPerTile;  // a step takes one row from each of the warp's 4 lane groups
+constexpr u32 kLoadsInFlight = 4;      // 16-byte loads a lane issues before it waits
 
 constexpr float kE4m3Max = 448.0f;
-constexpr float kSmallestScale = 1.17549435e-38f;    // 2^-126, the smallest normal float
+constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126, the smallest normal float
 constexpr float kLargestFloat = 3.40282347e+38f;
-constexpr float kTinyScale = 8.67361738e-19f;        // 2^-60
-constexpr float kLift = 1.84467441e+19f;             // 2^64
+constexpr float kTinyScale = 8.67361738e-19f;  // 2^-60
+constexpr float kLift = 1.84467441e+19f;       // 2^64
 constexpr u32 kMantissa = 0x007fffff;
 constexpr u32 kInfinity = 0x7f800000;
 
@@ -50,8 +52,9 @@ __device__ __forceinline__ void widen(U32x4 v, float* out, float) {
     for (u32 i = 0; i < 4; ++i) out[i] = __uint_as_float(words[i]);
 }
 
-// amax / 448, at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of such a tile
-// dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product with the scale is NaN.
+// amax / 448, at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
+// such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product
+// with the scale is NaN.
 template <bool kPowerOf2>
 __device__ __forceinline__ float tile_scale(float amax) {
     if (amax == 0.0f) return 1.0f;
@@ -61,9 +64,10 @@ __device__ __forceinline__ float tile_scale(float amax) {
     return scale;
 }
 
-// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 5 operations a value instead of the 15 or
-// so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one correction the quotient x * r is
-// within one ulp, so that the next one makes it the nearest float (Markstein). Three things keep that true at the edges:
+// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 5 operations a value instead
+// of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
+// correction the quotient x * r is within one ulp, so that the next one makes it the nearest float
+// (Markstein). Three things keep that true at the edges:
 // - scales below 2^-60 are lifted together with their values, or the residue would be subnormal and inexact;
 // - the residue is written q * scale - x and subtracted, which keeps the sign of a zero;
 // - an infinite scale has r = 0, and corrections with a finite scale leave x * 0 alone.
@@ -95,9 +99,10 @@ __device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
 
 }  // namespace quantize
 
-// x [batches, rows, width], strides in elements (.., x_row_stride, 1), 16-byte aligned rows -> q e4m3, contiguous, and
-// scales [batches, rows, ceil(width / 128)] with strides (scale_batch_stride, 1, scale_tile_stride).
-// width is a multiple of 16. Any grid is right; a warp takes 32 rows of one column of tiles at a time.
+// x [batches, rows, width], strides in elements (.., x_row_stride, 1), 16-byte aligned rows -> q e4m3,
+// contiguous, and scales [batches, rows, ceil(width / 128)] with strides (scale_batch_stride, 1,
+// scale_tile_stride). width is a multiple of 16. Any grid is right; a warp takes 32 rows of one column of
+// tiles at a time.
 template <class Input, bool kPowerOf2Scales>
 __global__ void __launch_bounds__(quantize::kThreads, 3)
     quantize_1x128(const Input* x, u8* q, float* scales, u32 batches, u32 rows, u32 width, i64 x_batch_stride,
@@ -162,8 +167,9 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
             }
         }
         if (first_row + lane < rows)
-            ptx::store_global(scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
-                              scale_of_lane);
+            ptx::store_global(
+                scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
+                scale_of_lane);
     }
 }
 

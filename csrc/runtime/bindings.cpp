@@ -1,4 +1,5 @@
-// Python's view of the driver: versions, devices, kernels, tensor maps. Importing this needs no GPU and no driver.
+// Python's view of the driver: versions, devices, kernels, tensor maps. Importing this needs no GPU and no
+// driver.
 #include <pybind11/stl.h>
 
 #include "kernel.hpp"
@@ -40,8 +41,9 @@ py::bytes encode_tensor_map(int data_type, uintptr_t address, const std::vector<
                             bool fill_nan) {
     const size_t rank = shape.size();
     if (rank == 0 || strides.size() != rank - 1 || box.size() != rank || element_strides.size() != rank)
-        throw py::value_error("encode_tensor_map: shape, box and element_strides need one entry a dimension, strides "
-                              "one less");
+        throw py::value_error(
+            "encode_tensor_map: shape, box and element_strides need one entry a dimension, strides "
+            "one less");
     const auto index = [](int span, int first) {  // 0 -> 0, first -> 1, 2 * first -> 2 ...
         int i = 0;
         for (; span >= first; span /= 2) ++i;
@@ -49,9 +51,9 @@ py::bytes encode_tensor_map(int data_type, uintptr_t address, const std::vector<
     };
     TensorMapBytes map{};
     driver().check(driver().cuTensorMapEncodeTiled(
-                       &map, data_type, uint32_t(rank), reinterpret_cast<void*>(address), shape.data(), strides.data(),
-                       box.data(), element_strides.data(), /*interleave=*/0, index(swizzle, 32),
-                       index(l2_promotion, 64), fill_nan ? 1 : 0),
+                       &map, data_type, uint32_t(rank), reinterpret_cast<void*>(address), shape.data(),
+                       strides.data(), box.data(), element_strides.data(), /*interleave=*/0,
+                       index(swizzle, 32), index(l2_promotion, 64), fill_nan ? 1 : 0),
                    "cuTensorMapEncodeTiled");
     return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
 }
@@ -59,16 +61,20 @@ py::bytes encode_tensor_map(int data_type, uintptr_t address, const std::vector<
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
-    m.doc() = "The CUDA driver, opened at run time: launches and tensor maps. Every call raises DriverError without one.";
+    m.doc() =
+        "The CUDA driver, opened at run time: launches and tensor maps. Every call raises DriverError "
+        "without one.";
     py::register_exception<DriverError>(m, "DriverError", PyExc_RuntimeError);
 
-    m.def("driver_version", [] { return driver().version; }, "The driver's CUDA version: 13000 is CUDA 13.0.");
+    m.def(
+        "driver_version", [] { return driver().version; }, "The driver's CUDA version: 13000 is CUDA 13.0.");
     m.def("device_count", &device_count);
     m.def("device_properties", &device_properties, py::arg("device"),
           "name, capability (major, minor), multiprocessors, shared_bytes (a block may have).");
     m.def("encode_tensor_map", &encode_tensor_map, py::arg("data_type"), py::arg("address"), py::arg("shape"),
-          py::arg("strides"), py::arg("box"), py::arg("element_strides"), py::arg("swizzle"), py::arg("l2_promotion"),
-          py::arg("fill_nan"), "The 128 bytes of a tensor map; the arguments are those of tensor_map.Encoding.");
+          py::arg("strides"), py::arg("box"), py::arg("element_strides"), py::arg("swizzle"),
+          py::arg("l2_promotion"), py::arg("fill_nan"),
+          "The 128 bytes of a tensor map; the arguments are those of tensor_map.Encoding.");
 
     py::class_<Kernel>(m, "Kernel", "A kernel of a cubin; serves every device of the process.")
         .def(py::init<const std::string&, std::string, const std::vector<std::string>&, std::string>(),
@@ -78,7 +84,8 @@ PYBIND11_MODULE(_runtime, m) {
             [](Kernel& kernel, Device device, uintptr_t stream, const Dim3& grid, const Dim3& block,
                const py::tuple& arguments, const Dim3& cluster, unsigned shared_bytes, bool cooperative,
                bool programmatic) {
-                kernel.launch(device, stream, {grid, block, cluster, shared_bytes, cooperative, programmatic}, arguments);
+                kernel.launch(device, stream, {grid, block, cluster, shared_bytes, cooperative, programmatic},
+                              arguments);
             },
             py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
             py::arg("cluster") = Dim3{1, 1, 1}, py::arg("shared_bytes") = 0, py::arg("cooperative") = false,

@@ -23,7 +23,8 @@ Driver open_driver() {
     void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library == nullptr) {
         const char* reason = dlerror();
-        throw DriverError(std::string("found no CUDA driver: ") + (reason ? reason : "libcuda.so.1 does not open") +
+        throw DriverError(std::string("found no CUDA driver: ") +
+                          (reason ? reason : "libcuda.so.1 does not open") +
                           ". Mend: install the NVIDIA driver; without a GPU, pass CPU tensors");
     }
     Driver d{};

@@ -1,7 +1,7 @@
 // The part of the CUDA driver API that launching needs, found in libcuda.so.1 at run time.
 //
-// Declared here by hand, because a build must not need a CUDA toolkit. Names and layouts are those of cuda.h, whose ABI
-// is stable; tests/fake_libcuda.cpp compares the layouts with cuda.h where there is one.
+// Declared here by hand, because a build must not need a CUDA toolkit. Names and layouts are those of cuda.h,
+// whose ABI is stable; tests/fake_libcuda.cpp compares the layouts with cuda.h where there is one.
 #pragma once
 
 #include <cstdint>
@@ -75,8 +75,8 @@ struct Driver {
     Status (*cuLaunchKernelEx)(const LaunchConfig*, Handle kernel, void** parameters, void** extra);
     Status (*cuTensorMapEncodeTiled)(TensorMapBytes*, int data_type, uint32_t rank, void* address,
                                      const uint64_t* shape, const uint64_t* strides, const uint32_t* box,
-                                     const uint32_t* element_strides, int interleave, int swizzle, int l2_promotion,
-                                     int fill);
+                                     const uint32_t* element_strides, int interleave, int swizzle,
+                                     int l2_promotion, int fill);
     int version;  // 13000 is CUDA 13.0
 
     // Throws DriverError with the call's name, the driver's name and text of the error, and `context`.

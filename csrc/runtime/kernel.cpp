@@ -36,7 +36,8 @@ class CurrentContext {
 }  // namespace
 
 Kernel::Parameter Kernel::parse(const std::string& type) {
-    if (type == "f32" || type == "f64") return {Kind::kFloat, type == "f32" ? sizeof(float) : sizeof(double), type};
+    if (type == "f32" || type == "f64")
+        return {Kind::kFloat, type == "f32" ? sizeof(float) : sizeof(double), type};
     const size_t bits = std::stoul(type.substr(1));
     const size_t bracket = type.find('[');
     if (bracket == std::string::npos) return {Kind::kInteger, bits / 8, type};
@@ -47,8 +48,8 @@ Kernel::Kernel(const std::string& image, std::string name, const std::vector<std
                std::string label)
     : name_(std::move(name)), label_(std::move(label)) {
     if (parameters.size() > kMaxParameters)
-        throw py::value_error(label_ + " has " + std::to_string(parameters.size()) + " parameters, expected at most " +
-                              std::to_string(kMaxParameters));
+        throw py::value_error(label_ + " has " + std::to_string(parameters.size()) +
+                              " parameters, expected at most " + std::to_string(kMaxParameters));
     for (const std::string& type : parameters) parameters_.push_back(parse(type));
     const Driver& d = driver();
     py::gil_scoped_release release;
@@ -66,8 +67,8 @@ Kernel::~Kernel() { driver().cuLibraryUnload(library_); }
 const void* Kernel::pack(size_t index, py::handle argument, Slot& slot) const {
     const Parameter& parameter = parameters_[index];
     const auto wrong = [&](const std::string& expected) {
-        return label_ + ": argument " + std::to_string(index) + " is " + std::string(py::repr(argument)) + ", expected " +
-               expected + " for a parameter of type " + parameter.type;
+        return label_ + ": argument " + std::to_string(index) + " is " + std::string(py::repr(argument)) +
+               ", expected " + expected + " for a parameter of type " + parameter.type;
     };
     switch (parameter.kind) {
         case Kind::kInteger: {
@@ -99,7 +100,8 @@ const void* Kernel::pack(size_t index, py::handle argument, Slot& slot) const {
             return &slot;
         }
         case Kind::kBytes:
-            if (!PyBytes_Check(argument.ptr()) || PyBytes_GET_SIZE(argument.ptr()) != Py_ssize_t(parameter.size))
+            if (!PyBytes_Check(argument.ptr()) ||
+                PyBytes_GET_SIZE(argument.ptr()) != Py_ssize_t(parameter.size))
                 throw py::type_error(wrong(std::to_string(parameter.size) + " bytes"));
             return PyBytes_AS_STRING(argument.ptr());
     }
@@ -111,7 +113,8 @@ Kernel::OnDevice& Kernel::prepare(Device device, const Launch& shape) {
     auto found = devices_.find(device);
     if (found == devices_.end()) {
         Handle context = nullptr;
-        d.check(d.cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain", describe(device, shape));
+        d.check(d.cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain",
+                describe(device, shape));
         found = devices_.insert({device, {context, kSharedWithoutAsking}}).first;
     }
     OnDevice& state = found->second;
@@ -161,9 +164,9 @@ void Kernel::launch(Device device, uintptr_t stream, const Launch& shape, const 
 }
 
 std::string Kernel::describe(Device device, const Launch& shape) const {
-    return label_ + ", grid " + text(shape.grid) + ", block " + text(shape.block) + ", cluster " + text(shape.cluster) +
-           ", " + std::to_string(shape.shared_bytes) + " bytes of dynamic shared memory, device " +
-           std::to_string(device);
+    return label_ + ", grid " + text(shape.grid) + ", block " + text(shape.block) + ", cluster " +
+           text(shape.cluster) + ", " + std::to_string(shape.shared_bytes) +
+           " bytes of dynamic shared memory, device " + std::to_string(device);
 }
 
 }  // namespace dsv3

@@ -1,4 +1,5 @@
-// A loaded kernel: its parameters' types, its device handle, and the hot path from a Python tuple to a launch.
+// A loaded kernel: its parameters' types, its device handle, and the hot path from a Python tuple to a
+// launch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,19 +18,22 @@ using Dim3 = std::array<unsigned, 3>;
 struct Launch {
     Dim3 grid, block, cluster;
     unsigned shared_bytes;
-    bool cooperative;   // all blocks resident at once
-    bool programmatic;  // may start before the previous kernel of the stream ends (griddepcontrol orders them)
+    bool cooperative;  // all blocks resident at once
+    bool
+        programmatic;  // may start before the previous kernel of the stream ends (griddepcontrol orders them)
 };
 
 class Kernel {
   public:
     // `parameters` are PTX types: "u32", "f32", "b8[128]". `label` is what errors call the kernel.
-    Kernel(const std::string& image, std::string name, const std::vector<std::string>& parameters, std::string label);
+    Kernel(const std::string& image, std::string name, const std::vector<std::string>& parameters,
+           std::string label);
     ~Kernel();
     Kernel(const Kernel&) = delete;
     Kernel& operator=(const Kernel&) = delete;
 
-    // Arguments: int for integers and addresses, float (or int) for floats, bytes for structures such as tensor maps.
+    // Arguments: int for integers and addresses, float (or int) for floats, bytes for structures such as
+    // tensor maps.
     void launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
 
   private:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import cache, toolchain
-from .compile import ARCHITECTURE, Resources, compile_cubin, compile_names, kernel_dir, ptx_options
+from .compile import ARCHITECTURE, Resources, compile_source, kernel_dir, source_options
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 _PARAMETER = re.compile(
@@ -60,37 +60,40 @@ class Kernel:
         return _cubin(self)
 
 
-def _source(kernel: Kernel) -> str:
-    return f'#include "{kernel.file}"\nusing namespace dsv3;\n'
-
-
 @functools.cache
 def _ptx(kernel: Kernel, lineinfo: bool) -> Ptx:
-    source, options = _source(kernel), ptx_options(defines=dict(kernel.defines), lineinfo=lineinfo)
-    recipe = [toolchain.nvrtc().build, str(kernel), *options, *_closure(source, [kernel_dir()])]
-    key = cache.key_of("ptx", str(cache.FORMAT), ARCHITECTURE, *recipe)
-
-    def build() -> cache.Entry:
-        text, (name,) = compile_names(source, [str(kernel)], options)
-        return cache.Entry({"kernel": str(kernel), "name": name}, text.encode())
-
-    entry = cache.get_or_build(key, build)
-    name, text = str(entry.facts["name"]), entry.content.decode()
-    return Ptx(text, name, _parameters(text, name))
+    entry = _compiled(kernel, lineinfo, cubin=False)
+    return Ptx(entry.content.decode(), str(entry.facts["name"]), _parameters(entry))
 
 
 @functools.cache
 def _cubin(kernel: Kernel) -> Cubin:
-    ptx = _ptx(kernel, False)
-    key = cache.key_of("cubin", str(cache.FORMAT), ARCHITECTURE, toolchain.nvrtc().build, ptx.text)
+    entry = _compiled(kernel, lineinfo=False, cubin=True)
+    resources = Resources(**entry.facts["resources"])  # type: ignore[arg-type]
+    return Cubin(entry.content, str(entry.facts["name"]), _parameters(entry), resources)
+
+
+def _compiled(kernel: Kernel, lineinfo: bool, cubin: bool) -> cache.Entry:
+    """The kernel's PTX or cubin, from the cache or else from the compiler."""
+    source = f'#include "{kernel.file}"\nusing namespace dsv3;\n'
+    options = source_options(defines=dict(kernel.defines), lineinfo=lineinfo)
 
     def build() -> cache.Entry:
-        options = ptx_options(defines=dict(kernel.defines))
-        image, resources = compile_cubin(_source(kernel), str(kernel), options)
-        return cache.Entry({"kernel": str(kernel), "resources": asdict(resources)}, image)
+        done = compile_source(source, [str(kernel)], options, cubin)
+        (name,) = done.names
+        facts: dict[str, object] = {
+            "kernel": str(kernel),
+            "name": name,
+            "parameters": parameters(done.ptx, name),
+        }
+        if cubin:
+            facts["resources"] = asdict(done.resources(name))
+        return cache.Entry(facts, done.cubin if cubin else done.ptx.encode())
 
-    entry = cache.get_or_build(key, build)
-    return Cubin(entry.content, ptx.name, ptx.parameters, Resources(**entry.facts["resources"]))  # type: ignore[arg-type]
+    recipe = [str(kernel), *options, *_closure(source, [kernel_dir()])]
+    kind = "cubin" if cubin else "ptx"
+    key = cache.key_of(kind, str(cache.FORMAT), ARCHITECTURE, toolchain.nvrtc().build, *recipe)
+    return cache.get_or_build(key, build)
 
 
 def _closure(source: str, folders: Sequence[Path]) -> list[str]:
@@ -108,7 +111,11 @@ def _closure(source: str, folders: Sequence[Path]) -> list[str]:
     return parts
 
 
-def _parameters(ptx: str, name: str) -> tuple[str, ...]:
+def _parameters(entry: cache.Entry) -> tuple[str, ...]:
+    return tuple(entry.facts["parameters"])  # type: ignore[arg-type]
+
+
+def parameters(ptx: str, name: str) -> tuple[str, ...]:
     """The types of a kernel's parameters, from its .entry directive."""
     match = re.search(rf"\.entry\s+{re.escape(name)}\s*\((.*?)\)", ptx, re.DOTALL)
     if match is None:

@@ -1,0 +1,23 @@
+"""Drop-in autograd functions and modules over the FP8 ops."""
+
+from dsv3_kernels.nn.linear import (
+    Fp8Linear,
+    GroupedFp8Linear,
+    Linear,
+    fp8_linear,
+    grouped_fp8_linear,
+    set_recipe,
+)
+from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
+
+__all__ = [
+    "BF16",
+    "FP8",
+    "Fp8Linear",
+    "Fp8Recipe",
+    "GroupedFp8Linear",
+    "Linear",
+    "fp8_linear",
+    "grouped_fp8_linear",
+    "set_recipe",
+]

@@ -10,7 +10,8 @@ KERNEL(missing_syncthreads) {
     out[kCount - 1 - threadIdx.x] = buffer[kCount - 1 - threadIdx.x];  // BUG
 }
 
-// A buffer used twice needs a second barrier: the first orders writes before reads, not reads before the next writes.
+// A buffer used twice needs a second barrier: the first orders writes before reads, not reads before the next
+// writes.
 KERNEL(missing_second_syncthreads) {
     __shared__ float buffer[32];
     for (u32 half = 0; half < 2; ++half) {
@@ -108,7 +109,7 @@ KERNEL(unwritten_bytes_travel) {
     }
 }
 
-// 4-byte atomics do not race with each other, a plain read does.
+// Atomics do not race with each other, a plain (weak) read of theirs does.
 KERNEL(plain_read_of_atomic) {
     __shared__ u32 counter;
     if (threadIdx.x == 0) counter = 0;
@@ -117,5 +118,6 @@ KERNEL(plain_read_of_atomic) {
 #if !BUG
     __syncthreads();
 #endif
-    out[threadIdx.x] = in[threadIdx.x] + (*(volatile u32*)&counter > kCount ? 1.0f : 0.0f);  // BUG
+    const u32 count = ld_weak_shared(&counter);  // BUG
+    out[threadIdx.x] = in[threadIdx.x] + (count > kCount ? 1.0f : 0.0f);
 }

@@ -1,0 +1,45 @@
+"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back."""
+
+import pytest
+import torch
+
+import dsv3_kernels as dk
+
+CAST = "x.to(float8_e4m3fn)"
+SHAPES = [(1024, 1024), (512, 256)]
+both_types = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+def quantizer(against, op, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    name = f"{op.__name__} {str(dtype)[6:]} {shape[0]}x{shape[1]}"
+    against(name, lambda: op(x), CAST, lambda: x.to(torch.float8_e4m3fn))
+
+
+@both_types
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_1x128(against, dtype, shape):
+    quantizer(against, dk.quantize_1x128, dtype, shape)
+
+
+@both_types
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_1x128_t(against, dtype, shape):
+    quantizer(against, dk.quantize_1x128_t, dtype, shape)
+
+
+@both_types
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_128x128(against, dtype, shape):
+    quantizer(against, dk.quantize_128x128, dtype, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize(against, shape):
+    q = dk.quantize_1x128(torch.randn(shape))
+    against(
+        f"dequantize {shape[0]}x{shape[1]}",
+        lambda: dk.dequantize(q),
+        "q.data.float()",
+        lambda: q.data.float(),
+    )

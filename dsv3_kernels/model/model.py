@@ -1,0 +1,180 @@
+"""DeepSeek-V3: embedding, transformer blocks, head, and the multi-token-prediction modules beside them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
+from dsv3_kernels.model.config import ModelConfig
+from dsv3_kernels.model.moe import MLP, Gate, MoE
+from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, Linear, set_recipe
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: ModelConfig, dense: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.attention = MultiHeadLatentAttention(config)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        y = self.mlp(self.mlp_norm(x))
+        if isinstance(y, tuple):
+            return x + y[0], y[1]
+        return x + y, None
+
+
+class MTPModule(nn.Module):
+    """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.embedding_norm = nn.RMSNorm(hidden, eps=eps)
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
+        self.eh_proj = Fp8Linear(2 * hidden, hidden)
+        self.block = Block(config, dense=False)
+        self.norm = nn.RMSNorm(hidden, eps=eps)
+
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden: [B, S, hidden], the state at each position; embedded: the token after it.
+
+        Returns the new state, the same after the module's norm, for the head, and the balance loss.
+        """
+        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+        hidden, balance = self.block(self.eh_proj(joined), cos, sin)
+        return hidden, self.norm(hidden), balance
+
+
+@dataclass
+class Losses:
+    """Means over tokens, in nats; balance is the mean over the MoE layers."""
+
+    main: Tensor
+    mtp: Tensor
+    balance: Tensor
+
+
+class DeepSeekV3(nn.Module):
+    """The reference model. Every linear layer but the head and the gates computes as the recipe says."""
+
+    def __init__(self, config: ModelConfig, recipe: Fp8Recipe | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(
+            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
+        if recipe is not None:
+            set_recipe(self, recipe)
+
+    @torch.no_grad()
+    def initialize(self, seed: int) -> None:
+        """Draws all weights from N(0, initializer_range²), norms one; a seed gives the same everywhere."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                draw = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
+                parameter.copy_(draw)
+
+    def gates(self) -> Iterator[Gate]:
+        return (module for module in self.modules() if isinstance(module, Gate))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
+        cos, sin = self._rope(tokens.shape[1])
+        hidden, _ = self._trunk(tokens, cos, sin)
+        return self._logits(self.norm(hidden))
+
+    def next_token_loss(self, window: Tensor) -> Tensor:
+        """Mean cross-entropy of window[:, 1:] given what stands before; window: int64 [B, S + 1]."""
+        return F.cross_entropy(self(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten())
+
+    def losses(self, window: Tensor) -> Losses:
+        """Cross-entropy of the next token and of those the MTP modules predict.
+
+        window: int64 [B, S + 1 + D] for D MTP modules: position i < S predicts window[:, i + 1], and module k
+        (from 1) predicts window[:, i + 1 + k] having seen window[:, i + k].
+        """
+        depth = len(self.mtp)
+        length = window.shape[1] - 1 - depth
+        cos, sin = self._rope(length)
+        hidden, balances = self._trunk(window[:, :length], cos, sin)
+        normed = self.norm(hidden)
+        main = self._cross_entropy(normed, window[:, 1 : 1 + length])
+        mtp = []
+        state = normed if self.config.mtp_post_norm else hidden
+        for k, module in enumerate(self.mtp, start=1):
+            embedded = self.embedding(window[:, k : k + length])
+            hidden, normed, balance = module(embedded, state, cos, sin)
+            state = normed if self.config.mtp_post_norm else hidden
+            balances.append(balance)
+            mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
+        return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
+
+    def _trunk(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        hidden = self.embedding(tokens)
+        balances: list[Tensor | None] = []
+        for block in self.blocks:
+            hidden, balance = block(hidden, cos, sin)
+            balances.append(balance)
+        return hidden, balances
+
+    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
+        if not 0 <= length <= self.config.max_position_embeddings:
+            raise ValueError(
+                f"DeepSeekV3: the sequence has {length} positions, expected at most "
+                f"max_position_embeddings = {self.config.max_position_embeddings}"
+            )
+        angles = rope_angles(
+            length, self.config.qk_rope_head_dim, self.config.rope_theta, self.embedding.weight.device
+        )
+        return angles.cos(), angles.sin()
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits = self.head(normed)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _cross_entropy(self, normed: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+
+
+def _mean(losses: list[Tensor]) -> Tensor:
+    return torch.stack(losses).mean() if losses else torch.zeros(())
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: the main model; active: those a token passes through; mtp: what the MTP modules add."""
+
+    total: int
+    active: int
+    mtp: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """Counts on the meta device, so that no memory is needed at any size."""
+    with torch.device("meta"):
+        model = DeepSeekV3(config)
+    mtp = sum(p.numel() for p in model.mtp.parameters())
+    total = sum(p.numel() for p in model.parameters()) - mtp
+    routed = sum(
+        p.numel() for m in model.blocks.modules() if isinstance(m, MoE) for p in m.experts.parameters()
+    )
+    idle = routed * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
+    return ParameterCount(total, total - idle, mtp)

@@ -1,0 +1,189 @@
+"""Linear layers whose forward, input-gradient and weight-gradient GEMMs run in FP8.
+
+For x [T, K] and a weight w [N, K] (section 3.3 of the DeepSeek-V3 report):
+
+    forward    y  = x · wᵀ    x in 1x128 tiles along K,       w in 128x128 blocks
+    backward   dx = dy · w    dy in 1x128 tiles along N,      wᵀ in 128x128 blocks
+               dw = dyᵀ · x   dyᵀ and xᵀ in 1x128 tiles along the tokens, result in FP32
+
+The weight and its transpose are quantised in one pass in the forward; xᵀ is quantised there too, so that what
+is kept for the backward is FP8.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dsv3_kernels.gemm import fp8_gemm, grouped_fp8_gemm
+from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, quantize_128x128
+from dsv3_kernels.quantized import ROW, SQUARE, QuantizedTensor
+from dsv3_kernels.wgrad import fp8_wgrad
+
+
+def _gemm(a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor | None) -> Tensor:
+    return fp8_gemm(a, b) if group_offsets is None else grouped_fp8_gemm(a, b, group_offsets)
+
+
+class _Fp8LinearFunction(torch.autograd.Function):
+    """weight [N, K] without group_offsets, [G, N, K] with them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, group_offsets: Tensor | None, power_of_2: bool, training: bool
+    ) -> Tensor:
+        x_q = quantize_1x128(x, power_of_2_scales=power_of_2)
+        if not training:
+            return _gemm(x_q, quantize_128x128(weight, power_of_2_scales=power_of_2), group_offsets)
+        w_q, w_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+        x_data = x_scales = None
+        if ctx.needs_input_grad[1]:
+            x_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2)
+            x_data, x_scales = x_t.data, x_t.scales
+        ctx.save_for_backward(w_t.data, w_t.scales, x_data, x_scales, group_offsets)
+        ctx.power_of_2 = power_of_2
+        return _gemm(x_q, w_q, group_offsets)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        dy = grad_outputs[0].contiguous()
+        w_data, w_scales, x_data, x_scales, group_offsets = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dy_q = quantize_1x128(dy, power_of_2_scales=ctx.power_of_2)
+            dx = _gemm(dy_q, QuantizedTensor(w_data, w_scales, SQUARE), group_offsets)
+        if ctx.needs_input_grad[1]:
+            dy_t = quantize_1x128_t(dy, group_offsets, power_of_2_scales=ctx.power_of_2)
+            dw = fp8_wgrad(dy_t, QuantizedTensor(x_data, x_scales, ROW), group_offsets=group_offsets)
+        return dx, dw, None, None, None
+
+
+def _records_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) -> Tensor:
+    """x · weightᵀ with all three GEMMs in FP8.
+
+    x: [..., K], BF16 or FP32. weight: [N, K], BF16 or FP32. Returns [..., N] in x's dtype (the GEMM rounds to
+    BF16). The weight's gradient is made in FP32: where `weight.grad_dtype` is float32 it stays that.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _Fp8LinearFunction.apply(rows, weight, None, power_of_2_scales, _records_gradient(x, weight))
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def grouped_fp8_linear(
+    x: Tensor, weight: Tensor, group_offsets: Tensor, *, power_of_2_scales: bool = False
+) -> Tensor:
+    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ, all three GEMMs in FP8.
+
+    x: [T, K], BF16 or FP32. weight: [G, N, K]. group_offsets: int32 [G + 1], ascending from 0 to T; empty
+    groups are fine. Returns [T, N] in x's dtype.
+    """
+    training = _records_gradient(x, weight)
+    y = _Fp8LinearFunction.apply(x.contiguous(), weight, group_offsets, power_of_2_scales, training)
+    return y.to(x.dtype)
+
+
+@functools.cache
+def _slow_bf16_cpu() -> bool:
+    """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
+    try:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError):
+        return True
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weightᵀ in their own dtype. BF16 products are exact in FP32: the upcast only changes the speed."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu():
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+    return F.linear(x, weight)
+
+
+def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
+    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32).
+
+    On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds
+    each.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
+    return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without a bias that is also fast on CPUs without BF16 instructions."""
+
+    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
+
+
+class Fp8Linear(Linear):
+    """A drop-in for `nn.Linear(in_features, out_features, bias=False)` that computes as its `recipe` says."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, recipe: Fp8Recipe = FP8, **factory: Any
+    ) -> None:
+        super().__init__(in_features, out_features, **factory)
+        self.recipe = recipe
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recipe.precision == "bf16":
+            return linear(x, self.weight)
+        return fp8_linear(x, self.weight, power_of_2_scales=self.recipe.power_of_2_scales)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.recipe}"
+
+
+class GroupedFp8Linear(nn.Module):
+    """One linear layer an expert, rows sorted by expert: weight [num_groups, out_features, in_features]."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        in_features: int,
+        out_features: int,
+        *,
+        recipe: Fp8Recipe = FP8,
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self.num_groups, self.in_features, self.out_features = num_groups, in_features, out_features
+        self.recipe = recipe
+        self.weight = nn.Parameter(torch.empty(num_groups, out_features, in_features, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
+        """x: [T, in_features]; group_offsets: int32 [num_groups + 1]. Returns [T, out_features]."""
+        if self.recipe.precision == "bf16":
+            return grouped_linear(x, self.weight, group_offsets)
+        return grouped_fp8_linear(
+            x, self.weight, group_offsets, power_of_2_scales=self.recipe.power_of_2_scales
+        )
+
+    def extra_repr(self) -> str:
+        sizes = (
+            f"num_groups={self.num_groups}, in_features={self.in_features}, out_features={self.out_features}"
+        )
+        return f"{sizes}, {self.recipe}"
+
+
+def set_recipe(model: nn.Module, recipe: Fp8Recipe) -> None:
+    """Makes every Fp8Linear and GroupedFp8Linear of the model compute as the recipe says from now on."""
+    for module in model.modules():
+        if isinstance(module, (Fp8Linear, GroupedFp8Linear)):
+            module.recipe = recipe

@@ -1,0 +1,102 @@
+"""Settings of a run, and their JSON form, which is checked field by field when read back."""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from dsv3_kernels.model import PRESETS, ModelConfig
+from dsv3_kernels.nn.recipe import Precision
+from dsv3_kernels.train.errors import TrainError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything the weights after a step depend on, beside the model's sizes and the text."""
+
+    steps: int = 200
+    batch_size: int = 8
+    seq_len: int = 128
+    seed: int = 0
+    lr: float = 1e-3
+    final_lr: float = 0.1
+    """The learning rate of the last step, as a fraction of the highest."""
+    warmup_steps: int = 20
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    mtp_weight: float = 0.3
+    balance_weight: float = 1e-4
+    bias_speed: float = 5e-3
+    power_of_2_scales: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):
+            if getattr(self, name) < low:
+                raise TrainError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        for name in ("lr", "final_lr", "weight_decay", "mtp_weight", "balance_weight", "bias_speed"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise TrainError(f"{name} is {getattr(self, name)}, expected a finite number from 0 up")
+        if not self.grad_clip > 0:
+            raise TrainError(f"grad_clip is {self.grad_clip}, expected a number above 0")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """config.json of a run."""
+
+    preset: str = "tiny"
+    precisions: tuple[Precision, ...] = ("fp8", "bf16")
+    data: str | None = None
+    """A file or folder of text; None is the standard library's source."""
+    model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint_every: int = 100
+    validate_every: int = 50
+    validation_windows: int = 64
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "validate_every", "validation_windows", "keep"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def from_json(cls: type[T], value: Any, where: str) -> T:
+    """Builds the dataclass from parsed JSON: no unknown key, none missing, each value of its field's type."""
+    if not isinstance(value, dict):
+        raise TrainError(f"{where}: found {type(value).__name__}, expected an object")
+    hints = typing.get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if set(value) != names:
+        unknown, missing = sorted(set(value) - names), sorted(names - set(value))
+        raise TrainError(f"{where}: unknown keys {unknown}, missing keys {missing}")
+    try:
+        return cls(**{name: _field(hints[name], value[name], f"{where}.{name}") for name in names})
+    except ValueError as error:
+        raise TrainError(f"{where}: {error}") from error
+
+
+def _field(hint: Any, value: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_json(typing.cast(type, hint), value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_field(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+    elif origin in (types.UnionType, typing.Union):
+        if value is None or type(value) in arguments:
+            return value
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise TrainError(f"{where}: found {value!r}, expected {getattr(hint, '__name__', hint)}")

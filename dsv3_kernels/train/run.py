@@ -1,0 +1,190 @@
+"""A run: one trainer a precision, side by side over the same batches, all results in one folder."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from torch import Tensor
+
+from dsv3_kernels.model import count_parameters
+from dsv3_kernels.nn import BF16, set_recipe
+from dsv3_kernels.nn.recipe import Precision
+from dsv3_kernels.train import report
+from dsv3_kernels.train.checkpoint import replace_file
+from dsv3_kernels.train.config import RunConfig, from_json, to_json
+from dsv3_kernels.train.data import Corpus, load_corpus, validation_windows
+from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.metrics import MetricsLog
+from dsv3_kernels.train.sample import sample
+from dsv3_kernels.train.trainer import Trainer
+
+TEMPERATURE = 0.7
+
+
+class StopRequest:
+    """Remembers the first SIGINT or SIGTERM; a second one ends the process as usual."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+def read_config(folder: Path) -> RunConfig:
+    path = folder / "config.json"
+    try:
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise TrainError(
+            f"--resume: cannot read {path}: {error.strerror}; expected the folder of a run"
+        ) from error
+    except ValueError as error:
+        raise TrainError(f"--resume: {path} is not JSON: {error}") from error
+    return from_json(RunConfig, value, str(path))
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    replace_file(folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+
+
+class Run:
+    """Trains to the configured step, or until asked to stop."""
+
+    def __init__(self, config: RunConfig, folder: Path, console: Console) -> None:
+        """Goes on from the checkpoints in the folder where there are any."""
+        self.config, self.folder, self.console = config, folder, console
+        window = config.train.seq_len + 1 + config.model.num_nextn_predict_layers
+        self.corpus = load_corpus(config.data, window)
+        self.validation = validation_windows(self.corpus.validation, window, config.validation_windows)
+        self.trainers = [Trainer(config.model, config.train, p, self.corpus) for p in config.precisions]
+        self.announce(self.corpus)
+        self.start = _same_weights("at the start", self.trainers[0], self.validation)
+        for trainer in self.trainers:
+            checkpoints = self.checkpoints(trainer.precision)
+            if any(checkpoints.glob("step-*")):
+                trainer.load(checkpoints)
+            if trainer.step > config.train.steps:
+                raise TrainError(
+                    f"--steps is {config.train.steps}, but {checkpoints} is at step {trainer.step} already"
+                )
+        self.log = MetricsLog(folder / "metrics.jsonl", {t.precision: t.step for t in self.trainers})
+
+    def checkpoints(self, precision: Precision) -> Path:
+        return self.folder / "checkpoints" / precision
+
+    def announce(self, corpus: Corpus) -> None:
+        count = count_parameters(self.config.model)
+        train = self.config.train
+        skipped = f" ({corpus.skipped} files that are not text left out)" if corpus.skipped else ""
+        self.console.print(
+            f"Training {self.config.preset} ({count.total / 1e6:.1f}M parameters, "
+            f"{count.active / 1e6:.1f}M active, and {count.mtp / 1e6:.1f}M of MTP) "
+            f"in {' and '.join(self.config.precisions)} "
+            f"for {train.steps} steps of {train.batch_size} x {train.seq_len} bytes\n"
+            f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
+            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def train(self, stop: StopRequest) -> bool:
+        """True when the last step is reached, False when stopped before. Either way a checkpoint is there."""
+        steps = self.config.train.steps
+        first = min(trainer.step for trainer in self.trainers)
+        with report.ProgressLine(self.console, first, steps) as progress:
+            for step in range(first + 1, steps + 1):
+                due = [trainer for trainer in self.trainers if trainer.step < step]
+                rows = [self._step(trainer) for trainer in due]
+                progress.update(step, rows)
+                stopping = stop.signal is not None
+                if step % self.config.checkpoint_every == 0 or step == steps or stopping:
+                    for trainer in due:
+                        trainer.save(self.checkpoints(trainer.precision), self.config.keep)
+                if stopping and step < steps:
+                    return False
+        return True
+
+    def _step(self, trainer: Trainer) -> dict:
+        metrics = trainer.train_step()
+        due = trainer.step % self.config.validate_every == 0 or trainer.step == self.config.train.steps
+        validation = trainer.evaluate(self.validation) if due else None
+        return self.log.append(metrics, validation)
+
+    def finish(self, seconds: float, prompt: str, sample_bytes: int) -> None:
+        """Prints the tables and a sample, writes summary.json and loss.png."""
+        unigram, bigram = report.entropies(self.corpus.train)
+        ends = {
+            t.precision: _same_weights(f"trained in {t.precision.upper()}", t, self.validation)
+            for t in self.trainers
+        }
+        summary = report.Summary(
+            steps=self.config.train.steps,
+            seconds=seconds,
+            unigram=unigram,
+            bigram=bigram,
+            validation_before={p: getattr(self.start, p) for p in self.config.precisions},
+            validation_after={p: getattr(ends[p], p) for p in self.config.precisions},
+            same_weights=[self.start, *ends.values()],
+        )
+        summary.write(self.folder / "summary.json", self.log)
+        report.plot(self.folder / "loss.png", self.log, summary)
+        summary.print(self.console, self.log)
+        if sample_bytes:
+            self._print_sample(prompt, sample_bytes)
+
+    def _print_sample(self, prompt: str, length: int) -> None:
+        trainer = self.trainers[0]
+        set_recipe(trainer.model, BF16)
+        train = self.config.train
+        text = sample(
+            trainer.model,
+            prompt.encode(),
+            length,
+            context=train.seq_len,
+            temperature=TEMPERATURE,
+            seed=train.seed,
+        )
+        set_recipe(trainer.model, trainer.recipe)
+        self.console.print(
+            f"\nA sample of the weights trained in {trainer.precision.upper()}, temperature {TEMPERATURE}:",
+            highlight=False,
+        )
+        self.console.print(text.decode("utf-8", "replace"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _same_weights(name: str, trainer: Trainer, validation: Tensor) -> report.SameWeights:
+    return report.SameWeights(name, trainer.evaluate(validation, "fp8"), trainer.evaluate(validation, "bf16"))
+
+
+def execute(config: RunConfig, folder: Path, console: Console, prompt: str, sample_bytes: int) -> int:
+    """Runs, and returns the exit code: 0 at the end, 128 + the signal's number when stopped by one."""
+    stop = StopRequest()
+    start = time.perf_counter()
+    try:
+        run = Run(config, folder, console)
+        try:
+            if run.train(stop):
+                run.finish(time.perf_counter() - start, prompt, sample_bytes)
+                return 0
+        finally:
+            run.log.close()
+    finally:
+        stop.restore()
+    console.print(
+        f"Stopped; the checkpoint is saved. To go on: python -m dsv3_kernels.train --resume {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 128 + (stop.signal or signal.SIGINT)
