@@ -47,7 +47,8 @@ def test_cluster_registers():
 
 def ring():
     """Each rank writes to its right neighbour and raises its flag."""
-    return jit.compile_ptx("""extern "C" __global__ void k(int** data, int** flags, int* out, int rank, int size) {
+    return jit.compile_ptx("""
+    extern "C" __global__ void k(int** data, int** flags, int* out, int rank, int size) {
     int next = (rank + 1) % size, v;
     data[next][threadIdx.x] = rank * 1000 + threadIdx.x;
     __syncwarp();

@@ -33,19 +33,32 @@ def test_consumers_release_a_stage_without_a_proxy_fence(seed):
     x = torch.arange(8 * 64, dtype=torch.int32)
     out = torch.zeros(8 * 64, dtype=torch.int32)
     cuda(
-        """k(const int* x, int* o) { __shared__ __align__(128) int s[64]; __shared__ u64 full, empty;
-    if (threadIdx.x == 0) { ptx::mbarrier_init(&full, 1); ptx::mbarrier_init(&empty, 2);
-    ptx::fence_mbarrier_init(); }
+        """k(const int* x, int* o) {
+    __shared__ __align__(128) int s[64];
+    __shared__ u64 full, empty;
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&full, 1);
+        ptx::mbarrier_init(&empty, 2);
+        ptx::fence_mbarrier_init();
+    }
     __syncthreads();
-    if (threadIdx.x >= 64) { if (threadIdx.x == 64) for (int i = 0; i < 8; i++) {
-    ptx::mbarrier_wait(&empty, i & 1 ^ 1);
-        ptx::mbarrier_arrive_expect(&full, 256);
-        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 256,
-        [%2];"
-            :: "r"(ptx::shared_address(s)), "l"(x + i * 64), "r"(ptx::shared_address(&full)) : "memory");
-            } return; }
-    for (int i = 0; i < 8; i++) { ptx::mbarrier_wait(&full, i & 1); o[i * 64 + threadIdx.x] = s[threadIdx.x];
-        __syncwarp(); if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty); } }""",
+    if (threadIdx.x > 64) return;
+    if (threadIdx.x == 64) {
+        for (int i = 0; i < 8; i++) {
+            ptx::mbarrier_wait(&empty, i & 1 ^ 1);
+            ptx::mbarrier_arrive_expect(&full, 256);
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 256, [%2];"
+                :: "r"(ptx::shared_address(s)), "l"(x + i * 64), "r"(ptx::shared_address(&full)) : "memory");
+        }
+        return;
+    }
+    for (int i = 0; i < 8; i++) {
+        ptx::mbarrier_wait(&full, i & 1);
+        o[i * 64 + threadIdx.x] = s[threadIdx.x];
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(&empty);
+    } }""",
         x,
         out,
         block=96,

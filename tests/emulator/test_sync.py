@@ -1,5 +1,7 @@
 """Barriers, mbarriers, release and acquire, spinning and virtual time, programmatic dependent launch."""
 
+import functools
+
 import pytest
 import torch
 
@@ -8,12 +10,22 @@ from dsv3_kernels import emulator, jit
 SEEDS = range(8)
 
 
+@functools.cache
+def compiled(source):
+    head = '#include "ptx.cuh"\nusing namespace dsv3;\nextern "C" __global__ void '
+    return jit.compile_ptx(head + source, lineinfo=True)
+
+
 def cuda(source, *args, block=32, grid=1, seed=0, gpu=None, cluster=1, **options):
     gpu = gpu or emulator.VirtualGPU(num_sms=4, seed=seed, **options)
-    ptx = jit.compile_ptx(
-        '#include "ptx.cuh"\nusing namespace dsv3;\nextern "C" __global__ void ' + source, lineinfo=True
+    gpu.launch(
+        compiled(source),
+        "k",
+        grid=(grid, 1, 1),
+        block=(block, 1, 1),
+        args=list(args),
+        cluster=(cluster, 1, 1),
     )
-    gpu.launch(ptx, "k", grid=(grid, 1, 1), block=(block, 1, 1), args=list(args), cluster=(cluster, 1, 1))
     return gpu
 
 
