@@ -25,16 +25,28 @@ def elementwise(code, out_dtype, *arrays, before=""):
     out_size = np.dtype(out_dtype).itemsize
     params = ", ".join([".param .u64 po"] + [f".param .u64 p{x}" for x in names] + [".param .u32 n"])
     lines = [
-        ".reg .pred %stop, %p, %q;", ".reg .b32 %i, %m, %t, %u;", ".reg .b64 %adr, %off, %base;",
+        ".reg .pred %stop, %p, %q;",
+        ".reg .b32 %i, %m, %t, %u;",
+        ".reg .b64 %adr, %off, %base;",
         f".reg .{_REGISTERS[out_size]} %d;",
-    ]  # fmt: skip
+    ]
     lines += [f".reg .{_REGISTERS[s]} %{x};" for x, s in zip(names, sizes, strict=True)]
     body = [
-        "mov.u32 %i, %ctaid.x;", "mov.u32 %t, %ntid.x;", "mov.u32 %u, %tid.x;", "mad.lo.u32 %i, %i, %t, %u;",
-        "ld.param.u32 %m, [n];", "setp.ge.u32 %stop, %i, %m;", "@%stop bra DONE;", "cvt.u64.u32 %off, %i;",
-    ]  # fmt: skip
+        "mov.u32 %i, %ctaid.x;",
+        "mov.u32 %t, %ntid.x;",
+        "mov.u32 %u, %tid.x;",
+        "mad.lo.u32 %i, %i, %t, %u;",
+        "ld.param.u32 %m, [n];",
+        "setp.ge.u32 %stop, %i, %m;",
+        "@%stop bra DONE;",
+        "cvt.u64.u32 %off, %i;",
+    ]
     for x, s in zip(names, sizes, strict=True):
-        body += [f"ld.param.u64 %base, [p{x}];", f"mad.lo.u64 %adr, %off, {s}, %base;", f"ld.global.{_LOADS[s]} %{x}, [%adr];"]
+        body += [
+            f"ld.param.u64 %base, [p{x}];",
+            f"mad.lo.u64 %adr, %off, {s}, %base;",
+            f"ld.global.{_LOADS[s]} %{x}, [%adr];",
+        ]
     body += [code, "ld.param.u64 %base, [po];", f"mad.lo.u64 %adr, %off, {out_size}, %base;"]
     body += [f"st.global.{_LOADS[out_size]} [%adr], %d;", "DONE:", "ret;"]
     text = kernel("\n".join(body), params, "\n".join(lines), before=before)
@@ -45,11 +57,30 @@ def elementwise(code, out_dtype, *arrays, before=""):
     return tensors[0].numpy().view(out_dtype)
 
 
-def run(body, *args, declarations="", params="", block=32, grid=1, cluster=1, shared=0, seed=0, before="", **options):
+def run(
+    body,
+    *args,
+    declarations="",
+    params="",
+    block=32,
+    grid=1,
+    cluster=1,
+    shared=0,
+    seed=0,
+    before="",
+    **options,
+):
     """One launch of a handwritten kernel; the arguments are tensors or numbers, as `params` declares them."""
     gpu = emulator.VirtualGPU(num_sms=4, seed=seed, **options)
-    gpu.launch(kernel(body, params, declarations, before=before), "k", grid=(grid, 1, 1), block=(block, 1, 1), args=list(args),
-               cluster=(cluster, 1, 1), shared_bytes=shared)  # fmt: skip
+    gpu.launch(
+        kernel(body, params, declarations, before=before),
+        "k",
+        grid=(grid, 1, 1),
+        block=(block, 1, 1),
+        args=list(args),
+        cluster=(cluster, 1, 1),
+        shared_bytes=shared,
+    )
     return gpu
 
 
@@ -63,14 +94,36 @@ def edges(dtype, rng, n):
 
 
 def float_edges(dtype, rng, n):
-    bits = {np.dtype(np.float32): np.uint32, np.dtype(np.float64): np.uint64, np.dtype(np.float16): np.uint16}[np.dtype(dtype)]
+    bits = {
+        np.dtype(np.float32): np.uint32,
+        np.dtype(np.float64): np.uint64,
+        np.dtype(np.float16): np.uint16,
+    }[np.dtype(dtype)]
     x = rng.integers(0, np.iinfo(bits).max, n, dtype=bits, endpoint=True).view(dtype)
     info = np.finfo(dtype)
     special = np.array(
-        [0.0, -0.0, 1.0, -1.0, 0.5, 1.5, 2.5, -2.5, np.inf, -np.inf, np.nan, info.max, -info.max, info.tiny, info.smallest_subnormal,
-         -info.smallest_subnormal, 3.0, 448.0],
+        [
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            0.5,
+            1.5,
+            2.5,
+            -2.5,
+            np.inf,
+            -np.inf,
+            np.nan,
+            info.max,
+            -info.max,
+            info.tiny,
+            info.smallest_subnormal,
+            -info.smallest_subnormal,
+            3.0,
+            448.0,
+        ],
         dtype=dtype,
-    )  # fmt: skip
+    )
     small = rng.normal(size=n).astype(dtype)
     x = np.where(rng.random(n) < 0.3, small, x)
     return np.where(rng.random(n) < 0.4, rng.choice(special, n), x).astype(dtype)

@@ -28,20 +28,36 @@ def cuda(source, *args, block=32, grid=1, seed=0, gpu=None, **options):
         ("ld.global.v4.u32 {%r2,%r3,%r4,%r5}, [%rd1+8];", "aligned"),
         ("ld.shared.u32 %r2, [%r1];", "outside the block"),
         ("mov.u64 %rd3, 0; ld.u32 %r2, [%rd3];", "null"),
-        ("mov.u32 %r3, s; cvt.u64.u32 %rd3, %r3; cvta.shared.u64 %rd3, %rd3; ld.global.u32 %r2, [%rd3];", "generic address of shared"),
-        ("mov.u32 %r3, s; mapa.shared::cluster.u32 %r3, %r3, 1; ld.shared::cluster.u32 %r2, [%r3];", "cluster of 1"),
+        (
+            "mov.u32 %r3, s; cvt.u64.u32 %rd3, %r3; cvta.shared.u64 %rd3, %rd3; ld.global.u32 %r2, [%rd3];",
+            "generic address of shared",
+        ),
+        (
+            "mov.u32 %r3, s; mapa.shared::cluster.u32 %r3, %r3, 1; ld.shared::cluster.u32 %r2, [%r3];",
+            "cluster of 1",
+        ),
         ("st.param.u32 [o], %r1;", "read-only"),
     ],
-)  # fmt: skip
+)
 def test_bad_addresses(code, word):
     with pytest.raises(emulator.MemoryAccessError, match=word) as info:
-        run(".shared .b32 s[4]; " + LOAD + code + " ret;", torch.zeros(32, dtype=torch.int32), params=".param .u64 o", **D)
+        run(
+            ".shared .b32 s[4]; " + LOAD + code + " ret;",
+            torch.zeros(32, dtype=torch.int32),
+            params=".param .u64 o",
+            **D,
+        )
     assert info.value.lane is not None and info.value.warp == 0 and info.value.block == (0, 0, 0)
 
 
 def test_bounds_are_those_of_the_storage_and_views_keep_their_offset():
     t = torch.arange(64, dtype=torch.int32)
-    run(LOAD + "ld.global.u32 %r2, [%rd2]; add.u32 %r2, %r2, 1; st.global.u32 [%rd2], %r2; ret;", t[32:], params=".param .u64 o", **D)
+    run(
+        LOAD + "ld.global.u32 %r2, [%rd2]; add.u32 %r2, %r2, 1; st.global.u32 [%rd2], %r2; ret;",
+        t[32:],
+        params=".param .u64 o",
+        **D,
+    )
     assert t.tolist() == [*range(32), *range(33, 65)]
 
 
@@ -60,8 +76,12 @@ def test_freed_memory_is_known():
 
 def test_local_memory_is_private():
     out = torch.zeros(64, dtype=torch.int32)
-    cuda("k(int* o) { int a[16]; for (int i = 0; i < 16; i++) a[(i * 5 + threadIdx.x) % 16] = i * threadIdx.x;"
-         " int s = 0; for (int i = 0; i < 16; i++) s += a[i] * (i + 1); o[threadIdx.x] = s; }", out, block=64)  # fmt: skip
+    cuda(
+        "k(int* o) { int a[16]; for (int i = 0; i < 16; i++) a[(i * 5 + threadIdx.x) % 16] = i * threadIdx.x;"
+        " int s = 0; for (int i = 0; i < 16; i++) s += a[i] * (i + 1); o[threadIdx.x] = s; }",
+        out,
+        block=64,
+    )
     expected = []
     for t in range(64):
         a = [0] * 16
@@ -98,7 +118,7 @@ def test_tensors_can_be_declared_unwritten():
 def test_module_variables_keep_their_values_between_launches():
     gpu = emulator.VirtualGPU()
     out = torch.zeros(1, dtype=torch.int32)
-    source = "__device__ int counter = 5;\nextern \"C\" __global__ void k(int* o) { *o = ++counter; }"
+    source = '__device__ int counter = 5;\nextern "C" __global__ void k(int* o) { *o = ++counter; }'
     ptx = jit.compile_ptx(source)
     for expected in (6, 7, 8):
         gpu.launch(ptx, "k", grid=(1, 1, 1), block=(1, 1, 1), args=[out])

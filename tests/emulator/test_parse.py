@@ -30,10 +30,22 @@ def test_unknown_instructions_are_refused_with_their_line(code, word):
 
 @pytest.mark.parametrize(
     "code",
-    ["add.u32 %r0, %r1", "add.u32 %r0;", "add.u32 %r0, %r1, %undeclared;", "bra NOWHERE;", "{ add.u32 %r0, %r1, %r2;",
-     "add.u64 %r0, %r1, %r2;", "mov.u32 %r0, 0x;", "ld.global.u32 %r0, %rd0;", "@%r0 ret;", "st.global.v4.u32 [%rd0], {%r0, %r1};",
-     "mov.b64 %rd0, {%r0, %r1, %r2};", "add.f32 %f0, %f1, 3;", "shfl.sync.up.b32 %r0, %r1, 1;"],
-)  # fmt: skip
+    [
+        "add.u32 %r0, %r1",
+        "add.u32 %r0;",
+        "add.u32 %r0, %r1, %undeclared;",
+        "bra NOWHERE;",
+        "{ add.u32 %r0, %r1, %r2;",
+        "add.u64 %r0, %r1, %r2;",
+        "mov.u32 %r0, 0x;",
+        "ld.global.u32 %r0, %rd0;",
+        "@%r0 ret;",
+        "st.global.v4.u32 [%rd0], {%r0, %r1};",
+        "mov.b64 %rd0, {%r0, %r1, %r2};",
+        "add.f32 %f0, %f1, 3;",
+        "shfl.sync.up.b32 %r0, %r1, 1;",
+    ],
+)
 def test_malformed_text_is_an_error_with_a_line(code):
     with pytest.raises(emulator.EmulationError) as info:
         load_body(code + "\nret;")
@@ -44,11 +56,15 @@ def test_scopes_have_their_own_registers_and_labels():
     out = torch.zeros(3, dtype=torch.int32)
     run(
         """ld.param.u64 %rd1, [o]; mov.u32 %r1, 1;
-        { .reg .b32 %r1; .reg .pred p; mov.u32 %r1, 5; setp.eq.u32 p, %r1, 5; @p bra L; mov.u32 %r1, 6; L: st.global.u32 [%rd1], %r1; }
+        { .reg .b32 %r1; .reg .pred p; mov.u32 %r1, 5; setp.eq.u32 p, %r1, 5; @p bra L; mov.u32 %r1, 6;
+        L: st.global.u32 [%rd1], %r1; }
         { .reg .b32 t<2>; mov.u32 t1, 7; bra L; mov.u32 t1, 8; L: st.global.u32 [%rd1+4], t1; }
         st.global.u32 [%rd1+8], %r1; ret;""",
-        out, params=".param .u64 o", declarations=".reg .b32 %r<3>; .reg .b64 %rd<2>;", block=1,
-    )  # fmt: skip
+        out,
+        params=".param .u64 o",
+        declarations=".reg .b32 %r<3>; .reg .b64 %rd<2>;",
+        block=1,
+    )
     assert out.tolist() == [5, 7, 1]
 
 
@@ -59,18 +75,27 @@ def test_module_variables_and_initialisers():
 .extern .shared .align 16 .b8 dyn[];"""
     out = torch.zeros(4, dtype=torch.int32)
     run(
-        """ld.param.u64 %rd1, [o]; ld.const.u64 %rd2, [table]; ld.u32 %r1, [%rd2]; ld.const.u32 %r2, [table+8];
-        ld.global.u32 %r3, [half]; st.global.v2.u32 [%rd1], {%r1, %r2}; mov.u32 %r1, dyn; st.shared.u32 [%r1+12], %r3;
+        """ld.param.u64 %rd1, [o]; ld.const.u64 %rd2, [table]; ld.u32 %r1, [%rd2];
+            ld.const.u32 %r2, [table+8];
+        ld.global.u32 %r3, [half]; st.global.v2.u32 [%rd1], {%r1, %r2}; mov.u32 %r1, dyn;
+        st.shared.u32 [%r1+12], %r3;
         ld.shared.u32 %r2, [dyn+12]; st.global.v2.u32 [%rd1+8], {%r2, %r3}; ret;""",
-        out, params=".param .u64 o", declarations=".reg .b32 %r<4>; .reg .b64 %rd<3>;", block=1, shared=16, before=before,
-    )  # fmt: skip
+        out,
+        params=".param .u64 o",
+        declarations=".reg .b32 %r<4>; .reg .b64 %rd<3>;",
+        block=1,
+        shared=16,
+        before=before,
+    )
     assert out.tolist() == [0x04030201, 42, 0x3F000000, 0x3F000000]
 
 
 def test_calls_and_divergent_returns():
     source = """
-    __device__ __noinline__ int collatz(int n, int* steps) { int s = 0; while (n > 1) { n = n & 1 ? 3 * n + 1 : n / 2; s++; } *steps = s; return s * 2; }
-    __device__ __noinline__ int both(int n) { int s; if (n & 1) return collatz(n, &s) + s; return collatz(n + 1, &s) - s; }
+    __device__ __noinline__ int collatz(int n, int* steps) { int s = 0; while (n > 1) {
+    n = n & 1 ? 3 * n + 1 : n / 2; s++; } *steps = s; return s * 2; }
+    __device__ __noinline__ int both(int n) { int s; if (n & 1) return collatz(n, &s) + s;
+    return collatz(n + 1, &s) - s; }
     extern "C" __global__ void k(int* o) { o[threadIdx.x] = both(threadIdx.x); }"""
     out = torch.zeros(96, dtype=torch.int32)
     emulator.VirtualGPU().launch(jit.compile_ptx(source), "k", grid=(1, 1, 1), block=(96, 1, 1), args=[out])
@@ -82,10 +107,14 @@ def test_calls_and_divergent_returns():
 
 
 def test_extern_functions_are_bound_or_refused():
-    text = HEADER + """.extern .func (.param .b32 r) twice(.param .b32 x);
-.visible .entry k(.param .u64 o) { .reg .b32 %r<3>; .reg .b64 %rd<3>; ld.param.u64 %rd1, [o]; mov.u32 %r1, %tid.x;
+    text = (
+        HEADER
+        + """.extern .func (.param .b32 r) twice(.param .b32 x);
+.visible .entry k(.param .u64 o) { .reg .b32 %r<3>; .reg .b64 %rd<3>; ld.param.u64 %rd1, [o];
+mov.u32 %r1, %tid.x;
 { .param .b32 p0; st.param.b32 [p0], %r1; .param .b32 q; call.uni (q), twice, (p0); ld.param.b32 %r2, [q]; }
 mul.wide.u32 %rd2, %r1, 4; add.u64 %rd1, %rd1, %rd2; st.global.u32 [%rd1], %r2; ret; }"""
+    )
     out = torch.zeros(8, dtype=torch.int32)
     gpu = emulator.VirtualGPU()
     with pytest.raises(emulator.UnsupportedInstructionError, match="twice"):
@@ -102,10 +131,12 @@ def test_recursion_is_refused():
 
 
 def test_register_slots_follow_liveness():
-    """A thousand values used one after the other need few slots; a thousand that live at once need a thousand."""
+    """A thousand values one after the other need few slots; a thousand that live at once need a thousand."""
     n = 1000
     chain = "\n".join(f"add.u32 %r{i + 1}, %r{i}, 1;" for i in range(n))
-    program = _emulator.load(kernel(f"mov.u32 %r0, 0;\n{chain}\nret;", declarations=f".reg .b32 %r<{n + 1}>;"))
+    program = _emulator.load(
+        kernel(f"mov.u32 %r0, 0;\n{chain}\nret;", declarations=f".reg .b32 %r<{n + 1}>;")
+    )
     assert program.virtual_registers > n and program.register_bytes < 20 * 128
     makes = "\n".join(f"mov.u32 %r{i}, {i};" for i in range(n))
     uses = "\n".join(f"add.u32 %t, %t, %r{i};" for i in range(n))
@@ -117,9 +148,16 @@ def test_register_slots_follow_liveness():
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"block": (2048, 1, 1)}, "2048"), ({"grid": (0, 1, 1)}, "grid"), ({"args": [1]}, "arguments"), ({"shared_bytes": 300_000}, "shared"),
-     ({"cluster": (3, 1, 1)}, "cluster"), ({"kernel": "nosuch"}, "nosuch"), ({"args": [2**40, 1]}, "does not fit")],
-)  # fmt: skip
+    [
+        ({"block": (2048, 1, 1)}, "2048"),
+        ({"grid": (0, 1, 1)}, "grid"),
+        ({"args": [1]}, "arguments"),
+        ({"shared_bytes": 300_000}, "shared"),
+        ({"cluster": (3, 1, 1)}, "cluster"),
+        ({"kernel": "nosuch"}, "nosuch"),
+        ({"args": [2**40, 1]}, "does not fit"),
+    ],
+)
 def test_bad_launches(change, words):
     given = {"kernel": "k", "grid": (4, 1, 1), "block": (32, 1, 1), "args": [1, 2.5], **change}
     text = kernel("ret;", ".param .u32 a, .param .f32 b")

@@ -40,7 +40,8 @@ def test_explore_finds_every_order():
 
 def test_explore_finds_the_one_bad_order():
     """The bug needs one of the orders; the error holds the choices that led there."""
-    source = """k(int* o) { if (threadIdx.x == 0) { if (atomicAdd(o, 1) == 1 && atomicAdd(o + 1, 1) == 0) asm volatile("trap;"); }
+    source = """k(int* o) { if (threadIdx.x == 0) {
+        if (atomicAdd(o, 1) == 1 && atomicAdd(o + 1, 1) == 0) asm volatile("trap;"); }
     if (threadIdx.x == 32) { atomicAdd(o, 1); atomicAdd(o + 1, 1); } }"""
     ptx = jit.compile_ptx('extern "C" __global__ void ' + source)
 
@@ -51,13 +52,19 @@ def test_explore_finds_the_one_bad_order():
         emulator.explore(run)
     assert info.value.choices
     with pytest.raises(emulator.EmulationError, match="more than 2 interleavings"):
-        emulator.explore(lambda gpu: cuda(ORDER, torch.zeros(17, dtype=torch.int32), block=128, gpu=gpu), limit=2)
+        emulator.explore(
+            lambda gpu: cuda(ORDER, torch.zeros(17, dtype=torch.int32), block=128, gpu=gpu), limit=2
+        )
 
 
 def test_a_gpu_goes_on_after_an_error():
     gpu = emulator.VirtualGPU()
     with pytest.raises(emulator.DeadlockError):
-        cuda("k() { __shared__ u64 b; if (threadIdx.x == 0) { ptx::mbarrier_init(&b, 1); ptx::mbarrier_wait(&b, 0); } }", gpu=gpu)
+        cuda(
+            "k() { __shared__ u64 b;"
+            "if (threadIdx.x == 0) { ptx::mbarrier_init(&b, 1); ptx::mbarrier_wait(&b, 0); } }",
+            gpu=gpu,
+        )
     out = torch.zeros(1, dtype=torch.int32)
     cuda("k(int* o) { *o = 3; }", out, block=1, gpu=gpu)
     assert out.item() == 3
@@ -65,13 +72,20 @@ def test_a_gpu_goes_on_after_an_error():
 
 def test_blocks_wait_for_a_free_sm():
     """More blocks than fit: those that spin on one that has not started deadlock, in order they pass."""
-    source = """k(int* o) { extern __shared__ int s[]; if (threadIdx.x == 0) { if (blockIdx.x == WHO) atomicExch(o, 1); else while (atomicAdd(o, 0) == 0) {} } }"""
+    source = """k(int* o) { extern __shared__ int s[]; if (threadIdx.x) return;
+    if (blockIdx.x == WHO) atomicExch(o, 1); else while (atomicAdd(o, 0) == 0) {} }"""
     head = 'extern "C" __global__ void '
 
     def run(who):
         gpu = emulator.VirtualGPU(num_sms=2)
-        gpu.launch(jit.compile_ptx(head + source.replace("WHO", str(who))), "k", grid=(4, 1, 1), block=(32, 1, 1),
-                   args=[torch.zeros(1, dtype=torch.int32)], shared_bytes=200_000)  # fmt: skip
+        gpu.launch(
+            jit.compile_ptx(head + source.replace("WHO", str(who))),
+            "k",
+            grid=(4, 1, 1),
+            block=(32, 1, 1),
+            args=[torch.zeros(1, dtype=torch.int32)],
+            shared_bytes=200_000,
+        )
 
     run(0)
     with pytest.raises(emulator.DeadlockError):
@@ -80,14 +94,21 @@ def test_blocks_wait_for_a_free_sm():
 
 def test_endless_loops_end_at_max_steps():
     with pytest.raises(emulator.EmulationError, match="max_steps"):
-        cuda("k(int* o) { for (int i = 0;; i++) o[threadIdx.x] = i; }", torch.zeros(32, dtype=torch.int32), max_steps=10_000)
+        cuda(
+            "k(int* o) { for (int i = 0;; i++) o[threadIdx.x] = i; }",
+            torch.zeros(32, dtype=torch.int32),
+            max_steps=10_000,
+        )
 
 
 def test_trace_is_json_with_a_row_an_engine(tmp_path):
     gpu = emulator.VirtualGPU()
-    source = """k(const int* x) { __shared__ __align__(128) int s[32]; __shared__ u64 b; if (threadIdx.x == 0) { ptx::mbarrier_init(&b, 1); ptx::fence_mbarrier_init();
-    ptx::mbarrier_arrive_expect(&b, 128); asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::
-    "r"(ptx::shared_address(s)), "l"(x), "r"(ptx::shared_address(&b)) : "memory"); ptx::mbarrier_wait(&b, 0); } }"""
+    source = """k(const int* x) { __shared__ __align__(128) int s[32]; __shared__ u64 b;
+        if (threadIdx.x == 0) { ptx::mbarrier_init(&b, 1); ptx::fence_mbarrier_init();
+    ptx::mbarrier_arrive_expect(&b, 128);
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::
+    "r"(ptx::shared_address(s)), "l"(x), "r"(ptx::shared_address(&b)) : "memory");
+    ptx::mbarrier_wait(&b, 0); } }"""
     cuda(source, torch.zeros(32, dtype=torch.int32), gpu=gpu)
     gpu.trace(tmp_path / "t.json")
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]

@@ -1,0 +1,198 @@
+"""Several virtual GPUs in one address space, and programs of ranks that use them."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import DeadlockError, EmulationError
+from .gpu import VirtualGPU, _active
+from .machine import Argument, Dim3, Machine
+
+
+class Group:
+    """A rank's view of the others inside `VirtualCluster.run`."""
+
+    def __init__(self, runner: "_Runner", rank: int, size: int) -> None:
+        self._runner, self.rank, self._size = runner, rank, size
+
+    def size(self) -> int:
+        return self._size
+
+    def barrier(self) -> None:
+        self.all_gather_object(None)
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """One object from each rank, in the order of ranks."""
+        return self._runner.gather(self.rank, value)
+
+
+class _RankGPU(VirtualGPU):
+    """One GPU of a cluster, as a rank's thread sees it."""
+
+    def __init__(self, machine: Machine, rank: int, runner: "_Runner | None" = None) -> None:
+        self._machine, self._rank, self._runner = machine, rank, runner
+        self.num_sms, self.seed = machine.num_sms, machine.seed
+
+    def launch(
+        self,
+        ptx: str,
+        kernel: str,
+        *,
+        grid: Dim3,
+        block: Dim3,
+        args: Sequence[Argument] = (),
+        cluster: Dim3 | None = None,
+        shared_bytes: int = 0,
+    ) -> None:
+        launch = self._machine.submit(
+            ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False
+        )
+        if self._runner is None:
+            self._machine.run([launch])
+        else:
+            self._runner.wait_for(self._rank, launch)
+
+
+class VirtualCluster:
+    """`nodes` x `gpus_per_node` virtual GPUs whose memories are one address space, as with NVLink peers."""
+
+    def __init__(
+        self,
+        nodes: int = 1,
+        gpus_per_node: int = 8,
+        seed: int = 0,
+        schedule: str = "random",
+        *,
+        num_sms: int = 8,
+        checks: bool = True,
+        exact_accumulate: bool = False,
+        max_steps: int = 2**40,
+    ) -> None:
+        self.nodes, self.gpus_per_node = nodes, gpus_per_node
+        self.size = nodes * gpus_per_node
+        self._machine = Machine(self.size, num_sms, seed, schedule, checks, exact_accumulate, max_steps, ())
+
+    def launch(
+        self,
+        ptx: str,
+        kernel: str,
+        *,
+        grid: Dim3,
+        block: Dim3,
+        args: Sequence[Sequence[Argument]],
+        cluster: Dim3 | None = None,
+        shared_bytes: int = 0,
+    ) -> None:
+        """One launch on every rank at once; args[rank] are that rank's."""
+        if len(args) != self.size:
+            raise ValueError(f"launch: args holds lists for {len(args)} ranks, expected {self.size}")
+        for rank, mine in enumerate(args):
+            self._machine.submit(ptx, kernel, rank, grid, block, mine, cluster, shared_bytes, False)
+        self._machine.run([])
+
+    def run(self, fn: Callable[[int, Group], Any]) -> list[Any]:
+        """fn(rank, group) for each rank, in threads that move one at a time; returns what they return.
+
+        What the ranks launch runs interleaved by the seed.
+        """
+        return _Runner(self._machine, self.size).run(fn)
+
+    def address_of(self, tensor: Tensor, rank: int) -> int:
+        return self._machine.memory.address(tensor, rank)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        return self._machine.core.counters()
+
+    def trace(self, path: str | Path) -> None:
+        self._machine.trace(path)
+
+
+class _Runner:
+    """Ranks' programs as threads with one baton.
+
+    The lowest ready rank runs Python until it waits for a launch or for the others; when all wait,
+    the machine runs until some launch has finished. So a run depends on nothing but the seed.
+    """
+
+    def __init__(self, machine: Machine, size: int) -> None:
+        self.machine, self.size = machine, size
+        self.condition = threading.Condition()
+        self.turn = -1
+        self.waiting: dict[int, Any] = {}  # rank -> its launch
+        self.gathering: dict[int, Any] = {}
+        self.gathered: list[Any] = []
+        self.alive: set[int] = set()
+        self.error: BaseException | None = None
+
+    def run(self, fn: Callable[[int, Group], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.size
+
+        def program(rank: int) -> None:
+            _active.gpu = _RankGPU(self.machine, rank, self)
+            try:
+                self._take(rank)
+                results[rank] = fn(rank, Group(self, rank, self.size))
+            except BaseException as error:
+                self.error = self.error or error
+            finally:
+                self.alive.discard(rank)
+                self._pass_on()
+
+        self.alive = set(range(self.size))
+        self.ready = set(range(self.size))
+        threads = [threading.Thread(target=program, args=(rank,), daemon=True) for rank in range(self.size)]
+        for thread in threads:
+            thread.start()
+        self._pass_on()
+        for thread in threads:
+            thread.join()
+        if self.error is not None:
+            raise self.error
+        return results
+
+    def wait_for(self, rank: int, launch: Any) -> None:
+        self.waiting[rank] = launch
+        self._pass_on()
+        self._take(rank)
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self.gathering[rank] = value
+        self._pass_on()
+        self._take(rank)
+        return list(self.gathered)
+
+    def _take(self, rank: int) -> None:
+        with self.condition:
+            self.condition.wait_for(lambda: self.turn == rank or self.error is not None)
+            self.ready.discard(rank)
+        if self.error is not None:
+            raise EmulationError(f"another rank failed: {self.error}")
+
+    def _pass_on(self) -> None:
+        """Called by the thread that holds the baton (or before the first)."""
+        try:
+            while not self.ready & self.alive and self.alive and self.error is None:
+                if self.gathering.keys() == self.alive and len(self.alive) == self.size:
+                    self.gathered = [self.gathering[r] for r in range(self.size)]
+                    self.gathering = {}
+                    self.ready = set(self.alive)
+                elif self.waiting:
+                    self.machine.run(list(self.waiting.values()))
+                    done = [r for r, launch in self.waiting.items() if launch.finished]
+                    self.ready |= set(done)
+                    for r in done:
+                        del self.waiting[r]
+                else:
+                    missing = sorted(set(range(self.size)) - self.gathering.keys())
+                    raise DeadlockError(
+                        f"ranks {sorted(self.gathering)} wait for ranks {missing}, which have ended"
+                    )
+        except BaseException as error:
+            self.error = self.error or error
+        with self.condition:
+            self.turn = min(self.ready & self.alive, default=-1)
+            self.condition.notify_all()

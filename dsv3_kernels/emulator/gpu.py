@@ -1,0 +1,139 @@
+"""One virtual GPU."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import EmulationError
+from .machine import Argument, Dim3, Machine
+
+_active = threading.local()
+
+
+class VirtualGPU:
+    """A Hopper on the CPU.
+
+    num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module;
+    "pct" runs by random priorities
+        with few changes, "exhaustive" follows `choices` (see `explore`). checks=False runs faster and reports
+        only deadlocks and accesses outside memory. exact_accumulate: FP32 sums in wgmma, not Hopper's.
+    """
+
+    def __init__(
+        self,
+        num_sms: int = 8,
+        seed: int = 0,
+        schedule: str = "random",
+        *,
+        checks: bool = True,
+        exact_accumulate: bool = False,
+        max_steps: int = 2**40,
+        choices: Sequence[int] = (),
+    ) -> None:
+        self._machine = Machine(1, num_sms, seed, schedule, checks, exact_accumulate, max_steps, choices)
+        self.num_sms, self.seed, self._rank = num_sms, seed, 0
+
+    def launch(
+        self,
+        ptx: str,
+        kernel: str,
+        *,
+        grid: Dim3,
+        block: Dim3,
+        args: Sequence[Argument] = (),
+        cluster: Dim3 | None = None,
+        shared_bytes: int = 0,
+    ) -> None:
+        """Run one kernel to its end."""
+        launch = self._machine.submit(ptx, kernel, 0, grid, block, args, cluster, shared_bytes, False)
+        self._machine.run([launch])
+
+    def launch_chain(self, launches: Sequence[Mapping[str, Any]]) -> None:
+        """Launches in stream order, all but the first by programmatic dependent launch (griddepcontrol).
+
+        Each is a mapping of `launch`'s arguments.
+        """
+        queued = [
+            self._machine.submit(
+                x["ptx"],
+                x["kernel"],
+                0,
+                x["grid"],
+                x["block"],
+                x.get("args", ()),
+                x.get("cluster"),
+                x.get("shared_bytes", 0),
+                i > 0,
+            )
+            for i, x in enumerate(launches)
+        ]
+        self._machine.run([])
+        del queued
+
+    def address_of(self, tensor: Tensor) -> int:
+        """Where kernels see the tensor's first element."""
+        return self._machine.memory.address(tensor, self._rank)
+
+    def mark_unwritten(self, tensor: Tensor) -> None:
+        """Declare that nobody wrote this contiguous tensor: reading it before a write is a hazard."""
+        if not tensor.is_contiguous():
+            raise ValueError(f"mark_unwritten: a tensor of strides {tensor.stride()} is not contiguous")
+        self._machine.core.poison(self.address_of(tensor), tensor.numel() * tensor.element_size())
+
+    def bind(self, name: str, handler: Callable[[list[bytes]], bytes | None]) -> None:
+        """Provide a function that the PTX declares `.extern`: called once a lane, with its arguments."""
+        self._machine.core.bind(name, handler)
+
+    @property
+    def counters(self) -> dict[str, Any]:
+        """Deterministic figures of all that ran so far: instructions by class, bytes by memory, launches."""
+        return self._machine.core.counters()
+
+    def trace(self, path: str | Path) -> None:
+        """Write what ran so far as JSON for Perfetto or chrome://tracing."""
+        self._machine.trace(path)
+
+
+def current() -> VirtualGPU | None:
+    """The VirtualGPU of the innermost `with virtual_gpu(...)` of this thread, or None."""
+    return getattr(_active, "gpu", None)
+
+
+@contextlib.contextmanager
+def virtual_gpu(
+    num_sms: int = 8, seed: int = 0, schedule: str = "random", **options: Any
+) -> Iterator[VirtualGPU]:
+    """Inside, ops on CPU tensors run their kernels' PTX on this GPU; options are VirtualGPU's."""
+    before, _active.gpu = current(), VirtualGPU(num_sms, seed, schedule, **options)
+    try:
+        yield _active.gpu
+    finally:
+        _active.gpu = before
+
+
+def explore(run: Callable[[VirtualGPU], Any], *, limit: int = 10_000, **options: Any) -> int:
+    """Calls `run` with a GPU for every interleaving of synchronising steps; returns how many there were.
+
+    For small cases: raises `EmulationError` when there are more than `limit`. What `run` raises passes
+    through, with the choices that led there in its `choices`.
+    """
+    choices: list[int] = []
+    for count in range(1, limit + 1):
+        gpu = VirtualGPU(schedule="exhaustive", choices=choices, **options)
+        try:
+            run(gpu)
+        except EmulationError as error:
+            error.choices = choices  # type: ignore[attr-defined]
+            raise
+        widths = gpu._machine.core.choice_widths
+        taken = choices + [0] * (len(widths) - len(choices))
+        while taken and taken[-1] + 1 >= widths[len(taken) - 1]:
+            taken.pop()
+        if not taken:
+            return count
+        choices = [*taken[:-1], taken[-1] + 1]
+    raise EmulationError(f"more than {limit} interleavings: make the case smaller")
