@@ -20,8 +20,8 @@ from dsv3_kernels.jit import Kernel
 from dsv3_kernels.tensor_map import TensorMap
 
 KERNELS = Path(__file__).parent / "kernels"
-BATCH = 250
-SECONDS_A_BATCH = 120
+BATCH = 500
+SECONDS_A_BATCH = 300
 MAX_STEPS = 20_000
 
 
@@ -37,7 +37,7 @@ def corpus() -> list[tuple[str, list[str]]]:
     return texts
 
 
-TOKEN = re.compile(r"[%$\w.]+|\S")
+TOKEN = re.compile(r"//.*|-?[%$\w.]+|\S")
 NASTY = [
     *(
         "",
@@ -117,7 +117,7 @@ def attempt(texts: list[tuple[str, list[str]]], seed: int) -> str:
         gpu.launch(
             damaged,
             name,
-            grid=(2, 1, 1),
+            grid=(1, 1, 1),
             block=(64, 1, 1),
             args=[out, given, torch.zeros(640, dtype=torch.int32), *maps],
         )
@@ -154,13 +154,13 @@ def check(batch: int) -> None:
     assert outcomes.count("EmulationError") + outcomes.count("UnsupportedInstructionError") >= BATCH // 3
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", range(2))
 def test_damaged_ptx(batch):
     check(batch)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("batch", range(4, 84))
+@pytest.mark.parametrize("batch", range(2, 42))
 def test_much_damaged_ptx(batch):
     check(batch)
 
