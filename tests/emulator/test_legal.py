@@ -29,7 +29,7 @@ def test_proxy_fence_on_either_side_of_the_barrier(seed, before):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_consumers_release_a_stage_without_a_proxy_fence(seed):
-    """The copy engine refills a stage behind the consumers' arrivals alone; parity 1 passes on a fresh barrier."""
+    """The copy engine refills behind the consumers' arrivals; parity 1 passes on a fresh barrier."""
     x = torch.arange(8 * 64, dtype=torch.int32)
     out = torch.zeros(8 * 64, dtype=torch.int32)
     cuda(
