@@ -2,7 +2,7 @@
 
 Two numbers answer two questions. The same weights computed both ways tell what FP8 does to the loss of a
 model: that is sharp, since nothing else differs. The trained losses tell whether training in FP8 ends
-elsewhere: there the smallest rounding sends a run another way, so single runs differ by about 1 % whatever the
+elsewhere: there the smallest rounding sends a run another way, so single runs differ by about 1 % in any
 precision, and only the paired difference over several seeds, with its spread, says anything.
 """
 
