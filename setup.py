@@ -1,7 +1,7 @@
-"""Builds one extension module per folder of csrc/ that holds host C++: csrc/runtime -> dsv3_kernels._runtime.
+"""Builds one extension module per folder of csrc/ with host C++: csrc/runtime -> dsv3_kernels._runtime.
 
-Needs a C++17 compiler, pybind11 and ninja: no CUDA toolkit, no torch. The device sources in csrc/kernels are not
-compiled here (NVRTC does that at run time); a wheel carries them as package data in dsv3_kernels/kernels.
+Needs a C++17 compiler, pybind11 and ninja: no CUDA toolkit, no torch. The device sources in csrc/kernels are
+not compiled here (NVRTC does that at run time); a wheel carries them as package data in dsv3_kernels/kernels.
 """
 
 import os
@@ -46,15 +46,18 @@ class NinjaBuild(build_ext):
     def run(self):
         cxx = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "c++")
         if shutil.which(shlex.split(cxx)[0]) is None:
-            raise SystemExit(f"setup.py: found no C++ compiler named {cxx!r}. Mend: install g++ or clang++, or set CXX")
+            raise SystemExit(
+                f"setup.py: found no C++ compiler named {cxx!r}. Mend: install g++ or clang++, or set CXX"
+            )
         includes = [sysconfig.get_path("include"), pybind11.get_include()]
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
         link = "-bundle -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
-        cflags = " ".join([*FLAGS, *(f"-I{shlex.quote(p)}" for p in includes), os.environ.get("CXXFLAGS", "")])
+        flags = [*FLAGS, *(f"-I{shlex.quote(path)}" for path in includes), os.environ.get("CXXFLAGS", "")]
+        cflags = " ".join(flags).replace("$", "$$")
         lines = [
             "rule compile",
-            f"  command = {cxx} -MMD -MF $out.d {cflags.replace('$', '$$')} -c $in -o $out",
+            f"  command = {cxx} -MMD -MF $out.d {cflags} -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",

@@ -4,6 +4,7 @@ Names resolve on first use, so that `import dsv3_kernels` is cheap and `dsv3_ker
 """
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -23,7 +24,7 @@ _MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
 __all__ = [*_API, *_MODULES]
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name in _API:
         value = getattr(importlib.import_module(f".{_API[name]}", __name__), name)
     elif name in _MODULES:

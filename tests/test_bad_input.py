@@ -333,7 +333,7 @@ def test_what_has_no_kernel_says_so(op, monkeypatch):
     before = None if out is None else out.clone()
     monkeypatch.setattr(launch, "world", lambda *tensors: "cuda")
     with pytest.raises(
-        NotImplementedError, match=f"{op}: there is no CUDA kernel yet; move the tensors to the CPU"
+        NotImplementedError, match=f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors"
     ):
         call(op, slots)
     assert out is None or torch.equal(out, before)

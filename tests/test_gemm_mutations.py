@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dsv3_kernels import emulator, gemm
-from dsv3_kernels.jit.compile import compile_names, kernel_dir, ptx_options
+from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 SEEDS = 20
 CONFIG = gemm.GemmConfig(block_m=128, block_n=32, stages=2, strip=2)
@@ -108,7 +108,7 @@ def outcomes(text, seeds):
     """What running the kernel gives, by seed: the name of an error, "wrong result", or "right"."""
     m, n, k = 136, 168, 640
     template = f"{CONFIG.block_m}, {CONFIG.block_n}, {CONFIG.stages}, {CONFIG.strip}"
-    ptx, (name,) = compile_names(text, [f"dsv3::fp8_gemm<{template}>"], ptx_options())
+    compiled = compile_source(text, [f"dsv3::fp8_gemm<{template}>"], source_options())
     generator = torch.Generator().manual_seed(1)
     a, b = (torch.randint(0, 0x50, (rows, k), generator=generator, dtype=torch.uint8) for rows in (m, n))
     a_scales = torch.rand(k // 128, m, generator=generator).t()
@@ -121,8 +121,8 @@ def outcomes(text, seeds):
         arguments = gemm.arguments(CONFIG, a, a_scales, b, b_scales, out)
         try:
             gpu.launch(
-                ptx,
-                name,
+                compiled.ptx,
+                compiled.names[0],
                 grid=(2, 1, 1),
                 block=(CONFIG.threads, 1, 1),
                 args=arguments,

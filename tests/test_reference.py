@@ -186,11 +186,11 @@ def accumulation_errors(a, b):
 
 def test_what_promotion_saves():
     """K = 4096 in the tensor core's 14-bit accumulator alone costs up to about 2 % on normal data (the figure
-    of the DeepSeek-V3 report, section 3.3.2) and 7 % on data of one sign; promoted every 128, under 0.1 %."""
+    of the DeepSeek-V3 report, section 3.3.2) and 8 % on data of one sign; promoted every 128, under 0.1 %."""
     generator = fresh_generator()
     for name, draw, low, high in (
-        ("normal", torch.randn, 0.007, 0.03),
-        ("uniform in 0..1", torch.rand, 0.05, 0.11),
+        ("normal", torch.randn, 0.004, 0.04),  # 150 seeds: 0.8 to 2.1 %, promoted 0.04 to 0.07 %
+        ("uniform in 0..1", torch.rand, 0.06, 0.10),  # 7.9 to 8.1 %, promoted 0.06 to 0.07 %
     ):
         a, b = (
             reference.decode(dk.quantize_1x128(draw(64, 4096, generator=generator)).data) for _ in range(2)
@@ -198,4 +198,4 @@ def test_what_promotion_saves():
         raw, promoted = accumulation_errors(a, b)
         print(f"{name}: raw {raw:.3%}, promoted {promoted:.3%}")
         assert low < raw < high
-        assert promoted < 0.0015 and raw > 10 * promoted
+        assert promoted < 0.0015 and raw > 5 * promoted

@@ -526,6 +526,7 @@ def test_a_finished_run_can_be_prolonged(whole_run, tmp_path):
     done = command("--resume", folder, "--steps", 13)
     assert done.returncode == 1
     assert "at step 14 already" in done.stderr
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
 
 
 def assert_one_line(done, *words):
@@ -591,7 +592,7 @@ def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch):
         (["--data", "none"], "none does not exist"),
         (["--data", empty], "is an empty folder"),
         (["--data", binary], "is binary, expected UTF-8 text"),
-        (["--data", text, "--seq-len", 2000], "Mend: more text, or a smaller --seq-len"),
+        (["--data", text / "0.txt", "--seq-len", 200], "Mend: more text, or a smaller --seq-len"),
         (["--seq-len", 4096], "--seq-len is 4096, expected at most 2048"),
         (["--steps", 0], "steps is 0, expected at least 1"),
         (["--lr", "nan"], "lr is nan"),

@@ -23,9 +23,13 @@ void raise(const Error& e) {
     const Place& p = e.place;
     py::object block = p.block[0] < 0 ? py::none() : py::object(py::make_tuple(p.block[0], p.block[1], p.block[2]));
     auto or_none = [](int x) { return x < 0 ? py::object(py::none()) : py::object(py::int_(x)); };
-    py::object error = type(e.message, py::arg("kernel") = p.kernel, py::arg("block") = block, py::arg("rank") = or_none(p.rank),
+    // A message may quote half a character of a damaged text.
+    auto text = [](const std::string& s) {
+        return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), static_cast<Py_ssize_t>(s.size()), "replace"));
+    };
+    py::object error = type(text(e.message), py::arg("kernel") = text(p.kernel), py::arg("block") = block, py::arg("rank") = or_none(p.rank),
                             py::arg("warp") = or_none(p.warp), py::arg("lane") = or_none(p.lane),
-                            py::arg("ptx_line") = or_none(p.ptx_line), py::arg("source") = p.source);
+                            py::arg("ptx_line") = or_none(p.ptx_line), py::arg("source") = text(p.source));
     PyErr_SetObject(type.ptr(), error.ptr());
 }
 

@@ -333,10 +333,10 @@ class Machine {
     bool admit_cluster(Launch& launch);
     void start_warp(Warp& w);
     void finish_launch(Launch& launch);
-    void step_warp(Warp& w);
+    bool step_warp(Warp& w);
     void merge_groups(Warp& w);
     uint32_t slice_length();
-    void run_group(Warp& w, Group& g, Context& c, uint32_t budget);
+    bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
     void nothing_moves();
     [[noreturn]] void deadlock();

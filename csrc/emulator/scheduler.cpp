@@ -95,7 +95,8 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                 w->queued = false;
                 runnable_[i] = runnable_.back();
                 runnable_.pop_back();
-                step_warp(*w);
+                // "exhaustive" decides at synchronising steps only.
+                while (!step_warp(*w) && options.schedule == "exhaustive" && w->live) {}
                 if (w->live) queue(*w);
             } else {
                 i -= runnable_.size();
@@ -132,7 +133,7 @@ void Machine::merge_groups(Warp& w) {
     }
 }
 
-void Machine::step_warp(Warp& w) {
+bool Machine::step_warp(Warp& w) {
     // The lowest instruction first, which brings divergent lanes together again; now and then another, so that lanes
     // that wait for each other all move.
     if (w.groups.size() > 1) merge_groups(w);
@@ -143,18 +144,19 @@ void Machine::step_warp(Warp& w) {
         ready++;
         if (chosen == w.groups.size() || w.groups[i].pc < w.groups[chosen].pc) chosen = i;
     }
-    if (ready == 0) return;
-    if (ready > 1 && choose(8) == 0) {
+    if (ready == 0) return true;
+    if (ready > 1 && options.schedule != "exhaustive" && choose(8) == 0) {
         uint32_t n = choose(ready);
         for (chosen = 0;; chosen++)
             if (w.groups[chosen].wait == Wait::None && n-- == 0) break;
     }
     const Launch& launch = *w.cta->launch;
     Context c{*this, w, nullptr, w.registers.data(), launch.constants.data(), 0, options.checks};
-    run_group(w, w.groups[chosen], c, slice_length());
+    return run_group(w, w.groups[chosen], c, slice_length());
 }
 
-void Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
+/// True if it ended at a step that synchronises.
+bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
     const Program& program = *w.cta->launch->program;
     const Inst* code = program.code.data();
     Group* g = &start;
@@ -173,19 +175,20 @@ void Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
             if (slow) slow_checks_before(c, inst);
             if (inst.convergent && !c.converged(w.live)) {
                 c.block(Wait::Lanes, w.id, "other lanes at a .aligned instruction");
-                return;
+                return true;
             }
             flow = inst.execute(c, inst);
-            if (flow == Flow::Jump || flow == Flow::Blocked) return;
+            if (flow == Flow::Jump || flow == Flow::Blocked) return flow == Flow::Blocked;
             if (slow) slow_checks_after(c, inst);
         }
         g->pc++;
         if (w.groups.size() > 1) {
             for (const Group& other : w.groups)
-                if (&other != g && (other.pc == g->pc || (other.wait == Wait::None && other.pc < g->pc))) return;
+                if (&other != g && (other.pc == g->pc || (other.wait == Wait::None && other.pc < g->pc))) return false;
         }
-        if (flow == Flow::Yield) return;
+        if (flow == Flow::Yield) return true;
     }
+    return false;
 }
 
 /// Nothing can move: let time pass until a sleeper wakes, then until timed waits give up, again and again.

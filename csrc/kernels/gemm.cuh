@@ -146,8 +146,9 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages>::kThre
         for (u32 k_block = 0; k_block < k_blocks; ++k_block, position.advance()) {
             const u32 s = position.stage;
             // Before the wait, which hides their latency.
-            const float b_scale[2] = {ptx::load_global_nc_float(b_scale_rows[0] + k_block),
-                                      kSpansBlocks ? ptx::load_global_nc_float(b_scale_rows[1] + k_block) : 0.0f};
+            const float b_scale[2] = {
+                ptx::load_global_nc_float(b_scale_rows[0] + k_block),
+                kSpansBlocks ? ptx::load_global_nc_float(b_scale_rows[1] + k_block) : 0.0f};
             shared.ring.wait(position);
 #pragma unroll
             for (u32 wave = 0; wave < L::kWaves; ++wave) {

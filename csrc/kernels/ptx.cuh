@@ -30,7 +30,7 @@ struct alignas(64) TensorMap {
 
 namespace ptx {
 
-// ---- Floating point instructions ----------------------------------------------------------------------------------
+// ---- Floating point instructions
 
 // IEEE division, whatever --use_fast_math says.
 __device__ __forceinline__ float div_rn(float a, float b) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ float abs(float a) {
     return d;
 }
 
-// ---- Data movement and conversion instructions --------------------------------------------------------------------
+// ---- Data movement and conversion instructions
 
 // No instruction; but what was computed from v before is not kept in registers for use after it.
 __device__ __forceinline__ void forget_derived(U32x4& v) {
@@ -137,26 +137,30 @@ __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
-// ---- Data movement: bulk copies by the copy engine (TMA) ----------------------------------------------------------
+// ---- Data movement: bulk copies by the copy engine (TMA)
 
-// One box to shared memory; its bytes, those outside the tensor included, are completed on `barrier`. Coordinates count
-// elements, innermost first.
+// One box to shared memory; its bytes, those outside the tensor included, are completed on `barrier`.
+// Coordinates count elements, innermost first.
 __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-            shared_address(target)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4}], [%2];" ::"r"(shared_address(target)),
         "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y)
         : "memory");
 }
 
-// One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk group.
+// One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk
+// group.
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-                 "r"(shared_address(source)), "r"(x), "r"(y)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+        "r"(shared_address(source)), "r"(x), "r"(y)
+        : "memory");
 }
 
-__device__ __forceinline__ void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_commit_group() {
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // Until at most `kPending` of the thread's bulk groups may still read their source.
 template <u32 kPending>
@@ -164,7 +168,7 @@ __device__ __forceinline__ void bulk_wait_group_read() {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Parallel synchronization and communication instructions ------------------------------------------------------
+// ---- Parallel synchronization and communication instructions
 
 // Barrier `id` (0 is __syncthreads') among `threads` threads, whole warps.
 __device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
@@ -175,7 +179,9 @@ __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
 
 __device__ __forceinline__ u32 cluster_rank() {
     u32 d;
@@ -188,7 +194,8 @@ __device__ __forceinline__ void fence_proxy_async_shared() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// Makes mbarrier initialisations visible to the copy engine and to the cluster, after a barrier that both sides pass.
+// Makes mbarrier initialisations visible to the copy engine and to the cluster, after a barrier that both
+// sides pass.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -197,7 +204,9 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // The dependent grid may start once every block has come here or ended.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
 
 // True for one lane of the calling warp, all of whose lanes must call.
 __device__ __forceinline__ bool elect_one() {
@@ -211,7 +220,8 @@ __device__ __forceinline__ bool elect_one() {
 }
 
 __device__ __forceinline__ void mbarrier_init(u64* barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+                 : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(u64* barrier) {
@@ -225,7 +235,8 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier) {
 
 // Arrives, and the phase also waits for `bytes` bytes of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                 "r"(bytes)
                  : "memory");
 }
 
@@ -247,19 +258,20 @@ __device__ __forceinline__ void mbarrier_wait(u64* barrier, u32 parity) {
     }
 }
 
-// ---- Warp-level matrix instructions -------------------------------------------------------------------------------
+// ---- Warp-level matrix instructions
 
 // Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void stmatrix(void* row, u32 m0, u32 m1, u32 m2, u32 m3) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(m0),
-                 "r"(m1), "r"(m2), "r"(m3)
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+        "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+        : "memory");
 }
 
-// ---- Asynchronous warpgroup-level matrix instructions -------------------------------------------------------------
+// ---- Asynchronous warpgroup-level matrix instructions
 
-// The matrix descriptor of a K-major operand in lines of 128 bytes with 128-byte swizzle, 8 lines a group, groups
-// contiguous and 1024-byte aligned. Adding kDescriptorStep moves it 32 bytes along K: one wgmma.
+// The matrix descriptor of a K-major operand in lines of 128 bytes with 128-byte swizzle, 8 lines a group,
+// groups contiguous and 1024-byte aligned. Adding kDescriptorStep moves it 32 bytes along K: one wgmma.
 __device__ __forceinline__ u64 k_major_descriptor(const void* tile) {
     constexpr u64 kSwizzle128 = 1ull << 62;
     constexpr u64 kGroupStride = 1024 >> 4;
@@ -269,9 +281,12 @@ constexpr u64 kDescriptorStep = 32 >> 4;
 
 // Orders the warpgroup's earlier accesses to registers and shared memory before the wgmma that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 
-// Until every committed wgmma is done and `d` may be read: the empty asm keeps the compiler from reading it sooner.
+// Until every committed wgmma is done and `d` may be read: the empty asm keeps the compiler from reading it
+// sooner.
 template <u32 kCount>
 __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -279,8 +294,8 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kCount]) {
     for (u32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d[64 x kN] = a[64 x 32] * b[kN x 32]^T (+ d if accumulate), e4m3 operands by descriptor, FP32 sums. Register 4i + j of a
-// lane holds row 16 * warp + lane / 4 + 8 * (j / 2), column 8i + 2 * (lane % 4) + j % 2.
+// d[64 x kN] = a[64 x 32] * b[kN x 32]^T (+ d if accumulate), e4m3 operands by descriptor, FP32 sums.
+// Register 4i + j of a lane holds row 16 * warp + lane / 4 + 8 * (j / 2), column 8i + 2 * (lane % 4) + j % 2.
 template <u32 kN>
 __device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], u64 a, u64 b, bool accumulate);
 
@@ -297,13 +312,13 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], u64 a, u64 b, boo
     DSV3_NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define DSV3_NAMES_96 \
     DSV3_NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define DSV3_NAMES_128                                                                                        \
-    DSV3_NAMES_96                                                                                             \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"            \
+#define DSV3_NAMES_128                                                                             \
+    DSV3_NAMES_96                                                                                  \
+    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define DSV3_EIGHT(i)                                                                                      \
-    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-        "+f"(d[i + 7])
+#define DSV3_EIGHT(i)                                                                           \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
+        "+f"(d[i + 6]), "+f"(d[i + 7])
 #define DSV3_OPERANDS_8 DSV3_EIGHT(0)
 #define DSV3_OPERANDS_16 DSV3_OPERANDS_8, DSV3_EIGHT(8)
 #define DSV3_OPERANDS_32 DSV3_OPERANDS_16, DSV3_EIGHT(16), DSV3_EIGHT(24)
@@ -314,14 +329,15 @@ __device__ __forceinline__ void wgmma_e4m3(float (&d)[kN / 2], u64 a, u64 b, boo
 #define DSV3_OPERANDS_128 DSV3_OPERANDS_96, DSV3_EIGHT(96), DSV3_EIGHT(104), DSV3_EIGHT(112), DSV3_EIGHT(120)
 
 // N, the number of accumulators R = N / 2, and the numbers R, R + 1, R + 2 of the operands that follow them.
-#define DSV3_WGMMA_E4M3(N, R, A, B, P)                                                                         \
-    template <>                                                                                                \
-    __device__ __forceinline__ void wgmma_e4m3<N>(float (&d)[R], u64 a, u64 b, bool accumulate) {              \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %" #P ", 0;\n"                                          \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" DSV3_NAMES_##R "}, %" #A     \
-                     ", %" #B ", p, 1, 1;\n}"                                                                  \
-                     : DSV3_OPERANDS_##R                                                                       \
-                     : "l"(a), "l"(b), "r"(static_cast<u32>(accumulate)));                                     \
+#define DSV3_WGMMA_E4M3(N, R, A, B, P)                                                            \
+    template <>                                                                                   \
+    __device__ __forceinline__ void wgmma_e4m3<N>(float (&d)[R], u64 a, u64 b, bool accumulate) { \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %" #P                                      \
+                     ", 0;\n"                                                                     \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.f32.e4m3.e4m3 {" DSV3_NAMES_##R  \
+                     "}, %" #A ", %" #B ", p, 1, 1;\n}"                                           \
+                     : DSV3_OPERANDS_##R                                                          \
+                     : "l"(a), "l"(b), "r"(static_cast<u32>(accumulate)));                        \
     }
 DSV3_WGMMA_E4M3(16, 8, 8, 9, 10)
 DSV3_WGMMA_E4M3(32, 16, 16, 17, 18)
@@ -350,9 +366,10 @@ DSV3_WGMMA_E4M3(256, 128, 128, 129, 130)
 #undef DSV3_OPERANDS_96
 #undef DSV3_OPERANDS_128
 
-// ---- Miscellaneous instructions -----------------------------------------------------------------------------------
+// ---- Miscellaneous instructions
 
-// A warpgroup's registers a thread; called by all its warps. Given-up registers are free for the others to take.
+// A warpgroup's registers a thread; called by all its warps. Given-up registers are free for the others to
+// take.
 template <u32 kRegisters>
 __device__ __forceinline__ void decrease_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));

@@ -58,7 +58,12 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin).expand(-1, -1, self.heads, -1)
         q = torch.cat((q_nope, rotate(q_rope, cos, sin)), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(_causal_attention(q, k, v).flatten(2))
+
+
+def _causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q·kᵀ / sqrt(d))·v over [B, S, heads, d]. FP32 on CPUs: BF16 is slower there."""
+    dtype = q.dtype
+    wide = torch.promote_types(dtype, torch.float32) if q.device.type == "cpu" else dtype
+    q, k, v = (t.to(wide).transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).to(dtype)

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from rich.console import Console
 from dsv3_kernels.model import PRESETS
 from dsv3_kernels.train.config import RunConfig, TrainConfig
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.run import execute, read_config, write_config
+from dsv3_kernels.train.run import execute, read_config
 
 TRAINABLE = {"tiny": TrainConfig()}
 """The presets that one machine can train, with their training settings."""
@@ -92,7 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path]:
+def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
+    """The settings, and the folder if one was named."""
     preset = given.get("preset", "tiny")
     precision = given.get("precision")
     if "data" in given:
@@ -109,10 +109,9 @@ def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path]:
         raise TrainError(
             f"--seq-len is {config.train.seq_len}, expected at most {limit} for the preset {preset}"
         )
-    folder = given.get("out") or Path("runs", time.strftime("%Y-%m-%d_%H-%M-%S"))
-    if (folder / "config.json").exists():
+    folder = given.get("out")
+    if folder is not None and (folder / "config.json").exists():
         raise TrainError(f"--out: {folder} already holds a run. Mend: another --out, or --resume {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     return config, folder
 
 
@@ -120,9 +119,7 @@ def resumed_run(given: dict[str, Any]) -> tuple[RunConfig, Path]:
     fixed = sorted((given.keys() & (_RUN_FIELDS | _TRAIN_FIELDS | {"precision", "out"})) - _RESUMABLE)
     if fixed:
         option = "--" + fixed[0].replace("_", "-")
-        raise TrainError(
-            f"{option} cannot be given with --resume: the run goes on with the settings it began with"
-        )
+        raise TrainError(f"{option} cannot be given with --resume: the run goes on with its own settings")
     folder = given["resume"]
     config = read_config(folder)
     train = dataclasses.replace(config.train, **_only(given, _TRAIN_FIELDS))
@@ -141,7 +138,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "threads" in given:
             torch.set_num_threads(given["threads"])
         config, folder = resumed_run(given) if "resume" in given else new_run(given)
-        write_config(folder, config)
         prompt, length = given.get("prompt", "def "), given.get("sample_bytes", 200)
         return execute(config, folder, Console(), prompt, length)
     except (TrainError, OSError) as error:

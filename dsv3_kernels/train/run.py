@@ -1,5 +1,7 @@
 """A run: one trainer a precision, side by side over the same batches, all results in one folder."""
 
+import contextlib
+import itertools
 import json
 import signal
 import time
@@ -15,7 +17,7 @@ from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train import report
 from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.config import RunConfig, from_json, to_json
-from dsv3_kernels.train.data import Corpus, load_corpus, validation_windows
+from dsv3_kernels.train.data import load_corpus, validation_windows
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.metrics import MetricsLog
 from dsv3_kernels.train.sample import sample
@@ -55,36 +57,50 @@ def read_config(folder: Path) -> RunConfig:
     return from_json(RunConfig, value, str(path))
 
 
-def write_config(folder: Path, config: RunConfig) -> None:
-    replace_file(folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+def new_folder() -> Path:
+    """runs/<time>, numbered where another run began in the same second."""
+    name = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    while True:
+        folder = Path("runs", next(names))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 class Run:
     """Trains to the configured step, or until asked to stop."""
 
-    def __init__(self, config: RunConfig, folder: Path, console: Console) -> None:
-        """Goes on from the checkpoints in the folder where there are any."""
-        self.config, self.folder, self.console = config, folder, console
+    def __init__(self, config: RunConfig, folder: Path | None, console: Console) -> None:
+        """Goes on from the checkpoints in the folder where there are any; None makes a new folder."""
         window = config.train.seq_len + 1 + config.model.num_nextn_predict_layers
+        self.config, self.console = config, console
         self.corpus = load_corpus(config.data, window)
         self.validation = validation_windows(self.corpus.validation, window, config.validation_windows)
         self.trainers = [Trainer(config.model, config.train, p, self.corpus) for p in config.precisions]
-        self.announce(self.corpus)
+        self.folder = folder or new_folder()
+        self.announce()
         self.start = _same_weights("at the start", self.trainers[0], self.validation)
         for trainer in self.trainers:
-            checkpoints = self.checkpoints(trainer.precision)
-            if any(checkpoints.glob("step-*")):
-                trainer.load(checkpoints)
-            if trainer.step > config.train.steps:
-                raise TrainError(
-                    f"--steps is {config.train.steps}, but {checkpoints} is at step {trainer.step} already"
-                )
-        self.log = MetricsLog(folder / "metrics.jsonl", {t.precision: t.step for t in self.trainers})
+            self._load(trainer)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+        self.log = MetricsLog(self.folder / "metrics.jsonl", {t.precision: t.step for t in self.trainers})
+
+    def _load(self, trainer: Trainer) -> None:
+        checkpoints = self.checkpoints(trainer.precision)
+        if any(checkpoints.glob("step-*")):
+            trainer.load(checkpoints)
+        if trainer.step > self.config.train.steps:
+            raise TrainError(
+                f"--steps is {self.config.train.steps}, but {checkpoints} is at step {trainer.step} already"
+            )
 
     def checkpoints(self, precision: Precision) -> Path:
         return self.folder / "checkpoints" / precision
 
-    def announce(self, corpus: Corpus) -> None:
+    def announce(self) -> None:
+        corpus = self.corpus
         count = count_parameters(self.config.model)
         train = self.config.train
         skipped = f" ({corpus.skipped} files that are not text left out)" if corpus.skipped else ""
@@ -168,7 +184,7 @@ def _same_weights(name: str, trainer: Trainer, validation: Tensor) -> report.Sam
     return report.SameWeights(name, trainer.evaluate(validation, "fp8"), trainer.evaluate(validation, "bf16"))
 
 
-def execute(config: RunConfig, folder: Path, console: Console, prompt: str, sample_bytes: int) -> int:
+def execute(config: RunConfig, folder: Path | None, console: Console, prompt: str, sample_bytes: int) -> int:
     """Runs, and returns the exit code: 0 at the end, 128 + the signal's number when stopped by one."""
     stop = StopRequest()
     start = time.perf_counter()
@@ -183,7 +199,7 @@ def execute(config: RunConfig, folder: Path, console: Console, prompt: str, samp
     finally:
         stop.restore()
     console.print(
-        f"Stopped; the checkpoint is saved. To go on: python -m dsv3_kernels.train --resume {folder}",
+        f"Stopped; the checkpoint is saved. To go on: python -m dsv3_kernels.train --resume {run.folder}",
         highlight=False,
         soft_wrap=True,
     )

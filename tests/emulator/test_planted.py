@@ -120,13 +120,13 @@ CASES = [
             "lost_arrive",
             "missing_bytes",
             "named_barrier_of_another_name",
+            "named_barrier_of_more_threads",
             "exited_warp_at_a_counted_barrier",
             "lane_missing_from_its_mask",
             "flag_that_nobody_sets",
             "barriers_in_opposite_order",
         )
     ),
-    Case("deadlock.cu", "named_barrier_of_more_threads", HAZARD),  # seen before it can hang
     *(
         Case("memory.cu", name, ACCESS)
         for name in (

@@ -86,7 +86,8 @@ KERNEL(two_copies_to_one_place) {
     out[threadIdx.x] = buffer[1 - BUG][threadIdx.x];  // BUG
 }
 
-// A ring of one stage. The consumer's arrive on `empty` is all the copy engine needs before it refills: no proxy fence.
+// A ring of one stage. The consumer's arrive on `empty` is all the copy engine needs before it refills: no
+// proxy fence.
 KERNEL(refill_without_empty_wait) {
     __shared__ __align__(128) float buffer[32];
     __shared__ u64 full, empty;
@@ -97,15 +98,15 @@ KERNEL(refill_without_empty_wait) {
 #if !BUG
             ptx::mbarrier_wait(&empty, (lap & 1) ^ 1);
 #endif
-            ptx::mbarrier_arrive_expect(&full, 128);          // BUG
-            bulk_load(buffer, in + lap * 32, 128, &full);     // BUG
+            ptx::mbarrier_arrive_expect(&full, 128);       // BUG
+            bulk_load(buffer, in + lap * 32, 128, &full);  // BUG
 #if BUG
             ptx::mbarrier_wait(&full, lap);
 #endif
         }
     } else if (threadIdx.x >= 32) {
         for (u32 lap = 0; lap < 2; ++lap) {
-            ptx::mbarrier_wait(&full, lap & 1);  // BUG
+            ptx::mbarrier_wait(&full, lap & 1);                           // BUG
             out[lap * 32 + threadIdx.x - 32] = buffer[threadIdx.x - 32];  // BUG
             ptx::mbarrier_arrive(&empty);
         }
@@ -210,8 +211,8 @@ KERNEL(init_without_fence) {
     out[threadIdx.x] = buffer[threadIdx.x];
 }
 
-// A load whose box lies partly (here from row 1 on) outside the tensor still completes the whole box's bytes; the rest of
-// the box is zeros.
+// A load whose box lies partly (here from row 1 on) outside the tensor still completes the whole box's bytes;
+// the rest of the box is zeros.
 KERNEL(box_beyond_the_tensor) {
     __shared__ __align__(128) float buffer[kCount];
     __shared__ u64 full;
@@ -234,8 +235,8 @@ KERNEL(box_beyond_the_tensor) {
     }
 }
 
-// What lies beyond a group's rows may never have been written: loading it is harmless, using it is not. The launch marks
-// the second row of `in` as unwritten.
+// What lies beyond a group's rows may never have been written: loading it is harmless, using it is not. The
+// launch marks the second row of `in` as unwritten.
 KERNEL(rows_nobody_wrote) {
     __shared__ __align__(128) float buffer[kCount];
     __shared__ u64 full;

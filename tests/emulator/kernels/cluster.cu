@@ -1,4 +1,5 @@
-// Distributed shared memory. A cluster of 2 blocks of 32 threads; block r copies the floats of the other block.
+// Distributed shared memory. A cluster of 2 blocks of 32 threads; block r copies the floats of the other
+// block.
 #include "common.cuh"
 
 __device__ __forceinline__ void cluster_sync() {
@@ -74,7 +75,8 @@ KERNEL(st_async_without_wait) {
     cluster_sync();
 }
 
-// An arrive on the peer's barrier releases this thread's writes to the cluster; a waiter with cluster scope acquires them.
+// An arrive on the peer's barrier releases this thread's writes to the cluster; a waiter with cluster scope
+// acquires them.
 KERNEL(remote_arrive_too_early) {
     __shared__ float buffer[32];
     __shared__ u64 full;

@@ -1,4 +1,5 @@
-// Races in global memory between blocks. 2 blocks of 32 threads: block 0 writes a scratch that block 1 copies to out.
+// Races in global memory between blocks. 2 blocks of 32 threads: block 0 writes a scratch that block 1 copies
+// to out.
 #include "common.cuh"
 
 __device__ __forceinline__ float* scratch_of(u32* flags) { return reinterpret_cast<float*>(flags + 16); }

@@ -10,7 +10,8 @@ KERNEL(missing_syncthreads) {
     out[kCount - 1 - threadIdx.x] = buffer[kCount - 1 - threadIdx.x];  // BUG
 }
 
-// A buffer used twice needs a second barrier: the first orders writes before reads, not reads before the next writes.
+// A buffer used twice needs a second barrier: the first orders writes before reads, not reads before the next
+// writes.
 KERNEL(missing_second_syncthreads) {
     __shared__ float buffer[32];
     for (u32 half = 0; half < 2; ++half) {
@@ -117,7 +118,6 @@ KERNEL(plain_read_of_atomic) {
 #if !BUG
     __syncthreads();
 #endif
-    u32 count;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(count) : "r"(ptx::shared_address(&counter)) : "memory");  // BUG
+    const u32 count = ld_weak_shared(&counter);  // BUG
     out[threadIdx.x] = in[threadIdx.x] + (count > kCount ? 1.0f : 0.0f);
 }

@@ -5,6 +5,20 @@ __device__ __forceinline__ void acquire_map(const void* map) {
     asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
 }
 
+__device__ __forceinline__ void replace_address_global(void* map, const void* address) {
+    asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(address)
+                 : "memory");
+}
+
+// By a whole warp: 128 bytes from shared to global memory, released to the tensor-map proxy.
+__device__ __forceinline__ void publish_map(void* map, const void* draft) {
+    asm volatile(
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
+        "[%0], [%1], 128;" ::"l"(map),
+        "r"(ptx::shared_address(draft))
+        : "memory");
+}
+
 __device__ __forceinline__ void load_and_copy(float* out, const TensorMap* map) {
     __shared__ __align__(128) float buffer[kCount];
     __shared__ u64 full;
@@ -25,8 +39,7 @@ KERNEL(map_changed_without_fence) {
     if (threadIdx.x < 16) map[threadIdx.x] = out_map.opaque[threadIdx.x];  // BUG
     __syncwarp();
     if (threadIdx.x == 0) {
-        asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(in)  // BUG
-                     : "memory");
+        replace_address_global(map, in);  // BUG
 #if !BUG
         asm volatile("fence.proxy.tensormap::generic.release.gpu;" ::: "memory");
         acquire_map(map);
@@ -48,11 +61,7 @@ KERNEL(map_used_without_acquire) {
                          "l"(in)
                          : "memory");
         __syncwarp();
-        asm volatile(
-            "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned [%0], [%1], 128;" ::"l"(  // BUG
-                map),
-            "r"(ptx::shared_address(draft))
-            : "memory");
+        publish_map(map, draft);  // BUG
     }
     __syncthreads();
 #if !BUG

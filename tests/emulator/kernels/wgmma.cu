@@ -1,4 +1,5 @@
-// Tensor cores: what may be touched when. 128 threads: one warpgroup, and a producer warp where one is needed.
+// Tensor cores: what may be touched when. 128 threads: one warpgroup, and a producer warp where one is
+// needed.
 #include "common.cuh"
 
 constexpr u32 kN = 16;
@@ -36,15 +37,17 @@ KERNEL(operands_without_proxy_fence) {
     finish(out, in, d[0], 32);
 }
 
-// An m64n16k32 and what surrounds it in one asm statement: there the compiler does not choose the registers' moments.
-#define WGMMA \
-    "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, 1;\n"
+// An m64n16k32 and what surrounds it in one asm statement: there the compiler does not choose the registers'
+// moments.
+#define WGMMA                                                                                               \
+    "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, 1, 1, " \
+    "1;\n"
 #define FENCE "wgmma.fence.sync.aligned;\n"
 #define COMMIT "wgmma.commit_group.sync.aligned;\n"
 #define WAIT "wgmma.wait_group.sync.aligned 0;\n"
-#define OPERANDS                                                                                               \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])             \
-        : "l"(ptx::k_major_descriptor(o.a)), "l"(ptx::k_major_descriptor(o.b))
+#define OPERANDS                                                                        \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), \
+        "+f"(d[7]) : "l"(ptx::k_major_descriptor(o.a)), "l"(ptx::k_major_descriptor(o.b))
 
 KERNEL(accumulators_read_before_wait) {
     __shared__ Operands o;
@@ -67,9 +70,9 @@ KERNEL(accumulators_written_without_fence) {
     __syncthreads();
     float d[kN / 2] = {};
 #if BUG
-    asm volatile(FENCE "mov.f32 %0, 0f3F800000;\n" WGMMA COMMIT WAIT : OPERANDS : "memory");  // BUG
+    asm volatile(FENCE "add.f32 %0, %0, 0f3F800000;\n" WGMMA COMMIT WAIT : OPERANDS : "memory");  // BUG
 #else
-    asm volatile("mov.f32 %0, 0f3F800000;\n" FENCE WGMMA COMMIT WAIT : OPERANDS : "memory");
+    asm volatile("add.f32 %0, %0, 0f3F800000;\n" FENCE WGMMA COMMIT WAIT : OPERANDS : "memory");
 #endif
     finish(out, in, d[0], 33);
 }
@@ -82,17 +85,16 @@ KERNEL(a_registers_written_before_wait) {
     __syncthreads();
     float d[kN / 2] = {};
     u32 a0 = kOnes, a1 = kOnes, a2 = kOnes, a3 = kOnes;
-#define WGMMA_A                                                                                     \
-    "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, "       \
+#define WGMMA_A                                                                               \
+    "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {%0, %1, %2, %3, %4, %5, %6, %7}, " \
     "{%8, %9, %10, %11}, %12, 1, 1, 1;\n"
-#define OPERANDS_A                                                                                             \
-    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+r"(a0),  \
-        "+r"(a1), "+r"(a2), "+r"(a3)                                                                           \
-        : "l"(ptx::k_major_descriptor(o.b))
+#define OPERANDS_A                                                                                  \
+    "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+        "+r"(a0), "+r"(a1), "+r"(a2), "+r"(a3) : "l"(ptx::k_major_descriptor(o.b))
 #if BUG
-    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT "mov.b32 %8, 0;\n" WAIT : OPERANDS_A : "memory");  // BUG
+    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT "and.b32 %8, %8, 0;\n" WAIT : OPERANDS_A : "memory");  // BUG
 #else
-    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT WAIT "mov.b32 %8, 0;\n" : OPERANDS_A : "memory");
+    asm volatile(FENCE WGMMA_A WGMMA_A COMMIT WAIT "and.b32 %8, %8, 0;\n" : OPERANDS_A : "memory");
 #endif
     finish(out, in, d[0] + a0, 64);
 }
@@ -117,8 +119,8 @@ KERNEL(operand_overwritten_before_wait) {
     finish(out, in, d[0], 32);
 }
 
-// 160 threads. The consumers' release is what lets the producer refill: it must come after the wait. What the copy engine
-// wrote needs no proxy fence before wgmma reads it.
+// 160 threads. The consumers' release is what lets the producer refill: it must come after the wait. What the
+// copy engine wrote needs no proxy fence before wgmma reads it.
 KERNEL(stage_released_before_wait) {
     __shared__ Operands o;
     __shared__ u64 full, empty;
