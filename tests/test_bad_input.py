@@ -316,8 +316,6 @@ def test_gradients_are_refused_only_where_they_would_be_lost():
 
 
 NO_KERNEL = [
-    "quantize_1x128_t",
-    "quantize_128x128",
     "grouped_fp8_gemm",
     "masked_grouped_fp8_gemm",
     "fp8_wgrad",
@@ -333,7 +331,8 @@ def test_what_has_no_kernel_says_so(op, monkeypatch):
     before = None if out is None else out.clone()
     monkeypatch.setattr(launch, "world", lambda *tensors: "cuda")
     with pytest.raises(
-        NotImplementedError, match=f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors"
+        NotImplementedError,
+        match=f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors",
     ):
         call(op, slots)
     assert out is None or torch.equal(out, before)

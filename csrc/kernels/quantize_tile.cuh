@@ -182,8 +182,9 @@ __device__ __forceinline__ Tokens tokens_of_tile(const i32* group_offsets, u32 g
         const u32 ends_later = __ballot_sync(~0u, end > tile);
         if (ends_later) {
             const u32 first = low + (tile - (end - tiles)) * kTile;
+            const u32 count = first < high ? min(high - first, kTile) : 0;
             const u32 owner = __ffs(ends_later) - 1;
-            return {__shfl_sync(~0u, first, owner), min(__shfl_sync(~0u, high - first, owner), kTile)};
+            return {__shfl_sync(~0u, first, owner), __shfl_sync(~0u, count, owner)};
         }
         before = __shfl_sync(~0u, end, 31);
     }
@@ -261,7 +262,7 @@ __global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantiz
 
     const u32 across = (width + kTile - 1) / kTile;
     const u32 tile = blockIdx.x / across, column = blockIdx.x % across * kTile;
-    Tokens span{tile * kTile, min(tokens - min(tokens, tile * kTile), kTile)};
+    Tokens span{tile * kTile, min(tokens - tile * kTile, kTile)};
     if (group_offsets) span = tokens_of_tile(group_offsets, groups, tokens, tile);
 
     U32x4 raw[kRows];
