@@ -7,12 +7,9 @@ precision, and only the paired difference over several seeds, with its spread, s
 """
 
 import argparse
-import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in dsv3_kernels/train/__main__.py
 
 from report import Report
 from torch import Tensor
