@@ -285,7 +285,7 @@ def test_any_order_of_the_warps(schedule):
 
 
 def test_tensors_of_more_than_2_to_the_32_elements():
-    """Memory that is never touched costs nothing: x and q_t span 8 and 4 GiB, and one tile of them is real."""
+    """Untouched memory costs nothing: x and q_t span 8 and 4 GiB, and one tile of them is real."""
     tokens, width, tiles = 2**17 + 256, 2**15, 2**18
     try:
         x = torch.empty(tokens, width, dtype=torch.float16)

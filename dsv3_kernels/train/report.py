@@ -180,5 +180,6 @@ def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
 
 
 def _windows(count: int) -> list[tuple[int, int]]:
-    """(low, high) of the trailing window of AVERAGED steps that ends at each step."""
-    return [(max(0, high - AVERAGED), high) for high in range(1, count + 1)]
+    """(low, high) of the window around each step: up to 4 steps either side, as many before as after."""
+    half = [min(i, count - 1 - i, 4) for i in range(count)]
+    return [(i - h, i + h + 1) for i, h in enumerate(half)]
