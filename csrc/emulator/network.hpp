@@ -52,6 +52,7 @@ class Network {
     int ranks() const { return ranks_; }
 
   private:
+    struct Fence { uint64_t serial = 0; Clock before; };  ///< the last request before it, and all of them as clocks
     struct Request {
         Warp* warp;
         const Inst* inst;
@@ -72,7 +73,6 @@ class Network {
         bool active = false, broken = false;
         std::deque<std::unique_ptr<Request>> queue{};
     };
-    struct Fence { uint64_t serial = 0; Clock before; };  ///< the last request before it, and all of them as clocks
     struct Link { uint64_t free_at = 0, stalled_until = 0; std::set<uint64_t> drops; };
     class Delivery;
 
