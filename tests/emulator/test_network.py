@@ -35,7 +35,9 @@ __device__ inline bool wait_for(const u64* signal, u64 value) {
             asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
             if (TIMEOUT && now > TIMEOUT) { arrived = false; break; }
         }
-    return __shfl_sync(~0u, arrived, 0);
+    arrived = __shfl_sync(~0u, arrived, 0);
+    __syncwarp();  // a shuffle hands on the value, not what lane 0 acquired
+    return arrived;
 }
 """
 
@@ -161,7 +163,6 @@ def test_a_lost_message_leaves_a_deadlock_that_names_the_waiter():
         and "waits for another value than 0 in 'symmetric int64[1] of rank 2'" in text
     )
     assert "waits for quiet: 2 message(s) to rank 2, of which some were lost" in text
-
 
 
 def test_a_stalled_link():
