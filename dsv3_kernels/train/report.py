@@ -180,6 +180,5 @@ def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
 
 
 def _windows(count: int) -> list[tuple[int, int]]:
-    """(low, high) of the window around each step: up to 4 steps either side, as many before as after."""
-    half = [min(i, count - 1 - i, 4) for i in range(count)]
-    return [(i - h, i + h + 1) for i, h in enumerate(half)]
+    """(low, high) of the window around each step: 4 steps either side, fewer at the ends of the run."""
+    return [(i - min(i, 4), min(count, i + min(i, 4) + 1)) for i in range(count)]
