@@ -14,6 +14,7 @@ _API = {
     "quantize_1x128": "quantize",
     "quantize_1x128_t": "quantize",
     "quantize_128x128": "quantize",
+    "requantize_1x128_t": "quantize",
     "fp8_gemm": "gemm",
     "grouped_fp8_gemm": "gemm",
     "masked_grouped_fp8_gemm": "gemm",

@@ -191,6 +191,58 @@ def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool =
     return Kernel("quantize_tile.cuh", "quantize_1x128_t", (_INPUT[dtype], power_of_2_scales, row_wise))
 
 
+def requantize_1x128_t(
+    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
+    """Turn tiles of 1x128 into tiles of 128 tokens: what was kept of the forward becomes an operand of
+    `fp8_wgrad` (DeepSeek-V3 report, section 3.3.3).
+
+    q: block (1, 128), data `[tokens, width]`, width a multiple of 16; a (data, scales) tuple is taken too.
+        Its scales may have any strides.
+    group_offsets, the result and the errors: as in `quantize_1x128_t`, of the FP32 values of `dequantize(q)`.
+    Every value is rounded a second time. With power-of-two scales before and after it hardly moves: a value
+    of at least 2^-6 of its new scale stays as it was, and a smaller one moves by at most 2^-10 of it.
+    """
+    op = "requantize_1x128_t"
+    q = quantized.operand(op, "q", q, ROW, (2,))
+    checks.multiple(op, "q.data", "width", q.shape[-1], 16)
+    if group_offsets is not None:
+        checks.offsets(op, group_offsets, "q.data", q.data)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    arguments = (q.data, q.scales, group_offsets, power_of_2_scales)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.requantize_1x128_t(*arguments)
+    else:
+        data, scales = _requantize_1x128_t(*arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+def _requantize_1x128_t(
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor]:
+    if launch.world(data) == "reference":
+        q = reference.requantize_1x128_t(
+            QuantizedTensor(data, scales, ROW), group_offsets, power_of_2_scales=power_of_2_scales
+        )
+        return q.data, q.scales
+    data_t, scales_t = _fake_1x128_t(data, group_offsets, power_of_2_scales)
+    tokens, width = data.shape
+    arguments = (
+        *(data, scales, 0 if group_offsets is None else group_offsets, data_t, scales_t, tokens, width),
+        *(0 if group_offsets is None else group_offsets.shape[0] - 1, scales_t.shape[1]),
+        *(*scales.stride(), scales_t.stride(1)),
+    )
+    kernel = kernel_requantize(power_of_2_scales)
+    _launch_tiles("requantize_1x128_t", "q.data", kernel, scales_t.shape[1], data, arguments)
+    return data_t, scales_t
+
+
+@functools.cache
+def kernel_requantize(power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize_tile.cuh that takes codes."""
+    return Kernel("quantize_tile.cuh", "requantize_1x128_t", (power_of_2_scales,))
+
+
 def _launch_tiles(
     op: str, name: str, kernel: Kernel, down: int, x: Tensor, arguments: tuple[launch.Argument, ...]
 ) -> None:
@@ -344,6 +396,12 @@ def _fake_1x128_both(
     return *row_wise, *_fake_1x128_t(x, group_offsets, power_of_2_scales)
 
 
+def _fake_requantize(
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake_1x128_t(data, group_offsets, power_of_2_scales)
+
+
 def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
     return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
 
@@ -360,6 +418,7 @@ for _name, _op, _fake in (
     ("quantize_1x128", _op_1x128, _fake_1x128),
     ("quantize_1x128_t", _op_1x128_t, _fake_1x128_t),
     ("quantize_1x128_both", _op_1x128_both, _fake_1x128_both),
+    ("requantize_1x128_t", _requantize_1x128_t, _fake_requantize),
     ("quantize_128x128", _op_128x128, _fake_128x128),
     ("quantize_128x128_both", _op_128x128_both, _fake_both),
     ("dequantize", _op_dequantize, _fake_dequantize),

@@ -143,6 +143,14 @@ def dequantize(q: QuantizedTensor) -> Tensor:
     return values.mul_(scales.repeat_interleave(TILE, -1)[..., :k])
 
 
+def requantize_1x128_t(
+    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
+    return quantize_1x128_t(
+        dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
+    )
+
+
 # GEMM
 
 

@@ -54,6 +54,13 @@ def draw_1x128_both(rng):
     return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
 
 
+def draw_requantize(rng):
+    tokens = rng.randint(1, 300)
+    slots: Slots = {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
+    add(slots, "q", dk.quantize_1x128(torch.randn(tokens, 16 * rng.randint(1, 8))))
+    return slots | {"power_of_2_scales": rng.random() < 0.5}
+
+
 def draw_128x128(rng):
     slots = draw_input(rng, "w", *[2] * rng.randint(0, 1), 16 * rng.randint(1, 10), 16 * rng.randint(1, 20))
     return slots | {"transpose": rng.random() < 0.5}
@@ -107,6 +114,7 @@ DRAW = {
     "quantize_1x128 transposed too": draw_1x128_both,
     "quantize_1x128_t": draw_1x128_t,
     "quantize_128x128": draw_128x128,
+    "requantize_1x128_t": draw_requantize,
     "dequantize": draw_dequantize,
     "fp8_gemm": draw_gemm,
     "grouped_fp8_gemm": draw_grouped,
@@ -264,6 +272,10 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         out = {"dtype": of_another_dtype(torch.float32), "longer": longer(-1), "shorter": shorter(-2)}
         yield from all_of("out", ANY_TENSOR | FLOAT | DENSE | out)
         yield "accumulate", "accumulate", NO_FLAG
+    if op == "requantize_1x128_t":
+        yield from operand("q", "row")
+        yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
+        yield from all_of("group_offsets", OFFSETS)
     if op == "quantize_1x128 transposed too":
         yield "transpose", "group_offsets", other(False)
     if op in ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad"):

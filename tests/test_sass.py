@@ -12,6 +12,7 @@ from dsv3_kernels.jit.disassemble import Sass, disassemble
 QUANTIZE_REGISTERS = 80
 # Four blocks of 128 threads, or two of 256, share an SM.
 QUANTIZE_TILE_REGISTERS = 128
+REQUANTIZE_REGISTERS = 168  # six blocks of 64
 QUANTIZE = list(itertools.product(("Bf16", "Fp16", "float"), (False, True)))
 
 
@@ -33,10 +34,15 @@ def test_quantize_1x128(input_type, power_of_2):
     corrections = 0 if power_of_2 else 4 * 16 * steps
     assert corrections <= sass.count("FFMA") <= corrections + 48
 
-    assert sass.local_memory == 0
     assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0
-    assert sass.registers <= cubin.resources.registers <= QUANTIZE_REGISTERS
+    check_resources(cubin, sass, QUANTIZE_REGISTERS)
+
+
+def check_resources(cubin, sass, registers):
+    """No spills, no local memory."""
     resources = cubin.resources
+    assert sass.local_memory == 0
+    assert sass.registers <= resources.registers <= registers
     assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
 
 
@@ -53,10 +59,7 @@ def check_quantize_tile(kernel, input_type, power_of_2, orientations, encoded=1)
     assert sass.count("FCHK") == encoded, "a division for each scale"
     corrections = 0 if power_of_2 else 4 * 16 * columns * encoded
     assert corrections <= sass.count("FFMA") <= corrections + 48 * encoded * encoded
-    assert sass.local_memory == 0
-    assert sass.registers <= cubin.resources.registers <= QUANTIZE_TILE_REGISTERS
-    resources = cubin.resources
-    assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
     return sass, columns
 
 
@@ -69,6 +72,15 @@ def test_quantize_1x128_t(input_type, power_of_2, row_wise):
     stores = sass.widths("STS")
     assert stores[128] == columns and stores[64] == (16 if columns == 8 and row_wise else 0)
     assert sass.count("BAR.SYNC") == 3
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_requantize_1x128_t(power_of_2):
+    cubin = Kernel("quantize_tile.cuh", "requantize_1x128_t", (power_of_2,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 16
+    assert sass.widths("STG")[128] == 16 and sass.widths("STS")[128] == 16
+    check_resources(cubin, sass, REQUANTIZE_REGISTERS)
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["one_orientation", "both"])

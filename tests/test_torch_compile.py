@@ -34,6 +34,8 @@ def op_samples():
     yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False)
     yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True)
     yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False)
+    yield "requantize_1x128_t", (*as_tensors(a), OFFSETS, True)
+    yield "requantize_1x128_t", (*as_tensors(a), None, False)
     yield "quantize_128x128", (draw(2, 24, 272), False)
     yield "quantize_128x128", (draw(128, 256), True)
     yield "quantize_128x128_both", (draw(32, 272), True)
