@@ -15,6 +15,8 @@ _API = {
     "quantize_1x128_t": "quantize",
     "quantize_128x128": "quantize",
     "requantize_1x128_t": "quantize",
+    "swiglu_quantize": "swiglu",
+    "swiglu_backward_quantize": "swiglu",
     "fp8_gemm": "gemm",
     "grouped_fp8_gemm": "gemm",
     "masked_grouped_fp8_gemm": "gemm",

@@ -10,6 +10,7 @@ values of `group_offsets` and `counts` are checked here, where they are read. GE
   arithmetic (`tensor_core`), then `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in FP32, K ascending.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -91,9 +92,13 @@ def quantize_1x128_t(
 
 
 def quantize_1x128_both(
-    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    op: str = "quantize_1x128",
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
-    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op="quantize_1x128")
+    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op=op)
     return quantize_1x128(x, power_of_2_scales=power_of_2_scales), q_t
 
 
@@ -149,6 +154,41 @@ def requantize_1x128_t(
     return quantize_1x128_t(
         dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
     )
+
+
+# SwiGLU
+
+LOG2_E = 1.44269502
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + 2^(-x·log2 e)), each operation rounded to FP32; 0 where that is below 2^-126.
+
+    2^x and the reciprocal are the nearest floats, as in the emulator; a GPU's err in the last bits.
+    """
+    exp2 = torch.exp2((x * -LOG2_E).double()).float()
+    y = 1 / (1 + exp2)
+    return y.masked_fill_(y < SMALLEST_SCALE, 0.0)
+
+
+def swiglu(
+    x: Tensor, weights: Tensor | None = None, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+) -> Tensor:
+    """silu(gate)·up·weight in FP32, rounded to BF16, for x = [gate, up] along the last dimension."""
+    gate, up = x.float().chunk(2, -1)
+    y = gate * sigmoid(gate) * up
+    return (y if weights is None else y * weights.unsqueeze(-1)).bfloat16()
+
+
+def swiglu_backward(
+    dy: Tensor, x: Tensor, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x = [gate, up] `[M, 2·I]`, and silu(gate)·up `[M, I]`, both rounded to BF16."""
+    gate, up = x.float().chunk(2, -1)
+    d, s = dy.float(), sigmoid(gate)
+    silu = gate * s
+    d_gate = (d * up) * (s * (1 + gate * (1 - s)))
+    return torch.cat([d_gate, d * silu], -1).bfloat16(), (silu * up).bfloat16()
 
 
 # GEMM

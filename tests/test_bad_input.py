@@ -66,6 +66,21 @@ def draw_128x128(rng):
     return slots | {"transpose": rng.random() < 0.5}
 
 
+def draw_swiglu(rng):
+    tokens = rng.randint(1, 300)
+    x = torch.randn(tokens, 32 * rng.randint(1, 8)).bfloat16()
+    slots: Slots = {"x": x, "weights": torch.rand(tokens), "power_of_2_scales": rng.random() < 0.5}
+    return slots | {"transpose": True, "group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
+
+
+def draw_swiglu_backward(rng):
+    tokens, width = rng.randint(1, 300), 128 * rng.randint(1, 2)
+    slots: Slots = {"dy": torch.randn(tokens, width).bfloat16(), "recompute": rng.random() < 0.5}
+    add(slots, "x", dk.quantize_1x128(torch.randn(tokens, 2 * width)))
+    slots["group_offsets"] = offsets_of(rng, rng.randint(1, 4), tokens)
+    return slots | {"power_of_2_scales": rng.random() < 0.5}
+
+
 def draw_dequantize(rng):
     shape = [2] * rng.randint(0, 1) + [rng.randint(2, 140), 16 * rng.randint(1, 20)]
     slots: Slots = {"dtype": rng.choice([*INPUTS, torch.float64])}
@@ -115,6 +130,8 @@ DRAW = {
     "quantize_1x128_t": draw_1x128_t,
     "quantize_128x128": draw_128x128,
     "requantize_1x128_t": draw_requantize,
+    "swiglu_quantize": draw_swiglu,
+    "swiglu_backward_quantize": draw_swiglu_backward,
     "dequantize": draw_dequantize,
     "fp8_gemm": draw_gemm,
     "grouped_fp8_gemm": draw_grouped,
@@ -229,8 +246,8 @@ def operand(name: str, block: str) -> Iterator[tuple[str, str, Spoil]]:
     yield name, rf"\b{name} is\b", container
 
 
-def tensor_input(name: str) -> Iterator[tuple[str, str, Spoil]]:
-    spoils = ANY_TENSOR | FLOAT | DENSE | {"dtype": of_another_dtype(*INPUTS), "K": shorter(-1)}
+def tensor_input(name: str, dtypes: tuple[torch.dtype, ...] = INPUTS) -> Iterator[tuple[str, str, Spoil]]:
+    spoils = ANY_TENSOR | FLOAT | DENSE | {"dtype": of_another_dtype(*dtypes), "K": shorter(-1)}
     yield from ((name, rf"\b{name}\b", spoil) for spoil in spoils.values())
     yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
 
@@ -275,10 +292,20 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if op == "requantize_1x128_t":
         yield from operand("q", "row")
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
-        yield from all_of("group_offsets", OFFSETS)
-    if op == "quantize_1x128 transposed too":
+    if op == "swiglu_quantize":
+        yield from tensor_input("x", (torch.bfloat16,))
+        weights = INDEX | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}
+        yield from all_of("weights", weights)
+        yield "transpose", "transpose", NO_FLAG
+    if op == "swiglu_backward_quantize":
+        yield from tensor_input("dy", (torch.bfloat16,))
+        yield from operand("x", "row")
+        yield "x.data", r"x\.(data|scales)", longer(-2)
+        yield "recompute", "recompute", NO_FLAG
+    if op in ("quantize_1x128 transposed too", "swiglu_quantize"):
         yield "transpose", "group_offsets", other(False)
-    if op in ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad"):
+    with_groups = ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad", "requantize_1x128_t")
+    if op in with_groups or op.startswith("swiglu"):
         yield from all_of("group_offsets", OFFSETS)
 
 

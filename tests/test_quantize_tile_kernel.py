@@ -8,7 +8,7 @@ import torch
 from fp8_helpers import assert_same, fresh_generator, wide
 
 import dsv3_kernels as dk
-from dsv3_kernels import emulator, launch, quantize, reference
+from dsv3_kernels import emulator, launch, quantize, reference, tile
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -395,10 +395,10 @@ MUTATIONS = {
 
 def tile_sources(broken, by):
     """quantize_tile.cuh with tile.cuh in it, changed."""
-    tile, kernels = ((kernel_dir() / name).read_text() for name in ("tile.cuh", "quantize_tile.cuh"))
-    tile, count = re.subn(broken if "\\n" in broken else re.escape(broken), by, tile)
+    body, kernels = ((kernel_dir() / name).read_text() for name in ("tile.cuh", "quantize_tile.cuh"))
+    body, count = re.subn(broken if "\\n" in broken else re.escape(broken), by, body)
     assert count == 1
-    return tile + kernels.replace('#include "tile.cuh"', "")
+    return body + kernels.replace('#include "tile.cuh"', "")
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -449,14 +449,14 @@ def test_tensors_of_more_than_2_to_the_32_elements():
         pytest.skip(f"this machine promises no more memory than it has: {error}")
     scales = torch.empty(128)
     first = 2**17 + 100
-    tile = torch.randn(128, 128, generator=fresh_generator()).half()
-    x[first : first + 128, :128] = tile
+    values = torch.randn(128, 128, generator=fresh_generator()).half()
+    x[first : first + 128, :128] = values
     offsets = torch.tensor([first, first + 128], dtype=torch.int32)
     with emulator.virtual_gpu(checks=False):
         kernel = quantize.kernel_1x128_t(torch.float16, False)
         arguments = (x, offsets, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
         launch.launch(kernel, (1, 1, 1), (128, 1, 1), arguments)
-    want = reference.quantize_1x128_t(tile)
+    want = reference.quantize_1x128_t(values)
     assert torch.equal(data[:, :128], want.data.view(torch.uint8))
     assert torch.equal(scales, want.scales[:, 0])
 
@@ -471,7 +471,7 @@ def test_empty_tensors_launch_nothing():
 
 
 def test_too_many_tiles_are_refused(monkeypatch):
-    monkeypatch.setattr(quantize, "MAX_TILES", 2)
+    monkeypatch.setattr(tile, "MAX_TILES", 2)
     with emulator.virtual_gpu():
         dk.quantize_128x128(torch.zeros(128, 256))
         with pytest.raises(

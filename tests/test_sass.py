@@ -94,6 +94,32 @@ def test_quantize_128x128(input_type, power_of_2, transpose):
     assert sass.count("BAR.SYNC") == 2
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_swiglu_quantize(power_of_2, transpose):
+    cubin = Kernel("swiglu.cuh", "swiglu_quantize", (power_of_2, transpose)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 32, "gate and up"
+    assert sass.widths("STG") == {128: 8 * (1 + transpose), 32: 1 + transpose}
+    assert sass.count("MUFU.EX2") == 128, "a sigmoid a value"
+    assert sass.count("F2FP.SATFINITE.E4M3") == 64 * (1 + transpose)
+    assert sass.count("BAR.SYNC") == 3
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_swiglu_backward_quantize(power_of_2, recompute):
+    """Four columns a thread: loads of 4 and 8 bytes, a whole line a warp."""
+    cubin = Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2, recompute)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {64: 16, 32: 2 * 16 + 3}, "dy; gate, up, a scale and a group's offsets"
+    assert sass.widths("STG") == {128: 4 * (4 + recompute), 32: 4 + recompute}
+    assert sass.count("MUFU.EX2") == 64 * (1 + recompute)
+    assert sass.count("BAR.SYNC") == 1 + 3 * (2 + recompute)
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
 def sass_of(body):
     source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
     return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)
