@@ -23,6 +23,7 @@ from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padde
 
 Accumulation = Literal["fp32", "hopper"]
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0
 SMALLEST_SCALE = 2.0**-126
 PANEL = 256  # columns dequantised at a time: larger temporaries cost more in page faults than they save
 WGMMA_K = 32
@@ -37,10 +38,10 @@ def _amax(tiles: Tensor, dim: int) -> Tensor:
     return torch.maximum(tiles.amax(dim), tiles.amin(dim).neg_())
 
 
-def _scales(amax: Tensor, power_of_2: bool) -> Tensor:
+def _scales(amax: Tensor, power_of_2: bool, largest: float = E4M3_MAX) -> Tensor:
     """Turns the magnitudes of tiles into their scales, in place. NaN stays NaN and Inf stays Inf."""
     zero = amax == 0
-    scales = amax.div_(E4M3_MAX).clamp_min_(SMALLEST_SCALE)
+    scales = amax.div_(largest).clamp_min_(SMALLEST_SCALE)
     if power_of_2:
         bits = scales.view(torch.int32)
         bits.copy_(torch.where(scales.isnan(), bits, (bits + 0x7FFFFF) & 0x7F800000))
@@ -154,6 +155,37 @@ def requantize_1x128_t(
     return quantize_1x128_t(
         dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
     )
+
+
+# E5M6
+
+
+def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, two in three bytes, and power-of-two scales."""
+    m, k = x.shape
+    tiles = x.float().view(m, k // TILE, TILE)
+    scales = _scales(_amax(tiles, -1), True, E5M6_MAX)
+    values = tiles / scales.unsqueeze(-1)
+    magnitude = values.abs().double()
+    exponent = torch.frexp(magnitude.clamp_min(2.0**-14)).exponent - 1
+    significand = torch.ldexp(magnitude, 6 - exponent).round()  # halves to even
+    codes = torch.where(values.isnan(), 0x7FF, significand.int() + (exponent + 14) * 64)
+    codes += values.signbit().int() * 0x800
+    pairs = codes.view(m, k // 2, 2)
+    three = pairs[..., 0] | pairs[..., 1] << 12
+    data = torch.stack([three & 0xFF, three >> 8 & 0xFF, three >> 16], -1).to(torch.uint8)
+    return data.view(m, k // 2 * 3), scales
+
+
+def unpack_e5m6(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A code is the upper 12 bits of a float16."""
+    m, k = data.shape[0], data.shape[1] // 3 * 2
+    three = data.view(m, k // 2, 3).int()
+    low, middle, high = three.unbind(-1)
+    codes = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], -1)
+    halves = (codes << 4).to(torch.int16).view(torch.float16)
+    tiles = halves.view(*scales.shape, TILE).float() * scales.unsqueeze(-1)
+    return tiles.view(m, k).to(dtype)
 
 
 # SwiGLU

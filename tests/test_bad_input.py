@@ -81,6 +81,16 @@ def draw_swiglu_backward(rng):
     return slots | {"power_of_2_scales": rng.random() < 0.5}
 
 
+def draw_pack(rng):
+    return {"x": torch.randn(rng.randint(1, 40), 128 * rng.randint(1, 3)).to(rng.choice(INPUTS))}
+
+
+def draw_unpack(rng):
+    packed = dk.pack_e5m6(torch.randn(rng.randint(2, 40), 128 * rng.randint(1, 3)))
+    dtype = rng.choice([torch.bfloat16, torch.float32])
+    return {"packed.data": packed.data, "packed.scales": packed.scales, "dtype": dtype}
+
+
 def draw_dequantize(rng):
     shape = [2] * rng.randint(0, 1) + [rng.randint(2, 140), 16 * rng.randint(1, 20)]
     slots: Slots = {"dtype": rng.choice([*INPUTS, torch.float64])}
@@ -132,6 +142,8 @@ DRAW = {
     "requantize_1x128_t": draw_requantize,
     "swiglu_quantize": draw_swiglu,
     "swiglu_backward_quantize": draw_swiglu_backward,
+    "pack_e5m6": draw_pack,
+    "unpack_e5m6": draw_unpack,
     "dequantize": draw_dequantize,
     "fp8_gemm": draw_gemm,
     "grouped_fp8_gemm": draw_grouped,
@@ -143,9 +155,8 @@ DRAW = {
 def call(op: str, slots: Slots) -> object:
     arguments = {name: value for name, value in slots.items() if "." not in name}
     for name in {name.split(".")[0] for name in slots if "." in name} - set(arguments):
-        arguments[name] = dk.QuantizedTensor(
-            *(slots[f"{name}.{part}"] for part in ("data", "scales", "block"))
-        )
+        parts = [slots[f"{name}.{p}"] for p in ("data", "scales", "block") if f"{name}.{p}" in slots]
+        arguments[name] = dk.QuantizedTensor(*parts) if len(parts) == 3 else tuple(parts)
     return getattr(dk, op.split()[0])(**arguments)
 
 
@@ -249,7 +260,6 @@ def operand(name: str, block: str) -> Iterator[tuple[str, str, Spoil]]:
 def tensor_input(name: str, dtypes: tuple[torch.dtype, ...] = INPUTS) -> Iterator[tuple[str, str, Spoil]]:
     spoils = ANY_TENSOR | FLOAT | DENSE | {"dtype": of_another_dtype(*dtypes), "K": shorter(-1)}
     yield from ((name, rf"\b{name}\b", spoil) for spoil in spoils.values())
-    yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
 
 
 def all_of(name: str, spoils: dict[str, Spoil]) -> Iterator[tuple[str, str, Spoil]]:
@@ -266,6 +276,8 @@ def gemm_operands() -> Iterator[tuple[str, str, Spoil]]:
 
 
 def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
+    if "quantize" in op and op != "dequantize":
+        yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
     if op.startswith("quantize"):
         yield from tensor_input("w" if op == "quantize_128x128" else "x")
     if op in ("quantize_128x128", "quantize_1x128 transposed too"):
@@ -292,6 +304,19 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if op == "requantize_1x128_t":
         yield from operand("q", "row")
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
+    if op == "pack_e5m6":
+        yield from tensor_input("x")
+    if op == "unpack_e5m6":
+        data = ANY_TENSOR | DENSE | {"dtype": of_another_dtype(torch.uint8), "K": shorter(-1)}
+        scales = ANY_TENSOR | DENSE | FLOAT | {"dtype": of_another_dtype(torch.float32), "K": longer(-1)}
+        yield from (
+            (f"packed.{n}", rf"packed\.{n}", s)
+            for n, d in (("data", data), ("scales", scales))
+            for s in d.values()
+        )
+        yield "packed.data", r"packed\.scales", shorter(-2)
+        yield "packed", r"packed is", other(None, 7, "x", [], (), (1,), (1, 2, 3), torch.zeros(2))
+        yield "dtype", "dtype", other(torch.int8, torch.float8_e4m3fn, "float32", None, float, 32)
     if op == "swiglu_quantize":
         yield from tensor_input("x", (torch.bfloat16,))
         weights = INDEX | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}

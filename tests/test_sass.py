@@ -120,6 +120,23 @@ def test_swiglu_backward_quantize(power_of_2, recompute):
     check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
 
 
+@pytest.mark.parametrize("input_type", ["Bf16", "Fp16", "float"])
+def test_pack_e5m6(input_type):
+    cubin = Kernel("e5m6.cuh", "pack_e5m6", (input_type,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {128: 8 if input_type == "float" else 4}
+    assert sass.widths("STG") == {128: 3, 32: 4}, "codes; a scale a tile"
+    check_resources(cubin, sass, 64)
+
+
+@pytest.mark.parametrize("output_type", ["Bf16", "float"])
+def test_unpack_e5m6(output_type):
+    cubin = Kernel("e5m6.cuh", "unpack_e5m6", (output_type,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {128: 3, 32: 1} and set(sass.widths("STG")) == {128}
+    check_resources(cubin, sass, 64)
+
+
 def sass_of(body):
     source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
     return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)

@@ -1,4 +1,4 @@
-"""SwiGLU with its quantisers: the reference against float64, the kernels against the reference, bit for bit."""
+"""SwiGLU with its quantisers: reference against float64, kernels against the reference, bit for bit."""
 
 import re
 

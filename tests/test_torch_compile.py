@@ -6,7 +6,7 @@ from fp8_helpers import fresh_generator
 from torch.utils._pytree import tree_flatten
 
 import dsv3_kernels as dk
-from dsv3_kernels import gemm, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
+from dsv3_kernels import e5m6, gemm, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
 
@@ -42,6 +42,8 @@ def op_samples():
     yield "quantize_128x128_both", (draw(2, 128, 128), False)
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
+    yield "pack_e5m6", (draw(5, 256),)
+    yield "unpack_e5m6", (*dk.pack_e5m6(draw(5, 256)), torch.bfloat16)
     gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
     yield "swiglu_quantize", (gate_up, None, True)
     yield "swiglu_quantize_both", (gate_up, draw(40), OFFSETS, False)
@@ -93,7 +95,8 @@ def swiglu_step(x, w, dy, out):
     pair = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up))
     triple = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), recompute=True)
     out.add_(1)
-    return [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple)]
+    kept = dk.unpack_e5m6(dk.pack_e5m6(gate_up))
+    return [kept] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple)]
 
 
 def experts_step(x, w, dy, out, offsets):
