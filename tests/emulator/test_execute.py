@@ -5,7 +5,8 @@ import pytest
 import torch
 from ptx_helpers import edges, elementwise, float_edges, run
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy, of the NaN among the inputs
+# NumPy's, of the NaN among the inputs.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
 
 N = 1500
 INTS = {
