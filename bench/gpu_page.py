@@ -107,9 +107,10 @@ def plot(content: Content, out: Path) -> None:
 
     title = "made-up times of a dry run" if content["synthetic"] else device(content)
     reports = [
-        (op, report, [r for r in report["results"] if "median" in r]) for op, report in benches(content)
+        (op, report["machine"], rows)
+        for op, report in benches(content)
+        if (rows := [row for row in report["results"] if "median" in row])
     ]
-    reports = [entry for entry in reports if entry[2]]
     if not reports:
         return
 
