@@ -95,6 +95,16 @@ def flag(op: str, name: str, value: object) -> bool:
     return value
 
 
+def at_least_one(op: str, name: str, value: object) -> None:
+    """An optional number of something."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected an int or None")
+    if value < 1:
+        raise ValueError(f"{op}: {name} is {value}, expected 1 or more, or None for all")
+
+
 def index_vector(op: str, name: str, value: object, first_name: str, first: Tensor) -> Tensor:
     """An int32 vector that lives beside the data: `group_offsets` or `counts`."""
     vector = tensor(op, name, value, (torch.int32,), (1,))

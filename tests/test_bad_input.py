@@ -316,8 +316,6 @@ def test_gradients_are_refused_only_where_they_would_be_lost():
 
 
 NO_KERNEL = [
-    "grouped_fp8_gemm",
-    "masked_grouped_fp8_gemm",
     "fp8_wgrad",
 ]
 
