@@ -55,6 +55,11 @@ struct Ring {
         return &full[p.stage];
     }
 
+    // Producer: waits until the consumers have released this lap. For a ring that carries data both ways.
+    __device__ __forceinline__ void wait_released(Position p) {
+        ptx::mbarrier_wait(&empty[p.stage], p.parity);
+    }
+
     // Consumer: waits for the data.
     __device__ __forceinline__ void wait(Position p) { ptx::mbarrier_wait(&full[p.stage], p.parity); }
 

@@ -23,6 +23,10 @@ struct alignas(16) U32x4 {
     u32 x, y, z, w;
 };
 
+struct alignas(8) Float2 {
+    float x, y;
+};
+
 // Describes a tensor to the copy engine; made on the host, passed to a kernel as `const __grid_constant__ TensorMap`.
 struct alignas(64) TensorMap {
     u64 opaque[16];
@@ -126,6 +130,17 @@ __device__ __forceinline__ float load_shared(const float* address) {
     return v;
 }
 
+__device__ __forceinline__ Float2 load_shared(const Float2* address) {
+    Float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared_address(address)));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
+                 : "memory");
+}
+
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, u32 rank) {
     u32 d;
@@ -149,12 +164,28 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64
         : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
+                                         u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4, %5}], [%2];" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
 // One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk
 // group.
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
         "r"(shared_address(source)), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y, u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+        "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 
