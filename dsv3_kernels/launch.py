@@ -3,12 +3,14 @@
 import functools
 import importlib
 import sys
+import weakref
 from types import ModuleType
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
 
+from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
 from .tensor_map import Encoding, TensorMap
 
@@ -17,6 +19,8 @@ Dim3 = tuple[int, int, int]
 Argument = Tensor | TensorMap | int | float
 
 CAPABILITY = (9, 0)
+
+_virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
 
 class UnsupportedDeviceError(RuntimeError):
@@ -82,9 +86,40 @@ def launch(
     device = first.get_device()
     values = [_value(kernel, device, i, argument) for i, argument in enumerate(args)]
     raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
-    _loaded(kernel, device).launch(
+    code = _loaded(kernel, device).launch(
         device, raw_stream, grid, block, tuple(values), cluster, shared_bytes, cooperative, programmatic
     )
+    _raise_reported(code, f"cuda:{device}")
+
+
+def error_flag(tensor: Tensor) -> Tensor | int:
+    """The error word of the device that holds `tensor`, as a launch takes it for a parameter `u32* error`.
+
+    It lives as long as the process (a CUDA graph may hold it), or as the virtual GPU. csrc/kernels/error.cuh
+    says how kernels use it; the next launch on that device, or `synchronize`, raises what they stored there.
+    """
+    if tensor.is_cuda:
+        return _runtime().error_word(tensor.get_device())
+    return _virtual_words.setdefault(_virtual_gpu(), torch.zeros(1, dtype=torch.int32))
+
+
+def synchronize(device: torch.device | int | str | None = None) -> None:
+    """Wait until a GPU has done all that was asked of it, then raise what its kernels reported.
+
+    device: the current CUDA device if None. Without CUDA there is nothing to wait for: the reference raises
+    at once, and so does the emulator.
+    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize(device)
+    number = torch.cuda._utils._get_device_index(device, optional=True)
+    _raise_reported(_runtime().take_error(number), f"cuda:{number}")
+
+
+def _raise_reported(code: int, device: str) -> None:
+    if code:
+        raise DeviceValueError(code, device)
 
 
 def no_kernel(op: str) -> NoReturn:
@@ -110,6 +145,11 @@ def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> Non
         )
     ptx = kernel.ptx(lineinfo=True)  # so that the emulator's errors name lines of the source
     gpu.launch(ptx.text, ptx.name, args=args, **shape)
+    word = _virtual_words.get(gpu)
+    if word is not None:
+        code = int(word)
+        word.zero_()
+        _raise_reported(code, "the virtual GPU")
 
 
 def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int | float | bytes:

@@ -166,13 +166,58 @@ def test_a_failing_call_names_itself_the_driver_error_and_the_launch(run, functi
         def call():
             launch.launch(kernel, (3, 1, 1), (32, 1, 1), (on_cuda(),), shared_bytes=60_000)
         error = "CUDA_ERROR_INVALID_VALUE (1, invalid argument)"
-        for text in ("{function}", error, "dsv3::stub", "driver for CUDA 13.0"):
+        where = "device 0" if "{function}" == "cuDevicePrimaryCtxRetain" else "dsv3::stub"
+        for text in ("{function}", error, where, "driver for CUDA 13.0"):
             expect(_runtime.DriverError, text, call)
-        if "{function}" != "cuLibraryGetKernel":
+        if "{function}" in ("cuLaunchKernelEx", "cuKernelSetAttribute"):
             expect(RuntimeError, "grid (3, 1, 1), block (32, 1, 1), cluster (1, 1, 1), 60000 bytes", call)
         """,
         FAKE_CUDA_FAIL=function,
     )
+
+
+def test_a_gpu_without_memory_left_is_named_with_the_mend(run):
+    run(
+        """
+        call = lambda: launch.launch(Stub("u64", sizes="8"), (1, 1, 1), (32, 1, 1), (on_cuda(),))
+        expect(_runtime.DriverError, "Mend: free memory of the GPU, say by torch.cuda.empty_cache()", call)
+        """,
+        FAKE_CUDA_FAIL="cuLibraryLoadData",
+        FAKE_CUDA_STATUS="2",
+    )
+
+
+def test_a_device_error_is_raised_by_the_next_launch_and_by_synchronize(run):
+    log = run("""
+        import ctypes
+        from dsv3_kernels.device_error import DeviceValueError
+        tensors = on_cuda(0), on_cuda(1)
+        words = [launch.error_flag(tensor) for tensor in tensors]
+        assert [launch.error_flag(tensor) for tensor in tensors] == words and words[0] != words[1]
+        def store(device, code): ctypes.c_uint32.from_address(words[device]).value = code
+        kernel = Stub("u64", "u64", sizes="8 8")
+        def call(device):
+            tensor = tensors[device]
+            launch.launch(kernel, (1, 1, 1), (32, 1, 1), (tensor, launch.error_flag(tensor)))
+        store(1, 2)
+        call(0)  # the words of two devices are apart
+        expect(DeviceValueError, "masked_grouped_fp8_gemm: counts held a value outside 0 to max_m", call, 1)
+        call(1)
+
+        waited = []
+        torch.cuda.is_available = lambda: True
+        torch.cuda.synchronize = waited.append
+        torch.cuda._utils._get_device_index = lambda device, optional: device or 0
+        store(1, 1)
+        launch.synchronize()
+        expect(DeviceValueError, "on cuda:1: what it returned is not valid", launch.synchronize, 1)
+        launch.synchronize(1)
+        assert waited == [None, 1, 1]
+    """)
+    assert [line for line in log if line.startswith("host")] == [
+        f"host 4 flags 3 context {device}" for device in (0, 1)
+    ]
+    assert sum(line.startswith("launch") for line in log) == 2
 
 
 def test_an_unsupported_gpu_is_refused_before_anything_is_loaded(run):
@@ -245,7 +290,12 @@ def test_the_world_follows_the_tensors(monkeypatch):
         launch.no_kernel("some_op")
 
     calls = []
-    gpu = types.SimpleNamespace(launch=lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    class Gpu:
+        def launch(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+    gpu = Gpu()
     emulator = types.SimpleNamespace(current=lambda: gpu)
     monkeypatch.setitem(sys.modules, "dsv3_kernels.emulator", emulator)
     assert launch.world(cpu) == "emulator"
