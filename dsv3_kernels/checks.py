@@ -89,6 +89,35 @@ def same_device(op: str, name: str, value: Tensor, first_name: str, first: Tenso
         )
 
 
+def _extent(value: Tensor) -> tuple[int, int]:
+    """The first byte of a strided tensor and the one past its last."""
+    start = value.data_ptr()
+    if value.numel() == 0:
+        return start, start
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return start, start + (last + 1) * value.element_size()
+
+
+def apart(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value`, which is written, shares no memory with `other`. A trace has no addresses to compare."""
+    if torch.compiler.is_compiling():
+        return
+    (low, high), (other_low, other_high) = _extent(value), _extent(other)
+    if value.device == other.device and max(low, other_low) < min(high, other_high):
+        raise ValueError(
+            f"{op}: {name} shares memory with {other_name}, expected memory of its own: it is written while "
+            f"{other_name} is read; pass {name}.clone()"
+        )
+
+
+def sms(op: str, value: object) -> None:
+    """`num_sms`: None, or how many SMs a kernel may take."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{op}: num_sms is {value!r} of type {type(value).__name__}, expected an int or None")
+    if value is not None and value < 1:
+        raise ValueError(f"{op}: num_sms is {value}, expected 1 or more, or None for all of the GPU's")
+
+
 def flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected True or False")

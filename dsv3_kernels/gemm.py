@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks, launch, quantized, reference
 from .checks import ceil_div, round_up
 from .jit import Kernel
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, mn_major
 from .tensor_map import TensorMap
 
 SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
@@ -166,7 +166,7 @@ def arguments(
 ) -> tuple[launch.Argument, ...]:
     """The arguments of the kernel, in its order."""
     (m, k), n = a.shape, b.shape[0]
-    a_scales = _mn_major(a_scales)
+    a_scales = mn_major(a_scales)
     k_tiles = a_scales.shape[1]
     return (
         TensorMap(a, (config.block_m, TILE)),
@@ -178,16 +178,6 @@ def arguments(
         n,
         k,
     )
-
-
-def _mn_major(scales: Tensor) -> Tensor:
-    """Scales `[M, K/128]` as the kernels read them: strides (1, round_up(M, 4)), 16-byte aligned."""
-    m, k_tiles = scales.shape
-    rows_ok = scales.stride(0) == 1 or m == 1
-    columns_ok = scales.stride(1) == round_up(m, 4) or k_tiles == 1
-    if rows_ok and columns_ok and scales.data_ptr() % checks.ALIGNMENT == 0:
-        return scales
-    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
 
 
 def grouped_fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor) -> Tensor:

@@ -47,11 +47,13 @@ def world(*tensors: Tensor) -> World:
     return "reference" if _virtual_gpu() is None else "emulator"
 
 
-def num_sms(tensor: Tensor) -> int:
-    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
+def num_sms(tensor: Tensor, most: int | None = None) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on; at most `most`."""
     if tensor.is_cuda:
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return _virtual_gpu().num_sms
+        there = torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    else:
+        there = _virtual_gpu().num_sms
+    return there if most is None else min(most, there)
 
 
 def launch(

@@ -49,6 +49,16 @@ def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
 
 
+def mn_major(scales: Tensor) -> Tensor:
+    """Scales `[M, K/128]` as the kernels read them: strides (1, round_up(M, 4)), 16-byte aligned."""
+    m, k_tiles = scales.shape
+    rows_ok = scales.stride(0) == 1 or m == 1
+    columns_ok = scales.stride(1) == round_up(m, 4) or k_tiles == 1
+    if rows_ok and columns_ok and scales.data_ptr() % checks.ALIGNMENT == 0:
+        return scales
+    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
+
+
 def padded_tokens(tokens: int, groups: int) -> int:
     """Columns of a token-transposed tensor: the most that `groups` groups, each padded to 128, can take."""
     return TILE * ((tokens + (TILE - 1) * groups) // TILE)
