@@ -110,18 +110,20 @@ def apart(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> 
         )
 
 
-def sms(op: str, value: object) -> None:
-    """`num_sms`: None, or how many SMs a kernel may take."""
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"{op}: num_sms is {value!r} of type {type(value).__name__}, expected an int or None")
-    if value is not None and value < 1:
-        raise ValueError(f"{op}: num_sms is {value}, expected 1 or more, or None for all of the GPU's")
-
-
 def flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected True or False")
     return value
+
+
+def at_least_one(op: str, name: str, value: object) -> None:
+    """An optional number of something."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected an int or None")
+    if value < 1:
+        raise ValueError(f"{op}: {name} is {value}, expected 1 or more, or None for all")
 
 
 def index_vector(op: str, name: str, value: object, first_name: str, first: Tensor) -> Tensor:

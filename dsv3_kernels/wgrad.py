@@ -137,7 +137,7 @@ def fp8_wgrad(
             checks.apart(op, "out", out, f"{name}.scales", q.scales)
         if group_offsets is not None:
             checks.apart(op, "out", out, "group_offsets", group_offsets)
-    checks.sms(op, num_sms)
+    checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.fp8_wgrad if torch.compiler.is_compiling() else _fp8_wgrad
     run(dy_t.data, dy_t.scales, x_t.data, x_t.scales, out, accumulate, group_offsets, num_sms)
     return out

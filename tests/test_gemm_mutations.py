@@ -7,9 +7,10 @@ import re
 
 import pytest
 import torch
+from mutate import source
 
 from dsv3_kernels import emulator, gemm
-from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
+from dsv3_kernels.jit.compile import compile_source, source_options
 
 SEEDS = 20
 CONFIG = gemm.GemmConfig(block_m=128, block_n=32, stages=2, strip=2)
@@ -89,21 +90,6 @@ MUTATIONS = {
 }
 
 
-def source(old="", new=""):
-    """The kernel's files as one text, `old` replaced by `new`."""
-    text, seen = '#include "gemm.cuh"\n', set()
-    while match := re.search(r'^#include "(\w+\.cuh)"\n', text, re.MULTILINE):
-        name = match[1]
-        body = "" if name in seen else (kernel_dir() / name).read_text().replace("#pragma once\n", "")
-        text = text[: match.start()] + body + text[match.end() :]
-        seen.add(name)
-    if not old:
-        return text
-    found = len(old.findall(text)) if isinstance(old, re.Pattern) else text.count(old)
-    assert found == 1, f"{old!r} occurs {found} times in the kernel: mend this table"
-    return old.sub(new, text) if isinstance(old, re.Pattern) else text.replace(old, new)
-
-
 def outcomes(text, seeds):
     """What running the kernel gives, by seed: the name of an error, "wrong result", or "right"."""
     m, n, k = 136, 168, 640
@@ -135,14 +121,14 @@ def outcomes(text, seeds):
 
 
 def test_the_kernel_as_it_is():
-    assert set(outcomes(source(), 3)) == {"right"}
+    assert set(outcomes(source("gemm.cuh"), 3)) == {"right"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_broken_protocol_is_noticed(name):
     old, new, expected = MUTATIONS[name]
     seen = []
-    for outcome in outcomes(source(old, new), SEEDS):
+    for outcome in outcomes(source("gemm.cuh", old, new), SEEDS):
         seen.append(outcome)
         if outcome in expected:
             return
