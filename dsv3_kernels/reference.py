@@ -63,12 +63,17 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 
 
 def quantize_1x128_t(
-    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    op: str = "quantize_1x128_t",
 ) -> QuantizedTensor:
+    """`op` is whom an error names."""
     tokens, width = x.shape
     offsets = [0, tokens]
     if group_offsets is not None:
-        offsets = read_offsets("quantize_1x128_t", group_offsets, tokens, "the rows of x")
+        offsets = read_offsets(op, group_offsets, tokens, "the rows of x")
     columns = padded_tokens(tokens, len(offsets) - 1)
     if columns == tokens and len(offsets) == 2 and offsets[1] == tokens:
         values = x.float()
@@ -83,6 +88,13 @@ def quantize_1x128_t(
     data = _encode(tiles, scales.unsqueeze(1), values is not x).view(columns, width).t().contiguous()
     scales = scales.t()
     return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
+
+
+def quantize_1x128_both(
+    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op="quantize_1x128")
+    return quantize_1x128(x, power_of_2_scales=power_of_2_scales), q_t
 
 
 def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:

@@ -48,6 +48,12 @@ def draw_1x128_t(rng):
     return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
 
 
+def draw_1x128_both(rng):
+    tokens = rng.randint(1, 300)
+    slots = draw_input(rng, "x", tokens, 16 * rng.randint(1, 8)) | {"transpose": True}
+    return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
+
+
 def draw_128x128(rng):
     slots = draw_input(rng, "w", *[2] * rng.randint(0, 1), 16 * rng.randint(1, 10), 16 * rng.randint(1, 20))
     return slots | {"transpose": rng.random() < 0.5}
@@ -98,6 +104,7 @@ def draw_wgrad(rng):
 
 DRAW = {
     "quantize_1x128": draw_1x128,
+    "quantize_1x128 transposed too": draw_1x128_both,
     "quantize_1x128_t": draw_1x128_t,
     "quantize_128x128": draw_128x128,
     "dequantize": draw_dequantize,
@@ -114,7 +121,7 @@ def call(op: str, slots: Slots) -> object:
         arguments[name] = dk.QuantizedTensor(
             *(slots[f"{name}.{part}"] for part in ("data", "scales", "block"))
         )
-    return getattr(dk, op)(**arguments)
+    return getattr(dk, op.split()[0])(**arguments)
 
 
 # What can be wrong with a value
@@ -236,7 +243,7 @@ def gemm_operands() -> Iterator[tuple[str, str, Spoil]]:
 def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if op.startswith("quantize"):
         yield from tensor_input("w" if op == "quantize_128x128" else "x")
-    if op == "quantize_128x128":
+    if op in ("quantize_128x128", "quantize_1x128 transposed too"):
         yield "transpose", "transpose", NO_FLAG
     if op == "dequantize":
         yield from operand("q", "either")
@@ -257,7 +264,9 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         out = {"dtype": of_another_dtype(torch.float32), "longer": longer(-1), "shorter": shorter(-2)}
         yield from all_of("out", ANY_TENSOR | FLOAT | DENSE | out)
         yield "accumulate", "accumulate", NO_FLAG
-    if op in ("quantize_1x128_t", "fp8_wgrad"):
+    if op == "quantize_1x128 transposed too":
+        yield "transpose", "group_offsets", other(False)
+    if op in ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad"):
         yield from all_of("group_offsets", OFFSETS)
 
 
@@ -279,7 +288,7 @@ def test_malformed_calls(op, data):
     with pytest.raises((TypeError, ValueError)) as caught:
         call(op, slots | {slot: bad})
     message = str(caught.value)
-    assert message.startswith(f"{op}: ") and "expected" in message, message
+    assert message.startswith(f"{op.split()[0]}: ") and "expected" in message, message
     assert re.search(named, message), f"{message!r} does not name {named}"
     assert out is None or torch.equal(out, before)
 

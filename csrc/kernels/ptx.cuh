@@ -65,9 +65,7 @@ __device__ __forceinline__ float abs(float a) {
 // ---- Data movement and conversion instructions
 
 // No instruction; but what was computed from v before is not kept in registers for use after it.
-__device__ __forceinline__ void forget_derived(U32x4& v) {
-    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
-}
+__device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
@@ -98,6 +96,13 @@ __device__ __forceinline__ float shuffle_xor(float value, u32 lane_mask) {
 __device__ __forceinline__ u16 e4m3x2(float low, float high) {
     u16 d;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// Two e4m3 bytes to two fp16, exactly.
+__device__ __forceinline__ u32 e4m3x2_to_fp16x2(u16 codes) {
+    u32 d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(codes));
     return d;
 }
 
