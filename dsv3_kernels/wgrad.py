@@ -1,7 +1,7 @@
 """FP8 weight gradient: tiles of 1x128 along tokens, FP32 result (DeepSeek-V3 report, section 3.3.2).
 
-Per 128 tokens the tensor core's partial sum is promoted: `s = rn(scale_dy·scale_x); y = fma(s, partial, y)` in
-FP32, tokens ascending. The CPU backend sums in FP32 throughout (reference.py says more).
+Per 128 tokens the tensor core's partial sum is promoted: `s = rn(scale_dy·scale_x); y = fma(s, partial, y)`
+in FP32, tokens ascending. The CPU backend sums in FP32 throughout (reference.py says more).
 """
 
 import functools
@@ -102,7 +102,6 @@ def fp8_wgrad(
     group_offsets: int32 `[G+1]`, the offsets in tokens that both operands were quantised with. A group
         without tokens has gradient zero; with `accumulate` its part of `out` is left alone.
     num_sms: how many SMs of the GPU the kernel may take; all when None. The result does not depend on it.
-    Per 128 tokens: `s = rn(scale_dy·scale_x); y = fma(s, partial, y)` in FP32, tokens ascending.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment,
     device, offsets or num_sms, or for an `out` that overlaps another argument. Offsets on a GPU are not read
     back; there the kernel clamps them, and the next launch or `synchronize()` raises DeviceValueError.
