@@ -1,7 +1,8 @@
 """What a kernel found out of range in device memory, where a check before the launch would have to wait.
 
-The kernel stays inside its allocations and stores a code in its device's error word (csrc/kernels/error.cuh);
-the next launch on that device, or `synchronize`, raises it and clears the word. `launch.error_flag` is the word.
+The kernel stays inside its allocations and stores a code in its device's error word
+(csrc/kernels/error.cuh, `launch.error_flag`); the next launch on that device, or `synchronize`, raises it and
+clears the word.
 """
 
 import enum

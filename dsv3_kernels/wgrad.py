@@ -14,7 +14,7 @@ from . import checks, launch, quantized, reference
 from .checks import ceil_div, round_up
 from .jit import Kernel
 from .quantized import ROW, TILE, QuantizedTensor, mn_major
-from .tensor_map import TensorMap
+from .tensor_map import MapLayout
 
 SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
 WAVE = 64  # rows of a wgmma
@@ -160,10 +160,9 @@ def _fp8_wgrad(
         if not accumulate:
             out.zero_()
         return
-    gradients = out if out.ndim == 3 else out.unsqueeze(0)
-    sms = launch.num_sms(dy_t, num_sms)
-    config = choose_config(*gradients.shape, sms)
-    _launch(config, dy_t, dy_scales, x_t, x_scales, gradients, accumulate, group_offsets, sms)
+    groups, n, k = out.shape if out.ndim == 3 else (1, *out.shape)
+    config = choose_config(groups, n, k, launch.num_sms(dy_t, num_sms))
+    _launch(config, dy_t, dy_scales, x_t, x_scales, out, accumulate, group_offsets, num_sms)
 
 
 def _launch(
@@ -175,53 +174,42 @@ def _launch(
     out: Tensor,
     accumulate: bool,
     group_offsets: Tensor | None,
-    num_sms: int,
+    num_sms: int | None,
 ) -> None:
-    """out: `[G, N, K]`."""
-    groups, n, k = out.shape
+    sms = launch.num_sms(dy_t, num_sms)
+    prepared = prepare(config, tuple(out.shape), dy_t.shape[1], group_offsets is not None, accumulate, sms)
+    offsets = () if group_offsets is None else (group_offsets,)
+    prepared(dy_t, x_t, mn_major(dy_scales), mn_major(x_scales), out, *offsets)
+
+
+@functools.lru_cache(maxsize=4096)
+def prepare(
+    config: WgradConfig, shape: tuple[int, ...], tokens: int, grouped: bool, accumulate: bool, num_sms: int
+) -> launch.Prepared:
+    """The launch for a gradient of `shape`; takes both operands, their scales, the gradient, any offsets."""
+    groups, n, k = shape if len(shape) == 3 else (1, *shape)
     tiles = groups * ceil_div(n, BLOCK_M) * ceil_div(k, config.block_n)
-    launch.launch(
+    return launch.Prepared(
         config.kernel,
         (min(tiles, num_sms), 1, 1),
         (THREADS, 1, 1),
-        arguments(config, dy_t, dy_scales, x_t, x_scales, out, accumulate, group_offsets),
+        (
+            MapLayout(torch.float8_e4m3fn, (BLOCK_M, TILE), (n, tokens), (tokens, 1)),
+            MapLayout(torch.float8_e4m3fn, (config.block_n, TILE), (k, tokens), (tokens, 1)),
+            _scales_layout(n, tokens, BLOCK_M),
+            _scales_layout(k, tokens, config.block_n),
+            MapLayout(torch.float32, (1, WAVE, PANEL), (groups, n, k), (n * k, k, 1)),
+            launch.Slot.ADDRESS if grouped else 0,
+            *(groups, n, k, tokens // TILE, int(accumulate)),
+            launch.Slot.ERROR_WORD,
+        ),
         shared_bytes=config.shared_bytes,
         programmatic=True,
     )
 
 
-def arguments(
-    config: WgradConfig,
-    dy_t: Tensor,
-    dy_scales: Tensor,
-    x_t: Tensor,
-    x_scales: Tensor,
-    out: Tensor,
-    accumulate: bool,
-    group_offsets: Tensor | None,
-) -> tuple[launch.Argument, ...]:
-    """The arguments of the kernel, in its order."""
-    groups, n, k = out.shape
-    return (
-        TensorMap(dy_t, (BLOCK_M, TILE)),
-        TensorMap(x_t, (config.block_n, TILE)),
-        _scales_map(dy_scales, BLOCK_M),
-        _scales_map(x_scales, config.block_n),
-        TensorMap(out, (1, WAVE, PANEL)),
-        0 if group_offsets is None else group_offsets,
-        groups,
-        n,
-        k,
-        dy_scales.shape[1],
-        int(accumulate),
-        launch.error_flag(out),
-    )
-
-
-def _scales_map(scales: Tensor, rows: int) -> TensorMap:
-    scales = mn_major(scales)
-    width, tiles = scales.shape
-    return TensorMap(scales, (1, rows), 0, shape=(tiles, width), strides=(round_up(width, 4), 1))
+def _scales_layout(width: int, tokens: int, rows: int) -> MapLayout:
+    return MapLayout(torch.float32, (1, rows), (tokens // TILE, width), (round_up(width, 4), 1), swizzle=0)
 
 
 def _fake(

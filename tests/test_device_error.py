@@ -1,4 +1,4 @@
-"""The device's error word: what a kernel stores there becomes an exception, once, in both worlds with kernels."""
+"""The device's error word: what a kernel stores there becomes an exception, once."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_a_report_is_raised_once_and_names_op_argument_and_mend(code):
 
 
 def test_an_unknown_code_is_an_error_too():
-    with emulator.virtual_gpu(), pytest.raises(DeviceValueError, match="unknown error 31.*cache"):
+    with emulator.virtual_gpu(), pytest.raises(DeviceValueError, match=r"unknown error 31.*cache"):
         report(31)
 
 

@@ -348,3 +348,54 @@ def test_a_tensor_map_is_encoded_innermost_first():
 
     view = TensorMap(tensor, (8, 32), 64, shape=(240, 64), strides=(64, 1)).encoding
     assert (view.shape, view.strides, view.box) == ((64, 240), (128,), (32, 8))
+
+
+def test_a_prepared_launch_is_a_launch_with_the_tensors_put_in(run):
+    log = run("""
+        from dsv3_kernels.tensor_map import MapLayout
+        kernel = Stub("b8[128]", "u64", "u32", "u64", sizes="128 8 4 8")
+        layout = MapLayout(torch.bfloat16, (8, 32), (64, 64), (64, 1), 64)
+        options = dict(cluster=(2, 1, 1), shared_bytes=100_000, programmatic=True)
+        parameters = (layout, launch.Slot.ADDRESS, 7, launch.Slot.ERROR_WORD)
+        prepared = launch.Prepared(kernel, (5, 6, 7), (128, 2, 1), parameters, **options)
+        for device in (0, 1, 0):
+            tensor = on_cuda(device)
+            prepared(tensor, tensor)
+            args = (TensorMap(tensor, (8, 32), 64), tensor, 7, launch.error_flag(tensor))
+            launch.launch(kernel, (5, 6, 7), (128, 2, 1), args, **options)
+        expect(TypeError, "got 1 tensors, expected 2", prepared, tensor)
+        expect(ValueError, "argument 1 on", prepared, tensor, on_cuda(1))
+    """)
+    launches = [line for line in log if line.startswith("launch")]
+    assert len(launches) == 6
+    for prepared, plain in zip(launches[::2], launches[1::2], strict=True):
+        assert prepared == plain
+    assert launches[0] == launches[4] != launches[2]
+
+
+def test_an_encoding_is_remembered_by_all_that_it_holds(run):
+    """Memory that is freed and used again: equal addresses and shapes are one encoding, all else is another."""
+    log = run("""
+        from dsv3_kernels.tensor_map import MapLayout
+        class At(OnCuda):
+            address = 0x7000
+            def data_ptr(self): return self.address
+        kernel = Stub("b8[128]", sizes="128")
+        def call(address, **changes):
+            tensor = torch.zeros(64, 64, dtype=torch.bfloat16).as_subclass(At)
+            tensor.address = address
+            facts = dict(dtype=torch.bfloat16, box=(8, 32), shape=(64, 64), strides=(64, 1), swizzle=64) | changes
+            launch.Prepared(kernel, (1, 1, 1), (32, 1, 1), (MapLayout(**facts),))(tensor)
+            box = facts.pop("box")
+            if facts.pop("dtype") == torch.bfloat16:
+                launch.launch(kernel, (1, 1, 1), (32, 1, 1), (TensorMap(tensor, box, **facts),))
+        variants = (dict(), dict(box=(4, 32)), dict(shape=(32, 64)), dict(strides=(128, 1)), dict(swizzle=128),
+                    dict(dtype=torch.float16), dict(fill_nan=True), dict(l2_promotion=128),
+                    dict(element_strides=(2, 1)))
+        for _ in range(2):
+            for address in (0x7000, 0x9000):
+                for changes in variants:
+                    call(address, **changes)
+    """)
+    maps = [line for line in log if line.startswith("map")]
+    assert len(maps) == len(set(maps)) == 18

@@ -130,9 +130,8 @@ def outcomes(text, seeds):
         out = before.clone()
         gpu = emulator.VirtualGPU(num_sms=2, seed=seed)
         with emulator.virtual_gpu():  # whose error word the arguments hold
-            arguments = wgrad.arguments(
-                CONFIG, dy_t.data, dy_t.scales, x_t.data, x_t.scales, out, True, offsets
-            )
+            prepared = wgrad.prepare(CONFIG, tuple(out.shape), token_tiles * 128, True, True, 2)
+            arguments = prepared.arguments((dy_t.data, x_t.data, dy_t.scales, x_t.scales, out, offsets))
         try:
             gpu.launch(
                 compiled.ptx,

@@ -58,6 +58,13 @@ py::bytes encode_tensor_map(int data_type, uintptr_t address, const std::vector<
     return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
 }
 
+// A launch settled but for its stream and arguments, so that a call converts those alone.
+struct PreparedLaunch {
+    Kernel& kernel;
+    Device device;
+    Launch shape;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
@@ -95,5 +102,17 @@ PYBIND11_MODULE(_runtime, m) {
             },
             py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
             py::arg("cluster") = Dim3{1, 1, 1}, py::arg("shared_bytes") = 0, py::arg("cooperative") = false,
-            py::arg("programmatic") = false);
+            py::arg("programmatic") = false)
+        .def(
+            "prepare",
+            [](Kernel& kernel, Device device, const Dim3& grid, const Dim3& block, const Dim3& cluster,
+               unsigned shared_bytes, bool cooperative, bool programmatic) {
+                return PreparedLaunch{kernel, device, {grid, block, cluster, shared_bytes, cooperative, programmatic}};
+            },
+            py::keep_alive<0, 1>(), "launch's arguments without the stream and the kernel's own.");
+
+    py::class_<PreparedLaunch>(m, "PreparedLaunch")
+        .def("__call__", [](PreparedLaunch& self, uintptr_t stream, const py::tuple& arguments) {
+            return self.kernel.launch(self.device, stream, self.shape, arguments);
+        });
 }
