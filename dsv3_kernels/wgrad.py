@@ -81,6 +81,11 @@ def choose_config(groups: int, n: int, k: int, num_sms: int) -> WgradConfig:
     return config_of_width(min(BLOCK_N, key=cycles))
 
 
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that the ops here may launch, for `warmup`."""
+    return {"fp8_wgrad": [config_of_width(width).kernel for width in BLOCK_N]}
+
+
 def fp8_wgrad(
     dy_t: QuantizedTensor,
     x_t: QuantizedTensor,

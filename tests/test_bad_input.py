@@ -315,6 +315,32 @@ def test_accumulate_needs_out():
         dk.fp8_wgrad(q, q, accumulate=True)
 
 
+@pytest.mark.parametrize("name", ["dy_t.data", "dy_t.scales", "x_t.data", "x_t.scales", "group_offsets"])
+def test_a_gradient_that_overlaps_an_operand_is_refused(name):
+    """One byte in common is enough; neighbours in one storage are fine."""
+    buffer = torch.zeros(2**16, dtype=torch.uint8)
+    offsets = torch.tensor([0, 128], dtype=torch.int32)
+    slots: Slots = {"group_offsets": offsets, "accumulate": False}
+    add(slots, "dy_t", dk.quantize_1x128_t(torch.randn(128, 16), offsets))
+    add(slots, "x_t", dk.quantize_1x128_t(torch.randn(128, 8), offsets))
+    value = slots[name]
+    size = value.untyped_storage().nbytes()
+    within = buffer[4096 : 4096 + size].view(value.dtype).as_strided(value.shape, value.stride()).copy_(value)
+    out_bytes = 16 * 8 * 4
+    below, above = 4096 - out_bytes, 4096 + -(-size // 16) * 16
+    for start in (below, above):
+        slots["out"] = buffer[start : start + out_bytes].view(torch.float32).view(1, 16, 8)
+        call("fp8_wgrad", slots | {name: within})
+    for start in (below + 16, 4096 + (size - 1) // 16 * 16):
+        slots["out"] = buffer[start : start + out_bytes].view(torch.float32).view(1, 16, 8)
+        before = buffer.clone()
+        with pytest.raises(
+            ValueError, match=f"fp8_wgrad: out shares memory with {name}, expected memory of its"
+        ):
+            call("fp8_wgrad", slots | {name: within})
+        assert torch.equal(buffer, before)
+
+
 def test_gradients_are_refused_only_where_they_would_be_lost():
     x = torch.randn(4, 128, requires_grad=True)
     with pytest.raises(ValueError, match="quantize_1x128: x requires grad"):
@@ -327,7 +353,6 @@ def test_gradients_are_refused_only_where_they_would_be_lost():
 NO_KERNEL = [
     "grouped_fp8_gemm",
     "masked_grouped_fp8_gemm",
-    "fp8_wgrad",
 ]
 
 
