@@ -4,7 +4,7 @@
 `read_offsets` and `read_counts`, which read values and therefore take CPU tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -89,25 +89,25 @@ def same_device(op: str, name: str, value: Tensor, first_name: str, first: Tenso
         )
 
 
-def _extent(value: Tensor) -> tuple[int, int]:
-    """The first byte of a strided tensor and the one past its last."""
-    start = value.data_ptr()
+def _end(value: Tensor) -> int:
+    """The address past the last byte of a strided tensor."""
     if value.numel() == 0:
-        return start, start
+        return value.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return start, start + (last + 1) * value.element_size()
+    return value.data_ptr() + (last + 1) * value.element_size()
 
 
-def apart(op: str, name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """`value`, which is written, shares no memory with `other`. A trace has no addresses to compare."""
+def apart(op: str, name: str, value: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """`value`, which is written, shares no memory with `others`. A trace has no addresses to compare."""
     if torch.compiler.is_compiling():
         return
-    (low, high), (other_low, other_high) = _extent(value), _extent(other)
-    if value.device == other.device and max(low, other_low) < min(high, other_high):
-        raise ValueError(
-            f"{op}: {name} shares memory with {other_name}, expected memory of its own: it is written while "
-            f"{other_name} is read; pass {name}.clone()"
-        )
+    low, high = value.data_ptr(), _end(value)
+    for other_name, other in others:
+        if other.data_ptr() < high and _end(other) > low and other.numel() and value.numel():
+            raise ValueError(
+                f"{op}: {name} shares memory with {other_name}, expected memory of its own: it is written "
+                f"while {other_name} is read; pass {name}.clone()"
+            )
 
 
 def flag(op: str, name: str, value: object) -> bool:

@@ -61,10 +61,7 @@ def world(*tensors: Tensor) -> World:
 
 def num_sms(tensor: Tensor, most: int | None = None) -> int:
     """SMs of the GPU, real or virtual, that a call on this tensor runs on; at most `most`."""
-    if tensor.is_cuda:
-        there = _multiprocessors(tensor.get_device())
-    else:
-        there = _virtual_gpu().num_sms
+    there = _multiprocessors(tensor.get_device()) if tensor.is_cuda else _virtual_gpu().num_sms
     return there if most is None else min(most, there)
 
 

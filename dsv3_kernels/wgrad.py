@@ -136,11 +136,10 @@ def fp8_wgrad(
         checks.shape(op, "out", out, expected, "(G, N, K)" if len(expected) == 3 else "(N, K)")
         checks.same_device(op, "out", out, "dy_t.data", dy_t.data)
         checks.contiguous(op, "out", out)
-        for name, q in (("dy_t", dy_t), ("x_t", x_t)):
-            checks.apart(op, "out", out, f"{name}.data", q.data)
-            checks.apart(op, "out", out, f"{name}.scales", q.scales)
-        if group_offsets is not None:
-            checks.apart(op, "out", out, "group_offsets", group_offsets)
+        read = [("dy_t.data", dy_t.data), ("dy_t.scales", dy_t.scales)]
+        read += [("x_t.data", x_t.data), ("x_t.scales", x_t.scales)]
+        read += [("group_offsets", group_offsets)] if group_offsets is not None else []
+        checks.apart(op, "out", out, read)
     checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.fp8_wgrad if torch.compiler.is_compiling() else _fp8_wgrad
     run(dy_t.data, dy_t.scales, x_t.data, x_t.scales, out, accumulate, group_offsets, num_sms)
