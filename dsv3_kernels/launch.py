@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -209,14 +209,6 @@ def synchronize(device: torch.device | int | str | None = None) -> None:
 def _raise_reported(code: int, device: str) -> None:
     if code:
         raise DeviceValueError(code, device)
-
-
-def no_kernel(op: str) -> NoReturn:
-    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
-    raise NotImplementedError(
-        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
-        "`emulator.virtual_gpu(...)`, for the reference"
-    )
 
 
 def _virtual_gpu() -> Any:

@@ -50,13 +50,16 @@ def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def mn_major(scales: Tensor) -> Tensor:
-    """Scales `[M, K/128]` as the kernels read them: strides (1, round_up(M, 4)), 16-byte aligned."""
-    m, k_tiles = scales.shape
-    rows_ok = scales.stride(0) == 1 or m == 1
-    columns_ok = scales.stride(1) == round_up(m, 4) or k_tiles == 1
-    if rows_ok and columns_ok and scales.data_ptr() % checks.ALIGNMENT == 0:
+    """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
+    shape = tuple(scales.shape)
+    leading = round_up(shape[-2], 4)
+    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
+    fits = all(
+        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
+    )
+    if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
         return scales
-    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
+    return empty_mn_major(shape, scales.device).copy_(scales)
 
 
 def padded_tokens(tokens: int, groups: int) -> int:
