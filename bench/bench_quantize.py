@@ -1,4 +1,7 @@
-"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back."""
+"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back.
+
+With --gpu: the kernels (see gpu_bench.py).
+"""
 
 import sys
 
@@ -64,5 +67,5 @@ def test_dequantize(against, shape):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("quantize"))
+        sys.exit(gpu_bench.script("quantize"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -20,6 +20,7 @@ _API = {
     "fp8_wgrad": "wgrad",
     "DeviceValueError": "device_error",
     "synchronize": "launch",
+    "warmup": "compile_ahead",
 }
 _MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
 

@@ -143,8 +143,8 @@ class Prepared:
         """
         if len(tensors) != len(self._slots):
             raise TypeError(
-                f"launch: {self.kernel} got {len(tensors)} tensors, expected {len(self._slots)}: one for each "
-                "tensor map and address of its parameters"
+                f"launch: {self.kernel} got {len(tensors)} tensors, expected {len(self._slots)}: one for "
+                "each tensor map and address of its parameters"
             )
         device = tensors[0].get_device()
         if not tensors[0].is_cuda:
