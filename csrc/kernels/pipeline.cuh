@@ -76,8 +76,8 @@ struct Ring {
     }
 };
 
-// kRows rows from `row` on of a K-major operand, 128 of K wide, into a stage. Where a cluster of 2 shares them:
-// this block's half, into both.
+// kRows rows from `row` on of a K-major operand, 128 of K wide, into a stage. Where a cluster of 2 shares
+// them: this block's half, into both.
 template <bool kShared, u32 kRows>
 __device__ __forceinline__ void load_operand(u8* target, const TensorMap* map, u64* full, u32 k, u32 row,
                                              u32 rank) {

@@ -1,19 +1,21 @@
-// FP8 weight gradient: D[g, n, k] = dy^T * x over the tokens of group g, in FP32, both operands scaled by 1x128
-// tiles along the tokens (DeepSeek-V3 report, section 3.3.2), written or added to what D holds.
+// FP8 weight gradient: D[g, n, k] = dy^T * x over the tokens of group g, in FP32, both operands scaled by
+// 1x128 tiles along the tokens (DeepSeek-V3 report, section 3.3.2), written or added to what D holds.
 //
-// As in gemm.cuh, one warp feeds a ring of stages and two warpgroups multiply; per 128 tokens the tensor core's
-// partial sum is promoted: s = rn(scale_a * scale_b); y = fma(s, partial, y), here with a scale a row and a scale
-// a column. D is as large as FP32 makes it, so it has two warps of its own: each brings what one warpgroup's half
-// of the tile holds already while the products are computed, and takes the result away during the next tile.
+// As in gemm.cuh, one warp feeds a ring of stages and two warpgroups multiply; per 128 tokens the tensor
+// core's partial sum is promoted: s = rn(scale_a * scale_b); y = fma(s, partial, y), here with a scale a row
+// and a scale a column. D is as large as FP32 makes it, so it has two warps of its own: each brings what one
+// warpgroup's half of the tile holds already while the products are computed, and takes the result away
+// during the next tile.
 //
-// Accumulating is load, add, store, not the copy engine's reduce-add, which flushes subnormals. Every element of D
-// belongs to one tile, so nothing else touches it in between and the result is the same on every run.
+// Accumulating is load, add, store, not the copy engine's reduce-add, which flushes subnormals. Every element
+// of D belongs to one tile, so nothing else touches it in between and the result is the same on every run.
 //
-// In a cluster of 2 the blocks take tiles one below the other, of the same group: each loads half of the x that both
-// need, into both.
+// In a cluster of 2 the blocks take tiles one below the other, of the same group: each loads half of the x
+// that both need, into both.
 //
-// Tiles of 128 tokens restart at each group and their tails are zeros (quantize_1x128_t), so a group is a range of
-// token tiles: one tensor map serves all groups, none is written on the device, and no box crosses a group's end.
+// Tiles of 128 tokens restart at each group and their tails are zeros (quantize_1x128_t), so a group is a
+// range of token tiles: one tensor map serves all groups, none is written on the device, and no box crosses a
+// group's end.
 #pragma once
 
 #include "error.cuh"
@@ -59,11 +61,11 @@ struct GroupTile {
     u32 first, count;        // token tiles
 };
 
-// Group after group, the tiles of each, kRows by kBlockN, in strips (tile_scheduler.cuh). Every thread that asks gets
-// the same sequence.
+// Group after group, the tiles of each, kRows by kBlockN, in strips (tile_scheduler.cuh). Every thread that
+// asks gets the same sequence.
 //
-// group_offsets may be null: one group of all token tiles. Offsets that do not start at 0, descend, or need more
-// token tiles than there are, are reported, and clamped: no tile lies outside the operands.
+// group_offsets may be null: one group of all token tiles. Offsets that do not start at 0, descend, or need
+// more token tiles than there are, are reported, and clamped: no tile lies outside the operands.
 template <u32 kRows, u32 kBlockN>
 class Scheduler {
   public:
@@ -137,15 +139,17 @@ __device__ __forceinline__ void promote(float (&sum)[kCount], const float (&part
     }
 }
 
-// One wave's sums to its panels in shared memory, in the swizzle that the copy engine expects, or added there.
+// One wave's sums to its panels in shared memory, in the swizzle that the copy engine expects, or added
+// there.
 template <u32 kBlockN>
 __device__ __forceinline__ void stage_output(float (*panels)[kPanelElements], const float (&sum)[kBlockN / 2],
                                              bool accumulate) {
-    constexpr u32 kPairs = kPanel / 4;  // of a lane in a panel: columns 8j + 2 * (lane % 4) and the next, in 2 rows
+    constexpr u32 kPairs =
+        kPanel / 4;  // of a lane in a panel: columns 8j + 2 * (lane % 4) and the next, in 2 rows
     const u32 lane = threadIdx.x % 32;
     const u32 row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
-    // The swizzle spreads rows 2r and 2r + 1 over the same banks. So odd rows take the panel's columns 16 to 31
-    // while even ones take 0 to 15.
+    // The swizzle spreads rows 2r and 2r + 1 over the same banks. So odd rows take the panel's columns 16 to
+    // 31 while even ones take 0 to 15.
     const u32 odd = row % 2;
 #pragma unroll
     for (u32 p = 0; p < kBlockN / kPanel; ++p) {
@@ -176,10 +180,10 @@ __device__ __forceinline__ void stage_output(float (*panels)[kPanelElements], co
 }  // namespace wgrad
 
 // a_map: dy e4m3 [n, 128 * token_tiles], boxes [128, 128], 128-byte swizzle; b_map: x e4m3 [k, 128 *
-// token_tiles], boxes [kBlockN / kCluster, 128], likewise. a_scales_map, b_scales_map: FP32 [token_tiles, n] and
-// [token_tiles, k] (the MN-major scales as they lie), boxes [1, 128] and [1, kBlockN], no swizzle. d_map: D FP32
-// [groups, n, k], boxes [1, 64, 32], 128-byte swizzle. group_offsets: [groups + 1], or null. A group without
-// tokens gets zeros, or keeps what it has if `accumulate`.
+// token_tiles], boxes [kBlockN / kCluster, 128], likewise. a_scales_map, b_scales_map: FP32 [token_tiles, n]
+// and [token_tiles, k] (the MN-major scales as they lie), boxes [1, 128] and [1, kBlockN], no swizzle. d_map:
+// D FP32 [groups, n, k], boxes [1, 64, 32], 128-byte swizzle. group_offsets: [groups + 1], or null. A group
+// without tokens gets zeros, or keeps what it has if `accumulate`.
 template <u32 kBlockN, u32 kStages, u32 kCluster>
 __global__ void __launch_bounds__(wgrad::kThreads, 1)
     fp8_wgrad(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
@@ -211,9 +215,9 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
     ptx::grid_dependency_wait();
 
     const bool loads_operands = warpgroup == kMathWarpgroups && warp == 0;
-    Scheduler<kCluster * kBlockM, kBlockN> scheduler(
-        group_offsets, groups, n, k, token_tiles, strip, accumulate, loads_operands ? error : nullptr,
-        blockIdx.x / kCluster, gridDim.x / kCluster);
+    Scheduler<kCluster * kBlockM, kBlockN> scheduler(group_offsets, groups, n, k, token_tiles, strip,
+                                                     accumulate, loads_operands ? error : nullptr,
+                                                     blockIdx.x / kCluster, gridDim.x / kCluster);
     const auto next_tile = [&](GroupTile& tile) {
         const bool found = scheduler.next(tile);
         tile.row += rank * kBlockM;
@@ -231,7 +235,8 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
                     ptx::tma_load(shared.a[s], &a_map, full, t * kTokens, tile.row);
-                    load_operand<kCluster == 2, kBlockN>(shared.b[s], &b_map, full, t * kTokens, tile.column, rank);
+                    load_operand<kCluster == 2, kBlockN>(shared.b[s], &b_map, full, t * kTokens, tile.column,
+                                                         rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, tile.row, t);
                     ptx::tma_load(shared.b_scales[s], &b_scales_map, full, tile.column, t);
                 }
@@ -242,7 +247,8 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
             while (next_tile(tile)) {
                 const u32 row = tile.row + half * kWaveRows;
                 ptx::bulk_wait_group_read<0>();  // the previous tile's stores have read the panels
-                u64* full = shared.panels[half].acquire(panel_position, accumulate ? sizeof(shared.d[half]) : 0);
+                u64* full =
+                    shared.panels[half].acquire(panel_position, accumulate ? sizeof(shared.d[half]) : 0);
                 for (u32 p = 0; p < L::kPanels && accumulate; ++p)
                     ptx::tma_load(shared.d[half][p], &d_map, full, tile.column + p * kPanel, row, tile.group);
                 shared.panels[half].wait_released(panel_position);
