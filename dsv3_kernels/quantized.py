@@ -49,6 +49,19 @@ def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
 
 
+def mn_major(scales: Tensor) -> Tensor:
+    """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
+    shape = tuple(scales.shape)
+    leading = round_up(shape[-2], 4)
+    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
+    fits = all(
+        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
+    )
+    if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
+        return scales
+    return empty_mn_major(shape, scales.device).copy_(scales)
+
+
 def padded_tokens(tokens: int, groups: int) -> int:
     """Columns of a token-transposed tensor: the most that `groups` groups, each padded to 128, can take."""
     return TILE * ((tokens + (TILE - 1) * groups) // TILE)
@@ -67,9 +80,9 @@ def empty_transposed(
     tokens, width = shape
     groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
     return empty_rows((width, padded_tokens(tokens, groups)), device)
-_accepted: set[tuple[object, ...]] = (
-    set()
-)  # facts of operands that passed; what they decide, they decide again
+
+# Facts of operands that passed: what they decide, they decide again.
+_accepted: set[tuple[object, ...]] = set()
 _MOST_ACCEPTED = 4096
 
 
