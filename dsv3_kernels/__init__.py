@@ -19,7 +19,7 @@ _API = {
     "masked_grouped_fp8_gemm": "gemm",
     "fp8_wgrad": "wgrad",
 }
-_MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
+_MODULES = ("doctor", "emulator", "ep", "jit", "model", "nn", "reference", "train")
 
 __all__ = [*_API, *_MODULES]
 
