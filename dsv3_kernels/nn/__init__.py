@@ -8,6 +8,7 @@ from dsv3_kernels.nn.linear import (
     grouped_fp8_linear,
     set_recipe,
 )
+from dsv3_kernels.nn.moe import MoECombine, MoEDispatch
 from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Fp8Recipe",
     "GroupedFp8Linear",
     "Linear",
+    "MoECombine",
+    "MoEDispatch",
     "fp8_linear",
     "grouped_fp8_linear",
     "set_recipe",
