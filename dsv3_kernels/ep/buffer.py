@@ -200,6 +200,11 @@ class Buffer:
             checks.contiguous(op, "x", x)
             name = "x"
         else:
+            if not isinstance(x, QuantizedTensor | tuple):
+                raise TypeError(
+                    f"{op}: x is {type(x).__name__}, expected a bfloat16 tensor, a QuantizedTensor or a "
+                    "(data, scales) tuple"
+                )
             tokens = quantized.operand(op, "x", x, ROW, (2,))
             data, name = tokens.data, "x.data"
         count, hidden = data.shape
