@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 PEER = "torch.mm float32"
 
@@ -39,4 +40,6 @@ def test_fp8_wgrad(against, tokens, n, k):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.main("gemm"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from report import Report
+from bench.report import Report
 
 ROOT = Path(__file__).parents[1]
 

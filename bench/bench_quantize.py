@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 CAST = "x.to(float8_e4m3fn)"
 SHAPES = [(1024, 1024), (512, 256)]
@@ -48,4 +49,6 @@ def test_dequantize(against, shape):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.main("quantize"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -18,6 +18,8 @@ _API = {
     "grouped_fp8_gemm": "gemm",
     "masked_grouped_fp8_gemm": "gemm",
     "fp8_wgrad": "wgrad",
+    "DeviceValueError": "device_error",
+    "synchronize": "launch",
 }
 _MODULES = ("doctor", "emulator", "ep", "jit", "model", "nn", "reference", "train")
 

@@ -42,7 +42,7 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
             f"{op}: {name} has rank {value.ndim} (shape {tuple(value.shape)}), "
             f"expected rank {' or '.join(map(str, ranks))}"
         )
-    if value.device.type not in ("cpu", "cuda"):
+    if not value.is_cuda and not value.is_cpu:
         raise ValueError(
             f"{op}: {name} is on {value.device}, expected a CPU or a CUDA tensor; pass {name}.cpu()"
         )
