@@ -256,7 +256,7 @@ class PortableTransport:
             values = call.y[low:high].float()
             if call.topk_weights is not None:
                 values *= call.topk_weights[low:high].unsqueeze(1)
-            sums[layout.token[low:high]] += values
+            sums.index_add_(0, layout.token[low:high], values)
         return sums.bfloat16()
 
     def _sum_ranks(self, rows: list[Tensor], handle: Handle, bias: Tensor | None) -> Tensor:
@@ -266,7 +266,7 @@ class PortableTransport:
         for node in range(topology.nodes):
             of_node = torch.zeros_like(total)
             for rank in range(node * topology.gpus_per_node, (node + 1) * topology.gpus_per_node):
-                of_node[sent[rank]] += rows[rank].float()
+                of_node.index_add_(0, sent[rank], rows[rank].float())
             total += of_node.bfloat16()
         return total if bias is None else total.add_(bias)
 

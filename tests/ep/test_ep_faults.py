@@ -142,9 +142,12 @@ def test_a_killed_rank_is_named_in_time(trial, tmp_path):
 
 
 def test_a_stalled_rank_is_named_in_time(tmp_path):
-    for rank, error in survivors(tmp_path / "ranks", 3, [1], signal.SIGSTOP, [0.05]).items():
-        assert error["rank"] == rank and error["peers"] == [1], error
-        assert TIMEOUT <= error["seconds"] < TIMEOUT + 1, error
+    """A survivor may be a call ahead and miss the other survivor, which gave up: together they name the one."""
+    seen = survivors(tmp_path / "ranks", 3, [1], signal.SIGSTOP, [0.05])
+    for rank, error in seen.items():
+        assert error["rank"] == rank and error["seconds"] < TIMEOUT + 1, error
+    assert {peer for error in seen.values() for peer in error["peers"]} - seen.keys() == {1}, seen
+    assert max(error["seconds"] for error in seen.values()) >= TIMEOUT
 
 
 def go_apart(rank, size):
