@@ -142,7 +142,7 @@ def test_a_killed_rank_is_named_in_time(trial, tmp_path):
 
 
 def test_a_stalled_rank_is_named_in_time(tmp_path):
-    """A survivor may be a call ahead and miss the other survivor, which gave up: together they name the one."""
+    """A survivor a call ahead misses the other, which gave up: together they name the one."""
     seen = survivors(tmp_path / "ranks", 3, [1], signal.SIGSTOP, [0.05])
     for rank, error in seen.items():
         assert error["rank"] == rank and error["seconds"] < TIMEOUT + 1, error
