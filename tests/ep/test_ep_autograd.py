@@ -180,10 +180,11 @@ def test_moe_against_one_process_in_float64(tmp_path):
 
 
 def assert_close(got, expected):
-    """BF16 on the wire, twice: 2^-8 of a value each."""
+    """BF16 on the wire, twice: 2^-9 of a value each. Where terms cancel, the value is not the measure."""
     assert got.shape == expected.shape
-    error = (got.double() - expected.detach()).abs()
-    assert (error <= 2.0**-6 * (expected.abs() + expected.abs().mean())).all()
+    error, expected = got.double() - expected.detach(), expected.detach()
+    assert error.norm() <= 2.0**-7 * expected.norm()
+    assert error.abs().max() <= 2.0**-5 * expected.abs().max() if error.numel() else True
 
 
 def train_a_step(rank, size, seed):
