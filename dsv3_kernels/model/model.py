@@ -7,21 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
 from dsv3_kernels.model.config import ModelConfig
-from dsv3_kernels.model.moe import MLP, Gate, MoE
+from dsv3_kernels.model.moe import MLP, Experts, Gate, MoE
 from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, Linear, set_recipe
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, dense: bool, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = MultiHeadLatentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp: MLP | MoE
+        if dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config, ep_buffer)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
@@ -35,13 +40,13 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = nn.RMSNorm(hidden, eps=eps)
         self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
         self.eh_proj = Fp8Linear(2 * hidden, hidden)
-        self.block = Block(config, dense=False)
+        self.block = Block(config, False, ep_buffer)
         self.norm = nn.RMSNorm(hidden, eps=eps)
 
     def forward(
@@ -66,18 +71,25 @@ class Losses:
 
 
 class DeepSeekV3(nn.Module):
-    """The reference model. Every linear layer but the head and the gates computes as the recipe says."""
+    """The reference model. Every linear layer but the head and the gates computes as the recipe says.
 
-    def __init__(self, config: ModelConfig, recipe: Fp8Recipe | None = None) -> None:
+    With an `ep_buffer` it is expert-parallel: each rank holds its share of the routed experts and a copy of
+    all else, and gives its own tokens. A gate counts the load of its own rank's tokens only.
+    """
+
+    def __init__(
+        self, config: ModelConfig, recipe: Fp8Recipe | None = None, ep_buffer: Buffer | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+            Block(config, i < config.first_k_dense_replace, ep_buffer)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, ep_buffer) for _ in range(config.num_nextn_predict_layers))
         if recipe is not None:
             set_recipe(self, recipe)
 
@@ -85,12 +97,16 @@ class DeepSeekV3(nn.Module):
     def initialize(self, seed: int) -> None:
         """Draws all weights from N(0, initializer_range²), norms one; a seed gives the same everywhere."""
         generator = torch.Generator().manual_seed(seed)
+        shares = {p: m for m in self.modules() if isinstance(m, Experts) for p in m.parameters()}
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            else:
-                draw = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
-                parameter.copy_(draw)
+                continue
+            shape, first = list(parameter.shape), 0
+            if parameter in shares:  # every rank draws all experts
+                first, shape[0] = shares[parameter].first_expert, shares[parameter].num_experts
+            draw = torch.randn(shape, generator=generator) * self.config.initializer_range
+            parameter.copy_(draw[first : first + parameter.shape[0]])
 
     def gates(self) -> Iterator[Gate]:
         return (module for module in self.modules() if isinstance(module, Gate))

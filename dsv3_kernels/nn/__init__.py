@@ -9,6 +9,7 @@ from dsv3_kernels.nn.linear import (
     grouped_fp8_linear,
     set_recipe,
 )
+from dsv3_kernels.nn.moe import MoECombine, MoEDispatch
 from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "Fp8Recipe",
     "GroupedFp8Linear",
     "Linear",
+    "MoECombine",
+    "MoEDispatch",
     "WgradStore",
     "deferred_wgrad",
     "fp8_linear",

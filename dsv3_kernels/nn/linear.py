@@ -231,7 +231,7 @@ class GroupedFp8Linear(nn.Module):
 
 
 def set_recipe(model: nn.Module, recipe: Fp8Recipe) -> None:
-    """Makes every Fp8Linear and GroupedFp8Linear of the model compute as the recipe says from now on."""
+    """Makes every layer of the model that has a recipe compute, and send, as this one says from now on."""
     for module in model.modules():
-        if isinstance(module, (Fp8Linear, GroupedFp8Linear)):
-            module.recipe = recipe
+        if isinstance(getattr(module, "recipe", None), Fp8Recipe):
+            setattr(module, "recipe", recipe)  # noqa: B010
