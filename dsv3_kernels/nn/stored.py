@@ -31,7 +31,7 @@ class StoresFp8(nn.Module):
         """None where the weight is not kept in FP8."""
         if self.weight_scale_inv is None:
             return None
-        return QuantizedTensor(self.weight, self.weight_scale_inv, SQUARE)
+        return QuantizedTensor(self.weight.detach(), self.weight_scale_inv, SQUARE)
 
     def dequantized_weight(self) -> Tensor:
         """The weight as a matmul outside FP8 reads it: BF16 where it is kept in FP8."""
