@@ -12,7 +12,7 @@ from model_helpers import SMALL, model_of
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.model.config_json import PretrainedError, config_from_json, config_to_json
 from dsv3_kernels.model.pretrained import from_pretrained, pieces, save_pretrained
-from dsv3_kernels.nn import BF16, FP8, set_recipe
+from dsv3_kernels.nn import BF16, FP8, set_recipe, store_fp8_weights
 from dsv3_kernels.quantize import dequantize, quantize_128x128
 
 
@@ -145,6 +145,16 @@ def test_fp8_weights_compute_as_their_quantised_originals(tmp_path):
         cache = quantized.new_cache(2, 20)
         parts = [quantized.decode(part, cache)[0] for part in tokens.split(5, 1)]
     assert (torch.cat(parts, 1) - plain).abs().max() <= 0.05 * plain.abs().max()
+
+
+def test_weights_quantised_once_give_the_same_bits():
+    model = model_of(SMALL, FP8, torch.bfloat16).eval()
+    tokens = torch.randint(40, (2, 20))
+    with torch.no_grad():
+        expected = model(tokens)
+        store_fp8_weights(model)
+        assert model.blocks[1].mlp.experts.down_proj.weight.dtype == torch.float8_e4m3fn
+        assert torch.equal(model(tokens), expected)
 
 
 def test_a_cast_leaves_fp8_weights_alone(tmp_path):

@@ -9,6 +9,7 @@ from dsv3_kernels.nn.linear import (
     set_recipe,
 )
 from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
+from dsv3_kernels.nn.stored import store_fp8_weights
 
 __all__ = [
     "BF16",
@@ -20,4 +21,5 @@ __all__ = [
     "fp8_linear",
     "grouped_fp8_linear",
     "set_recipe",
+    "store_fp8_weights",
 ]

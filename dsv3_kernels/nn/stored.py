@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsv3_kernels.quantize import dequantize
+from dsv3_kernels.quantize import dequantize, quantize_128x128
 from dsv3_kernels.quantized import SQUARE, QuantizedTensor
 
 
@@ -47,3 +47,15 @@ class StoresFp8(nn.Module):
             self.weight = nn.Parameter(before.data.to(device), requires_grad=False)
             self.weight_scale_inv = before.scales.to(device)
         return self
+
+
+@torch.no_grad()
+def store_fp8_weights(model: nn.Module, *, power_of_2_scales: bool = False) -> None:
+    """Quantises every FP8 layer's weight once and for all: the same results, without a quantiser a call.
+
+    The model then computes and does not train.
+    """
+    for module in model.modules():
+        if isinstance(module, StoresFp8) and module.weight_scale_inv is None:
+            weight = quantize_128x128(module.weight.detach(), power_of_2_scales=power_of_2_scales)
+            module.hold_fp8_weight(weight.data, weight.scales)
