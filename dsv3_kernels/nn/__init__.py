@@ -11,6 +11,7 @@ from dsv3_kernels.nn.linear import (
 )
 from dsv3_kernels.nn.moe import MoECombine, MoEDispatch
 from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
+from dsv3_kernels.nn.stored import store_fp8_weights
 
 __all__ = [
     "BF16",
@@ -26,4 +27,5 @@ __all__ = [
     "fp8_linear",
     "grouped_fp8_linear",
     "set_recipe",
+    "store_fp8_weights",
 ]
