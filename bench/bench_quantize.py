@@ -1,4 +1,7 @@
-"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back."""
+"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back.
+
+With --gpu: the kernels (see gpu_bench.py).
+"""
 
 import sys
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 CAST = "x.to(float8_e4m3fn)"
 SHAPES = [(1024, 1024), (512, 256)]
@@ -72,4 +76,6 @@ def test_dequantize(against, shape):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.script("quantize"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

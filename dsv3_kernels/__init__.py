@@ -26,8 +26,11 @@ _API = {
     "grouped_fp8_gemm": "gemm",
     "masked_grouped_fp8_gemm": "gemm",
     "fp8_wgrad": "wgrad",
+    "DeviceValueError": "device_error",
+    "synchronize": "launch",
+    "warmup": "compile_ahead",
 }
-_MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
+_MODULES = ("doctor", "emulator", "ep", "jit", "model", "nn", "reference", "train")
 
 __all__ = [*_API, *_MODULES]
 

@@ -7,6 +7,7 @@ silent finite value. An input that requires grad is refused while gradients are 
 """
 
 import functools
+import itertools
 from typing import Literal, overload
 
 import torch
@@ -285,6 +286,17 @@ def _quantize_128x128(
 def kernel_128x128(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
     return Kernel("quantize_tile.cuh", "quantize_128x128", (NAMES[dtype], power_of_2_scales, transpose))
+
+
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    inputs = list(itertools.product(NAMES, (False, True)))
+    return {
+        "quantize_1x128": [kernel_1x128(*facts) for facts in inputs],
+        "quantize_1x128_t": [kernel_1x128_t(*facts, both) for facts in inputs for both in (False, True)],
+        "requantize_1x128_t": [kernel_requantize(power_of_2) for power_of_2 in (False, True)],
+        "quantize_128x128": [kernel_128x128(*facts, both) for facts in inputs for both in (False, True)],
+    }
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:

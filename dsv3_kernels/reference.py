@@ -317,6 +317,8 @@ def fp8_wgrad(
             f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
     for g, (start, end) in enumerate(pairwise(starts)):
+        if start == end and accumulate:
+            continue
         y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
         _write(out[g], y, accumulate)
     return out

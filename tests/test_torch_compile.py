@@ -58,8 +58,8 @@ def op_samples():
     yield "fp8_gemm", tuple(as_tensors(a, b))
     yield "grouped_fp8_gemm", (*as_tensors(a, b3), OFFSETS)
     yield "masked_grouped_fp8_gemm", (*as_tensors(a3, b3), torch.tensor([7, 0, 3], dtype=torch.int32))
-    yield "fp8_wgrad", (*dense, draw(24, 16), False, None)
-    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS)
+    yield "fp8_wgrad", (*dense, draw(24, 16), False, None, None)
+    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS, 8)
 
 
 @pytest.fixture

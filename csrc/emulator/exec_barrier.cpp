@@ -147,7 +147,15 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     w.cluster_arrivals++;
     w.effects++;
     c.m.progress++;
-    if (c.checks && !(i.flags & relaxed)) w.cta->cluster->arriving.join(w.release(c.mask));
+    if (c.checks) {
+        Knowledge released = w.release(c.mask);
+        if (i.flags & relaxed) {  // only what fence.mbarrier_init has released
+            Knowledge fenced;
+            fenced.init = released.init;
+            released = fenced;
+        }
+        w.cta->cluster->arriving.join(released);
+    }
     cluster_complete(c);
     return Flow::Yield;
 }
