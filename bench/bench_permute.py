@@ -1,4 +1,4 @@
-"""Permuting and unpermuting on the CPU backend, against PyTorch's index_select."""
+"""Permuting and unpermuting on the CPU against index_select; with --gpu the kernels against their peers."""
 
 import sys
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 SHAPES = [(1024, 1024), (512, 256)]
 
@@ -37,4 +38,6 @@ def test_unpermute(against, shape):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.main("permute"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

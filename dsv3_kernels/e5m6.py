@@ -102,6 +102,14 @@ def kernel_unpack(dtype: torch.dtype) -> Kernel:
     return Kernel("e5m6.cuh", "unpack_e5m6", (NAMES[dtype],))
 
 
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    return {
+        "pack_e5m6": [kernel_pack(dtype) for dtype in NAMES],
+        "unpack_e5m6": [kernel_unpack(dtype) for dtype in _UNPACKED],
+    }
+
+
 def _launch(
     op: str, name: str, x: Tensor, kernel: Kernel, tiles: int, arguments: tuple[launch.Argument, ...]
 ) -> None:

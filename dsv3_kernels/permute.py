@@ -1,6 +1,7 @@
 """Tokens into the order of the experts, quantised on the way; the experts' outputs back to their tokens."""
 
 import functools
+import itertools
 from typing import Any, Literal, overload
 
 import torch
@@ -167,6 +168,15 @@ def _unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
 
 
 KERNEL_UNPERMUTE = Kernel("permute.cuh", "unpermute", (LOADS_IN_FLIGHT,))
+
+
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    permuting = itertools.product(NAMES, (False, True), (False, True))
+    return {
+        "permute_quantize": [kernel_permute(*facts) for facts in permuting],
+        "unpermute": [KERNEL_UNPERMUTE],
+    }
 
 
 def _fake_permute(x: Tensor, index: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:

@@ -295,6 +295,8 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if "quantize" in op and op != "dequantize":
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
     if op.startswith("quantize"):
+        yield "ue8m0_scales", "ue8m0_scales", NO_FLAG
+    if op.startswith("quantize"):
         yield from tensor_input("w" if op == "quantize_128x128" else "x")
     if op in ("quantize_128x128", "quantize_1x128 transposed too"):
         yield "transpose", "transpose", NO_FLAG

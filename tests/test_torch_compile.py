@@ -26,20 +26,22 @@ def op_samples():
     grouped = as_tensors(
         dk.quantize_1x128_t(draw(40, 24), OFFSETS), dk.quantize_1x128_t(draw(40, 16), OFFSETS)
     )
-    yield "quantize_1x128", (draw(5, 272), False)
-    yield "quantize_1x128", (draw(2, 5, 128).bfloat16(), True)
-    yield "quantize_1x128", (draw(0, 128), False)
-    yield "quantize_1x128_t", (draw(40, 24), None, False)
-    yield "quantize_1x128_t", (draw(128, 24), None, True)
-    yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False)
-    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True)
-    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False)
+    yield "quantize_1x128", (draw(5, 272), False, False)
+    yield "quantize_1x128", (draw(2, 5, 128).bfloat16(), True, False)
+    yield "quantize_1x128", (draw(0, 128), False, False)
+    yield "quantize_1x128_t", (draw(40, 24), None, False, False)
+    yield "quantize_1x128_t", (draw(128, 24), None, True, False)
+    yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True, False)
+    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, False, True)
+    yield "quantize_128x128_both", (draw(32, 272), False, True)
     yield "requantize_1x128_t", (*as_tensors(a), OFFSETS, True)
     yield "requantize_1x128_t", (*as_tensors(a), None, False)
-    yield "quantize_128x128", (draw(2, 24, 272), False)
-    yield "quantize_128x128", (draw(128, 256), True)
-    yield "quantize_128x128_both", (draw(32, 272), True)
-    yield "quantize_128x128_both", (draw(2, 128, 128), False)
+    yield "quantize_128x128", (draw(2, 24, 272), False, False)
+    yield "quantize_128x128", (draw(128, 256), True, False)
+    yield "quantize_128x128_both", (draw(32, 272), True, False)
+    yield "quantize_128x128_both", (draw(2, 128, 128), False, False)
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
     index = torch.tensor([3, -1, 0, 3], dtype=torch.int32)
@@ -68,7 +70,7 @@ def allclose_of_float8(monkeypatch):
     allclose = torch.allclose
 
     def compare(a, b, *args, **kwargs):
-        if a.dtype == b.dtype == torch.float8_e4m3fn:
+        if a.dtype == b.dtype and a.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
             a, b = a.view(torch.uint8), b.view(torch.uint8)
         return allclose(a, b, *args, **kwargs)
 
@@ -85,7 +87,7 @@ def linear_step(x, w, dy, out):
     """Forward, input gradient and weight gradient of a linear layer."""
     w_q, w_t = dk.quantize_128x128(w, transpose=True)
     y = dk.fp8_gemm(dk.quantize_1x128(x), w_q)
-    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True)
+    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True, ue8m0_scales=True)
     dw = dk.fp8_wgrad(dy_t, dk.quantize_1x128_t(x, power_of_2_scales=True))
     dx = dk.fp8_gemm(dy_q, w_t)
     total = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x), out, accumulate=True)

@@ -1,7 +1,7 @@
 // Tokens into the order of the experts, quantised on the way, and the experts' outputs back to their tokens.
 //
-// Memory bound. Permuting reads b bytes an element of the result and writes 1 an orientation: 3 from BF16, 4 with
-// both. Unpermuting reads 2 bytes an element of the rows it sums and writes 2 an element of the result.
+// Memory bound. Permuting reads b bytes an element of the result and writes 1 an orientation: 3 from BF16, 4
+// with both. Unpermuting reads 2 bytes an element of the rows it sums and writes 2 an element of the result.
 #pragma once
 
 #include "tile.cuh"
@@ -17,13 +17,13 @@ constexpr u32 kColumnsOfWarp = 32 * kColumnsOfLane;
 
 }  // namespace permute
 
-// x [tokens, width], contiguous, and index [rows] -> row r is x[index[r]], or zeros where that is no row of x, as q
-// and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t. width is a multiple
-// of 16. A block takes a tile of the result.
+// x [tokens, width], contiguous, and index [rows] -> row r is x[index[r]], or zeros where that is no row of
+// x, as q and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t. width is
+// a multiple of 16. A block takes a tile of the result.
 template <class Input, bool kPowerOf2Scales, bool kTranspose>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
-    permute_quantize(const Input* x, const i32* index, const i32* group_offsets, u8* q, float* scales, u8* q_t,
-                     float* scales_t, u32 tokens, u32 rows, u32 width, u32 groups, u32 tiles_t,
+    permute_quantize(const Input* x, const i32* index, const i32* group_offsets, u8* q, float* scales,
+                     u8* q_t, float* scales_t, u32 tokens, u32 rows, u32 width, u32 groups, u32 tiles_t,
                      i64 scale_stride, i64 scale_t_stride) {
     using namespace permute;
     using P = PartOf<Input>;
@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
 }
 
 // rows [count, width] BF16 and slots [tokens, top_k] -> y[t] = the sum over k, ascending, of weights[t, k] *
-// rows[slots[t, k]] in FP32, rounded once to BF16; a slot that is no row is left out. weights may be null: ones.
-// width is a multiple of 8. Any grid is right; a warp takes 256 columns of a token at a time, kLoadsInFlight rows
-// together.
+// rows[slots[t, k]] in FP32, rounded once to BF16; a slot that is no row is left out. weights may be null:
+// ones. width is a multiple of 8. Any grid is right; a warp takes 256 columns of a token at a time,
+// kLoadsInFlight rows together.
 template <u32 kLoadsInFlight>
 __global__ void __launch_bounds__(permute::kThreads)
-    unpermute(const Bf16* rows, const i32* slots, const float* weights, Bf16* y, u32 count, u32 tokens, u32 top_k,
-              u32 width) {
+    unpermute(const Bf16* rows, const i32* slots, const float* weights, Bf16* y, u32 count, u32 tokens,
+              u32 top_k, u32 width) {
     using namespace permute;
     const u32 lane = threadIdx.x % 32;
     const u32 across = (width + kColumnsOfWarp - 1) / kColumnsOfWarp;

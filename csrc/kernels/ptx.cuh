@@ -81,6 +81,10 @@ __device__ __forceinline__ void store_global(void* address, U32x4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ void store_global(u8* address, u32 v) {
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(v) : "memory");
+}
+
 __device__ __forceinline__ void store_global(float* address, float v) {
     asm volatile("st.global.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(v) : "memory");
 }
