@@ -210,8 +210,8 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = values.abs().double()
     exponent = torch.frexp(magnitude.clamp_min(2.0**-14)).exponent - 1
     significand = torch.ldexp(magnitude, 6 - exponent).round()  # halves to even
-    codes = torch.where(values.isnan(), 0x7FF, significand.int() + (exponent + 14) * 64)
-    codes += values.signbit().int() * 0x800
+    codes = significand.int() + (exponent + 14) * 64 + values.signbit().int() * 0x800
+    codes.masked_fill_(values.isnan(), 0x7FF)
     pairs = codes.view(m, k // 2, 2)
     three = pairs[..., 0] | pairs[..., 1] << 12
     data = torch.stack([three & 0xFF, three >> 8 & 0xFF, three >> 16], -1).to(torch.uint8)

@@ -89,8 +89,8 @@ constexpr u32 kCorrections = sizeof(Input) == 2 ? 1 : 2;
 
 // Divides the values of a tile by its scale, rounded as IEEE division rounds, at 3 or 5 operations a value
 // instead of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
-// correction the quotient x * r is within one ulp, so that the next one makes it the nearest float (Markstein).
-// Three things keep that true at the edges:
+// correction the quotient x * r is within one ulp, so that the next one makes it the nearest float
+// (Markstein). Three things keep that true at the edges:
 // - scales below 2^-60 are lifted together with their values, or the residue would be subnormal and inexact;
 // - the residue is written q * scale - x and subtracted, which keeps the sign of a zero;
 // - an infinite scale has r = 0, and corrections with a finite scale leave x * 0 alone.

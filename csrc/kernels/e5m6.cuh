@@ -40,8 +40,7 @@ __device__ __forceinline__ u32 encode(float v) {
     const u32 bits = __float_as_uint(v), magnitude = bits & 0x7fffffff;
     u32 code = (magnitude - ((127 - 15) << 23) + 0xffff + (magnitude >> 17 & 1)) >> 17;
     if (magnitude < kSmallestNormal) code = __float_as_uint(ptx::abs(v) + kGrid) - __float_as_uint(kGrid);
-    if (magnitude > kInfinity) code = kNan;
-    return code | bits >> 31 << 11;
+    return magnitude > kInfinity ? kNan : code | bits >> 31 << 11;
 }
 
 __device__ __forceinline__ float decode(u32 code) { return ptx::fp16_to_float(static_cast<u16>(code << 4)); }
