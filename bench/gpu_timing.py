@@ -16,8 +16,8 @@ COPY_BYTES = 2 * 2**30
 class ColdTimer:
     """Times of calls on the current CUDA device, none of whose data is in L2.
 
-    Before each call a large buffer is read, not written, as is often done: then L2 would also be full of lines
-    whose way to memory the call would have to share.
+    Before each call a large buffer is read. Writing it, as is often done, would leave L2 full of lines that
+    still have to go to memory, and the call would share the way.
     """
 
     def __init__(self) -> None:
