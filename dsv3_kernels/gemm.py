@@ -14,18 +14,15 @@ from torch import Tensor
 
 from . import checks, launch, quantized, reference
 from .checks import ceil_div, round_up
+from .hopper import L2_BYTES, SHARED_MEMORY, WARPGROUP, WAVE
 from .jit import Kernel
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, mn_major
 from .tensor_map import TensorMap
 
 Grouping = Literal["none", "offsets", "counts"]
 Multicast = Literal["none", "a", "b"]
 
-SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
-WARPGROUP = 128  # threads
-WAVE = 64  # rows of a wgmma
 MAX_STAGES = 8
-L2_BYTES = 40  # a cycle and SM, from L2: 5,120 over 132
 # Rows and columns of a tile. Swapped, the columns are the 64 rows of a wgmma: those are for few rows.
 TILES = ((256, 128), (128, 192), (128, 160), (128, 128), (128, 96), (128, 64))
 SWAPPED_TILES = ((64, 128), (32, 128), (16, 128), (64, 64), (32, 64), (16, 64))
@@ -366,7 +363,7 @@ def arguments(
     (m, k), n = a.shape[-2:], b.shape[-2]
     groups = len(b) if b.ndim == 3 else 1
     counted = groups if config.grouping == "counts" else 1
-    a_scales = _mn_major(a_scales)
+    a_scales = mn_major(a_scales)
     scale_rows = counted * a_scales.shape[-1]
     box_a = config.block_m // 2 if config.multicast == "a" else config.block_m
     box_b = config.block_n // 2 if config.multicast == "b" else config.block_n
@@ -381,19 +378,6 @@ def arguments(
         0 if group_list is None else launch.error_flag(a),
         *(m, n, k, groups, config.strip),
     )
-
-
-def _mn_major(scales: Tensor) -> Tensor:
-    """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
-    shape = tuple(scales.shape)
-    leading = round_up(shape[-2], 4)
-    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
-    fits = all(
-        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
-    )
-    if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
-        return scales
-    return empty_mn_major(shape, scales.device).copy_(scales)
 
 
 def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from gemm_helpers import POISON, operands, owned_rows, schedule_of
+from mutate import source
 
 from dsv3_kernels import emulator, gemm, reference
-from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
+from dsv3_kernels.jit.compile import compile_source, source_options
 
 SEEDS = 20
 HAZARD, DEADLOCK, MEMORY = "HazardError", "DeadlockError", "MemoryAccessError"
@@ -208,21 +209,6 @@ MUTATIONS = {
 }
 
 
-def source(old="", new=""):
-    """The kernel's files as one text, `old` replaced by `new`."""
-    text, seen = '#include "gemm.cuh"\n', set()
-    while match := re.search(r'^#include "(\w+\.cuh)"\n', text, re.MULTILINE):
-        name = match[1]
-        body = "" if name in seen else (kernel_dir() / name).read_text().replace("#pragma once\n", "")
-        text = text[: match.start()] + body + text[match.end() :]
-        seen.add(name)
-    if not old:
-        return text
-    found = len(old.findall(text)) if isinstance(old, re.Pattern) else text.count(old)
-    assert found == 1, f"{old!r} occurs {found} times in the kernel: mend this table"
-    return old.sub(new, text) if isinstance(old, re.Pattern) else text.replace(old, new)
-
-
 def outcomes(text, p, seeds):
     """What running the kernel gives, by seed: the name of an error, or one of WRONG, OUTSIDE and RIGHT."""
     compiled = compile_source(text, [str(p.config.kernel)], source_options())
@@ -265,14 +251,14 @@ def outcomes(text, p, seeds):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_kernel_as_it_is(name):
-    assert set(outcomes(source(), PROBLEMS[name], 3)) == {RIGHT}
+    assert set(outcomes(source("gemm.cuh"), PROBLEMS[name], 3)) == {RIGHT}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_broken_protocol_is_noticed(name):
     mutation = MUTATIONS[name]
     seen = []
-    for outcome in outcomes(source(mutation.old, mutation.new), mutation.problem, SEEDS):
+    for outcome in outcomes(source("gemm.cuh", mutation.old, mutation.new), mutation.problem, SEEDS):
         seen.append(outcome)
         if outcome in mutation.expected:
             return

@@ -65,19 +65,6 @@ struct Layout {
     };
 };
 
-// kRows rows from `row` on, 128 of K wide. Where the cluster shares them: this block's half, into both.
-template <bool kShared, u32 kRows>
-__device__ __forceinline__ void load_operand(u8* target, const TensorMap* map, u64* full, u32 k, u32 row,
-                                             u32 rank) {
-    if constexpr (kShared) {
-        constexpr u16 kBothBlocks = 0b11;
-        const u32 half = rank * (kRows / 2);
-        ptx::tma_load_multicast(target + half * kBlockK, map, full, k, row + half, kBothBlocks);
-    } else {
-        ptx::tma_load(target, map, full, k, row);
-    }
-}
-
 // sum += (a_scale * b_scale) * partial for a lane's accumulators, which lie as wgmma_e4m3 says. Rows are A's,
 // in pairs 8 apart; columns are B's, and from `split` on, a multiple of kSegment, they belong to the next
 // block of its scales.

@@ -58,6 +58,11 @@ struct Ring {
         return &full[p.stage];
     }
 
+    // Producer: waits until the consumers have released this lap. For a ring that carries data both ways.
+    __device__ __forceinline__ void wait_released(Position p) {
+        ptx::mbarrier_wait(&empty[p.stage], p.parity);
+    }
+
     // Consumer: waits for the data.
     __device__ __forceinline__ void wait(Position p) { ptx::mbarrier_wait(&full[p.stage], p.parity); }
 
@@ -70,5 +75,19 @@ struct Ring {
             ptx::mbarrier_arrive_cluster_reader(ptx::cluster_address(&empty[p.stage], rank));
     }
 };
+
+// kRows rows from `row` on of a K-major operand, 128 of K wide, into a stage. Where a cluster of 2 shares
+// them: this block's half, into both.
+template <bool kShared, u32 kRows>
+__device__ __forceinline__ void load_operand(u8* target, const TensorMap* map, u64* full, u32 k, u32 row,
+                                             u32 rank) {
+    if constexpr (kShared) {
+        constexpr u16 kBothBlocks = 0b11;
+        const u32 half = rank * (kRows / 2);
+        ptx::tma_load_multicast(target + half * 128, map, full, k, row + half, kBothBlocks);
+    } else {
+        ptx::tma_load(target, map, full, k, row);
+    }
+}
 
 }  // namespace dsv3
