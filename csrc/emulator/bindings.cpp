@@ -72,14 +72,16 @@ std::shared_ptr<Launch> make_launch(const std::shared_ptr<Program>& program, con
     return launch;
 }
 
+/// By Class.
+constexpr const char* class_names[] = {"integer", "float", "convert", "move", "memory", "atomic", "barrier", "async", "wgmma_warp", "control", "warp"};
+
 py::dict counters(const Machine& m) {
-    static constexpr const char* names[] = {"integer", "float", "convert", "move", "memory", "atomic", "barrier", "async", "wgmma_warp", "control", "warp"};
     py::dict d;
     for (auto& [name, value] : m.counters) d[name.c_str()] = value;
     if (!d.contains("launches")) d["launches"] = 0;
     py::dict classes;
     uint64_t all = 0;
-    for (size_t i = 0; i < m.executed.size(); i++) classes[names[i]] = m.executed[i], all += m.executed[i];
+    for (size_t i = 0; i < m.executed.size(); i++) classes[class_names[i]] = m.executed[i], all += m.executed[i];
     d["instructions"] = all;
     d["instructions_by_class"] = classes;
     const Counts& c = m.counts;
@@ -203,11 +205,22 @@ void bind_machine(py::module_& m) {
         .def_property_readonly("choice_widths", [](const Machine& m) { return m.choice_widths; })
         .def_property_readonly("time", [](const Machine& m) { return m.time; })
         .def("counters", &counters)
-        .def("spans", [](const Machine& m) {
+        .def_property_readonly("trace_rows", [](const Machine& m) {
             py::list out;
-            for (const Trace::Span& s : m.trace.spans) out.append(py::make_tuple(s.process, s.row, s.start, s.length, s.name));
+            for (const Trace::Row& r : m.trace.rows)
+                out.append(py::make_tuple(r.device, r.sm, r.unit, r.launch, r.kernel, py::make_tuple(r.block[0], r.block[1], r.block[2])));
             return out;
-        });
+        })
+        .def_property_readonly("trace_spans", [](const Machine& m) {
+            static constexpr const char* kinds[] = {"run", "wait", "load", "store", "wgmma"};
+            py::list out;
+            for (const Trace::Span& s : m.trace.spans) {
+                const char* name = s.kind == Trace::Kind::Run ? class_names[static_cast<int>(s.inst->klass)] : s.inst->name;
+                out.append(py::make_tuple(s.row, kinds[static_cast<int>(s.kind)], s.start, s.end, name, s.program->source_of(*s.inst), s.inst->line));
+            }
+            return out;
+        })
+        .def_property_readonly("trace_dropped", [](const Machine& m) { return m.trace.dropped; });
 }
 
 }  // namespace

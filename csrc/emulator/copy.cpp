@@ -28,7 +28,7 @@ Target barrier_of(Context& c, Space space, uint64_t address, int lane, const Kno
 
 Copy::Copy(Context& c, const Inst& inst, int lane)
     : warp_(c.w), inst_(inst), lane_(lane), code_(static_cast<uint32_t>(&inst - c.w.cta->launch->program->code.data())) {
-    started_ = c.m.time;
+    issued_at_ = c.w.cycle;
     if (c.checks) knowledge = c.w.release(1u << lane);
     c.w.effects++;
 }
@@ -82,7 +82,17 @@ void Copy::to_global(const Context& c) {
 }
 
 void Copy::launch(Context& c, std::unique_ptr<Copy> self) {
-    for (const Chunk& chunk : chunks) total_ += chunk.bytes;
+    uint64_t total = 0;
+    for (const Chunk& chunk : chunks) total += chunk.bytes;
+    uint64_t transfer = std::max<uint64_t>(1, total / timing::copy_bytes_per_cycle);
+    if (generic) {
+        cycle = issued_at_ + timing::remote_store_latency;
+    } else if (store_) {
+        slot_ = c.m.occupy(*warp_.cta, Trace::Kind::Store, issued_at_, transfer, inst_);
+        cycle = slot_.end + timing::copy_latency;
+    } else {
+        cycle = c.m.occupy(*warp_.cta, Trace::Kind::Copy, issued_at_ + timing::copy_latency, transfer, inst_).end;
+    }
     size_t n = chunks.size(), parts = 1;
     if (c.m.options.schedule != "exhaustive" && c.m.options.schedule != "round_robin") parts = 1 + c.m.random.below(max_pieces);
     parts = std::max<size_t>(1, std::min(parts, n));
@@ -90,9 +100,7 @@ void Copy::launch(Context& c, std::unique_ptr<Copy> self) {
     for (size_t i = parts; i > 1; i--) std::swap(pieces_[i - 1], pieces_[c.m.random.below(static_cast<uint32_t>(i))]);
     if (store_) {
         later_ = pieces_;
-        size_t bytes = 0;
-        for (const Chunk& chunk : chunks) bytes += chunk.bytes;
-        payload.resize(bytes);
+        payload.resize(total);
     }
     warp_.cta->launch->operations++;
     c.m.start(std::move(self));
@@ -203,6 +211,7 @@ bool Copy::step(Machine& m) {
             if (!pieces_.empty()) return false;
             BulkState& state = warp_.bulk[lane_];
             if (--state.reading[group_] == 0) state.reading.erase(group_);
+            state.read_at[group_] = std::max(state.read_at[group_], slot_.end);
             for (Cta* cta : used_) cta->operations--;
             used_.clear();
             m.wake(Wait::BulkGroup, warp_.id);
@@ -214,8 +223,9 @@ bool Copy::step(Machine& m) {
         if (!later_.empty()) return false;
         BulkState& state = warp_.bulk[lane_];
         if (--state.writing[group_] == 0) state.writing.erase(group_);
+        state.written_at[group_] = std::max(state.written_at[group_], cycle);
         m.wake(Wait::BulkGroup, warp_.id);
-        finish(m);
+        finish();
         return true;
     }
     auto [first, last] = pieces_.back();
@@ -241,18 +251,18 @@ bool Copy::step(Machine& m) {
         auto it = d.cta->mbarriers.find(d.barrier);
         if (it == d.cta->mbarriers.end()) fail(m, ErrorKind::Hazard, "its mbarrier was invalidated while the copy was under way");
         if (pieces_.empty() && d.access) m.log[d.access].time = it->second.phase + 1;
-        std::string wrong = complete_bytes(m, *d.cta, it->second, static_cast<int64_t>(bytes));
+        std::string wrong = complete_bytes(m, *d.cta, it->second, static_cast<int64_t>(bytes), cycle);
         if (!wrong.empty()) fail(m, ErrorKind::Hazard, wrong);
     }
     if (!pieces_.empty()) return false;
-    finish(m);
+    finish();
     return true;
 }
 
-void Copy::finish(Machine& m) {
+void Copy::finish() {
     for (Cta* cta : used_) cta->operations--;
     warp_.cta->launch->operations--;
-    m.trace.span(warp_.cta->id, store_ ? 1001 : 1000, started_, m.time, inst_.name);
+    warp_.cta->launch->ends_at = std::max(warp_.cta->launch->ends_at, cycle);
 }
 
 }  // namespace dsv3::emulator

@@ -20,6 +20,7 @@ void complete_now(Context& c, uint32_t id, NamedBarrier& b) {
     b.completed.join(b.arriving);
     b.arriving = {};
     b.arrived = b.warps = 0;
+    b.completed_at = b.last_arrival;
     b.last_result = b.result;
     b.generation++;
     c.m.wake(Wait::Barrier, uint64_t{c.w.cta->id} << 8 | id);
@@ -40,6 +41,7 @@ uint32_t uniform(Context& c, Ref r, const char* what) {
 
 Flow leave(Context& c, const Inst& i, NamedBarrier& b) {
     c.group->stage = 0;
+    c.m.wait_until(c.w, i, b.completed_at);
     if (c.checks) c.w.acquire(c.mask, b.completed);
     if (i.flags & reduces) {
         if (i.imm == Popc) each<uint32_t>(c, i.a[0], [&](int) { return b.last_result; });
@@ -69,6 +71,7 @@ Flow bar(Context& c, const Inst& i) {
     if (!first && c.mask == c.w.live) c.fail(ErrorKind::Hazard, "the warp arrives twice in one phase of " + barrier_name(id, b));
     b.warps |= 1u << c.w.number;
     b.arrived += threads;
+    b.last_arrival = std::max(b.last_arrival, c.w.cycle);
     if (b.expected && b.arrived > b.expected) c.fail(ErrorKind::Hazard, "more threads than expected at " + barrier_name(id, b));
     c.w.effects++;
     c.m.progress++;
@@ -136,6 +139,7 @@ void cluster_complete(Context& c) {
         for (auto& w : cta->warps)
             if (w->live && w->cluster_arrivals <= k.generation) return;
     k.generation++;
+    k.completed_at = k.last_arrival;
     k.completed.join(k.arriving);
     k.arriving = {};
     c.m.wake(Wait::ClusterBarrier, k.id);
@@ -145,13 +149,14 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     Warp& w = c.w;
     if (w.cluster_arrivals > w.cluster_waits) c.fail(ErrorKind::Hazard, "the warp arrives twice without a barrier.cluster.wait");
     w.cluster_arrivals++;
+    w.cta->cluster->last_arrival = std::max(w.cta->cluster->last_arrival, w.cycle);
     w.effects++;
     c.m.progress++;
     if (c.checks && !(i.flags & relaxed)) w.cta->cluster->arriving.join(w.release(c.mask));
     cluster_complete(c);
     return Flow::Yield;
 }
-Flow cluster_wait(Context& c, const Inst&) {
+Flow cluster_wait(Context& c, const Inst& i) {
     Warp& w = c.w;
     Cluster& k = *w.cta->cluster;
     if (w.cluster_arrivals == w.cluster_waits) c.fail(ErrorKind::Hazard, "waits without a barrier.cluster.arrive before it");
@@ -165,6 +170,7 @@ Flow cluster_wait(Context& c, const Inst&) {
                        std::to_string(arrived) + " warps arrived, " + std::to_string(live) + " expected");
     }
     w.cluster_waits++;
+    c.m.wait_until(w, i, k.completed_at);
     if (c.checks) w.acquire(c.mask, k.completed);
     return Flow::Yield;
 }

@@ -107,6 +107,12 @@ Flow bulk_wait(Context& c, const Inst& i) {
         if (!open.empty() && open.begin()->first <= done)
             return c.block(Wait::BulkGroup, c.w.id, "bulk group " + std::to_string(open.begin()->first) + " of lane " + std::to_string(l) + (read ? " to be read" : " to complete"));
     }
+    uint64_t done_at = 0;
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        BulkState& s = c.w.bulk[__builtin_ctz(rest)];
+        done_at = std::max(done_at, BulkState::done_at(read ? s.read_at : s.written_at, static_cast<int64_t>(s.group) - 1 - i.imm));
+    }
+    c.m.wait_until(c.w, i, done_at);
     if (!c.checks) return Flow::Yield;
     return for_lanes(c, [&](int l) {
         BulkState& s = c.w.bulk[l];
@@ -124,6 +130,7 @@ class SmallCopy : public Operation {
     SmallCopy(Warp& w, const Inst& inst, int lane, uint32_t group) : warp(w), inst(inst), lane(lane), group(group) {
         w.cta->operations++;
         w.cta->launch->operations++;
+        cycle = w.cycle + timing::copy_latency;
     }
     bool step(Machine& m) override {
         uint8_t data[16] = {};
@@ -149,6 +156,7 @@ class SmallCopy : public Operation {
         m.counts.copy_read += source_bytes;
         BulkState& s = warp.copies[lane];
         if (--s.writing[group] == 0) s.writing.erase(group);
+        s.written_at[group] = std::max(s.written_at[group], cycle);
         m.wake(Wait::CpAsync, warp.id);
         cta.operations--;
         cta.launch->operations--;
@@ -202,6 +210,12 @@ Flow copy_wait(Context& c, const Inst& i) {
         if (!s.writing.empty() && s.writing.begin()->first <= done)
             return c.block(Wait::CpAsync, c.w.id, "cp.async group " + std::to_string(s.writing.begin()->first) + " of lane " + std::to_string(l));
     }
+    uint64_t done_at = 0;
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        BulkState& s = c.w.copies[__builtin_ctz(rest)];
+        done_at = std::max(done_at, BulkState::done_at(s.written_at, static_cast<int64_t>(s.group) - 1 - i.imm));
+    }
+    c.m.wait_until(c.w, i, done_at);
     if (!c.checks || !c.w.copy_agent) return Flow::Yield;
     return for_lanes(c, [&](int l) {
         BulkState& s = c.w.copies[l];
@@ -218,6 +232,7 @@ class LateArrival : public Operation {
         : warp(w), inst(inst), lane(lane), cta(cta), barrier(barrier), group(group) {
         cta->operations++;
         w.cta->launch->operations++;
+        cycle = w.cycle;
     }
     bool step(Machine& m) override {
         BulkState& s = warp.copies[lane];
@@ -228,7 +243,9 @@ class LateArrival : public Operation {
             it->second.arriving.join(knowledge);
             if (warp.copy_agent) it->second.arriving.generic.add(warp.copy_agent, 1u << lane, group);
         }
-        std::string wrong = arrive(m, *cta, it->second, 1);
+        for (auto& [at_group, at] : s.written_at)
+            if (at_group <= group) cycle = std::max(cycle, at);
+        std::string wrong = arrive(m, *cta, it->second, 1, cycle);
         if (!wrong.empty()) m.fail(ErrorKind::Hazard, wrong, warp, inst, lane);
         cta->operations--;
         warp.cta->launch->operations--;

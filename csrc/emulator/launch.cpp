@@ -133,6 +133,7 @@ void Machine::admit() {
             if (!first.started) {
                 first.started = true;
                 first.before = d.done;
+                first.starts_at = d.cycle;
             }
             while (first.next_cluster < first.clusters && admit_cluster(first)) {}
             if (d.queue.size() > 1 && d.queue[1]->dependent && first.next_cluster == first.clusters &&
@@ -142,6 +143,7 @@ void Machine::admit() {
                     second.started = true;
                     second.predecessor = d.queue.front();
                     second.before = d.done;
+                    second.starts_at = first.triggered_at;
                 }
                 while (second.next_cluster < second.clusters && admit_cluster(second)) {}
             }
@@ -211,6 +213,7 @@ bool Machine::admit_cluster(Launch& l) {
             auto w = std::make_unique<Warp>();
             w->cta = cta;
             w->number = i;
+            w->cycle = w->slice_start = std::max(l.starts_at, d.sms[cta->sm].freed_at);
             w->live = threads - i * 32 >= 32 ? ~0u : (1u << (threads - i * 32)) - 1;
             start_warp(*w);
             cta->warps.push_back(std::move(w));
@@ -311,6 +314,8 @@ void Machine::lanes_exit(Warp& w, uint32_t mask) {
     cta.live_threads -= static_cast<uint32_t>(__builtin_popcount(mask));
     wake(Wait::Lanes, w.id);
     if (w.live) return;
+    close_slice(w);
+    cta.launch->ends_at = std::max(cta.launch->ends_at, w.cycle);
     for (uint32_t b = 0; b < cta.barriers.size(); b++) wake(Wait::Barrier, uint64_t{cta.id} << 8 | b);
     wake(Wait::ClusterBarrier, cta.cluster->id);
     cta_may_finish(cta);
@@ -320,6 +325,9 @@ void Machine::cta_may_finish(Cta& cta) {
     if (cta.exited || cta.live_threads) return;
     Launch& l = *cta.launch;
     cta.exited = true;
+    uint64_t& freed_at = devices[static_cast<size_t>(l.device)].sms[cta.sm].freed_at;
+    for (auto& w : cta.warps) freed_at = std::max(freed_at, w->cycle);
+    if (!cta.triggered) l.triggered_at = std::max(l.triggered_at, freed_at);
     l.live_ctas--;
     l.triggered -= cta.triggered;
     if (cta.operations)
@@ -352,6 +360,7 @@ void Machine::finish_launch(Launch& l) {
     Device& d = devices[static_cast<size_t>(l.device)];
     l.finished = true;
     progress++;
+    d.cycle = std::max(d.cycle, l.ends_at);
     Clock done = d.done.generic;
     for (Agent a : l.agents) done.add(a, ~0u, in_flight - 1);
     d.done = everything(done);
@@ -362,7 +371,10 @@ void Machine::finish_launch(Launch& l) {
         // Nothing else runs: whatever comes is ordered behind all of this, and the records can go.
         memory.forget_order();
         log.clear();
-        for (Device& x : devices) x.done = {};
+        for (Device& x : devices) {
+            x.done = {};
+            for (Device::Sm& sm : x.sms) sm.copy_engine.forget(), sm.tensor_core.forget();
+        }
         warps_by_id.clear();
         priorities_.clear();
         programs_.clear();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -36,6 +37,7 @@ struct Group {
     uint32_t stage = 0;        ///< of an instruction that blocks in the middle
     uint64_t token = 0;
     bool timed_out = false;    ///< woken because nothing else could move
+    uint64_t woken_at = 0;     ///< cycle of what ended a spin
     std::string waiting_for;
 };
 
@@ -52,6 +54,7 @@ struct Mbarrier {
     uint32_t init_access = 0;
     int init_lane = 0;
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
 };
 
 struct NamedBarrier {
@@ -60,6 +63,7 @@ struct NamedBarrier {
     uint32_t generation = 0;
     uint32_t result = 0, last_result = 0;  ///< of bar.red
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
 };
 
 /// Something asynchronous that moves in steps of its own.
@@ -68,6 +72,7 @@ class Operation {
     virtual ~Operation() = default;
     virtual bool step(Machine& m) = 0;  ///< true: finished
     uint64_t priority = 0;                ///< "pct"
+    uint64_t cycle = 0;                   ///< when it ends
 };
 
 /// The instructions that one warp has issued to the tensor core.
@@ -76,6 +81,7 @@ struct WgmmaIssue {
     uint64_t a_descriptor, b_descriptor;
     bool scale_d;
     Knowledge knowledge;
+    uint64_t issued_at = 0;  ///< cycle
 };
 
 struct Warpgroup {
@@ -83,6 +89,7 @@ struct Warpgroup {
     uint32_t executed = 0;            ///< instructions, in order; the agent's time
     std::deque<WgmmaIssue> queue[4];  ///< by warp
     bool active = false;              ///< its operation is listed
+    std::vector<uint64_t> ends;       ///< cycle at which each executed instruction ended
 };
 
 struct WgmmaState {
@@ -98,6 +105,17 @@ struct WgmmaState {
 struct BulkState {
     uint32_t group = 1;               ///< being filled, per lane
     std::map<uint32_t, int> reading, writing;  ///< operations of a group that still read, still write
+    std::map<uint32_t, uint64_t> read_at, written_at;  ///< cycles, by group
+
+    /// The cycle at which all groups up to `last` were done; forgets them.
+    static uint64_t done_at(std::map<uint32_t, uint64_t>& times, int64_t last) {
+        uint64_t at = 0;
+        while (!times.empty() && times.begin()->first <= last) {
+            at = std::max(at, times.begin()->second);
+            times.erase(times.begin());
+        }
+        return at;
+    }
 };
 
 struct Warp {
@@ -134,7 +152,11 @@ struct Warp {
     Agent bulk_read_agent = 0, bulk_write_agent = 0, copy_agent = 0;
     std::map<int, BulkState> bulk;    ///< by lane
     std::map<int, BulkState> copies;  ///< cp.async, by lane
-    uint64_t trace_start = 0;
+
+    uint64_t cycle = 0, slice_start = 0;  ///< of virtual time
+    uint32_t row = UINT32_MAX;            ///< in the trace
+    const Inst* doing = nullptr;          ///< what most of the open slice went to, by majority vote
+    uint32_t votes = 0;
 
     bool runnable() const;
     Knowledge release(uint32_t mask);
@@ -146,6 +168,7 @@ struct Cluster {
     std::vector<Cta*> ctas;
     uint32_t generation = 0;  ///< of barrier.cluster
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
     uint32_t live_ctas = 0;
 };
 
@@ -191,13 +214,20 @@ struct Launch {
     bool dependent = false;      ///< programmatic dependent launch: may start before its predecessor ends
     std::shared_ptr<Launch> predecessor;
     Knowledge before;            ///< what is ordered before it
+    uint64_t starts_at = 0, ends_at = 0, triggered_at = 0;  ///< cycles
     std::vector<std::unique_ptr<Cluster>> cluster_list;
     std::vector<std::unique_ptr<Cta>> ctas;
 };
 
 struct Device {
-    struct Sm { uint32_t ctas = 0, threads = 0, shared = 0; };
+    struct Sm {
+        uint32_t ctas = 0, threads = 0, shared = 0;
+        uint64_t freed_at = 0;   ///< cycle at which its last finished block ended
+        Engine copy_engine, tensor_core;
+        uint32_t copy_row = UINT32_MAX, tensor_row = UINT32_MAX;
+    };
     std::vector<Sm> sms;
+    uint64_t cycle = 0;          ///< at which the last finished launch ended
     std::deque<std::shared_ptr<Launch>> queue;  ///< in stream order; the first runs
     Knowledge done;              ///< all that finished launches did
     std::map<std::shared_ptr<const Program>, std::vector<uint64_t>> modules;  ///< addresses of module variables
@@ -309,6 +339,9 @@ class Machine {
     uint64_t progress = 0;  ///< counts whatever may let a blocked warp move
     uint32_t spinners = 0;
 
+    void wait_until(Warp& w, const Inst& inst, uint64_t at);
+    Engine::Slot occupy(const Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst);
+
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
     void wake_watchers(uint64_t low, uint64_t high);
@@ -335,6 +368,8 @@ class Machine {
     void finish_launch(Launch& launch);
     bool step_warp(Warp& w);
     void merge_groups(Warp& w);
+    void close_slice(Warp& w);
+    void advance(Warp& w, const Inst& inst);
     uint32_t slice_length();
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
@@ -344,6 +379,7 @@ class Machine {
     void slow_checks_before(Context& c, const Inst& inst);
     void slow_checks_after(Context& c, const Inst& inst);
 
+    const uint64_t* acting_ = nullptr;  ///< the cycle of the agent that moves
     std::vector<Warp*> runnable_;
     std::vector<std::unique_ptr<Operation>> operations_;
     std::vector<std::shared_ptr<const Program>> programs_;

@@ -41,7 +41,10 @@ void Machine::wake(Wait wait, uint64_t key) {
     for (Warp* w : list) {
         for (Group& g : w->groups) {
             if (g.wait != wait || g.key != key) continue;
-            if (wait == Wait::Spin) spinners--;
+            if (wait == Wait::Spin) {
+                spinners--;
+                if (acting_) g.woken_at = *acting_;
+            }
             g.wait = Wait::None;
         }
         queue(*w);
@@ -100,6 +103,7 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                 if (w->live) queue(*w);
             } else {
                 i -= runnable_.size();
+                acting_ = &operations_[i]->cycle;
                 progress++;
                 time++;
                 if (operations_[i]->step(*this)) {
@@ -107,6 +111,7 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                     operations_[i] = std::move(operations_.back());
                     operations_.pop_back();
                 }
+                acting_ = nullptr;
             }
             if (steps > options.max_steps)
                 throw Error(ErrorKind::Emulation, "more than max_steps = " + std::to_string(options.max_steps) + " instructions");
@@ -152,7 +157,19 @@ bool Machine::step_warp(Warp& w) {
     }
     const Launch& launch = *w.cta->launch;
     Context c{*this, w, nullptr, w.registers.data(), launch.constants.data(), 0, options.checks};
-    return run_group(w, w.groups[chosen], c, slice_length());
+    acting_ = &w.cycle;
+    bool synchronised = run_group(w, w.groups[chosen], c, slice_length());
+    acting_ = nullptr;
+    return synchronised;
+}
+
+/// An instruction takes a cycle to issue; moves and conversions between address spaces mostly leave no trace in SASS.
+void Machine::advance(Warp& w, const Inst& inst) {
+    if (inst.klass == Class::Move) return;
+    w.cycle++;
+    if (w.votes == 0) w.doing = &inst;
+    bool same = inst.source == w.doing->source && (inst.source || inst.klass == w.doing->klass);
+    w.votes += same ? 1 : -1u;
 }
 
 /// True if it ended at a step that synchronises.
@@ -160,6 +177,10 @@ bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
     const Program& program = *w.cta->launch->program;
     const Inst* code = program.code.data();
     Group* g = &start;
+    if (g->woken_at) {
+        wait_until(w, code[g->pc], g->woken_at);
+        g->woken_at = 0;
+    }
     for (; budget > 0; budget--) {
         const Inst& inst = code[g->pc];
         uint32_t mask = g->mask;
@@ -178,8 +199,12 @@ bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
                 return true;
             }
             flow = inst.execute(c, inst);
-            if (flow == Flow::Jump || flow == Flow::Blocked) return flow == Flow::Blocked;
+            if (flow == Flow::Blocked) return true;
+            advance(w, inst);
+            if (flow == Flow::Jump) return false;
             if (slow) slow_checks_after(c, inst);
+        } else {
+            advance(w, inst);
         }
         g->pc++;
         if (w.groups.size() > 1) {
@@ -267,11 +292,12 @@ void Machine::abandon() {
     sleepers_.clear();
     timed_.clear();
     spinners = 0;
+    acting_ = nullptr;
     for (Device& d : devices) {
         for (auto& launch : d.queue) launch->finished = true;
         d.queue.clear();
         d.done = {};
-        for (Device::Sm& sm : d.sms) sm = {};
+        for (Device::Sm& sm : d.sms) sm.ctas = sm.threads = sm.shared = 0;
     }
     memory.forget_order();
     log.clear();
