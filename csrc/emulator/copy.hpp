@@ -60,7 +60,7 @@ class Copy : public Operation {
     std::vector<std::pair<size_t, size_t>> pieces_, later_;
     std::vector<Cta*> used_;
     uint64_t issued_at_ = 0;
-    Engine::Slot slot_{0, 0};
+    uint64_t read_at_ = 0;         ///< cycle at which the source of a store is read
 };
 
 /// The new value of a reduction; shared with atom.

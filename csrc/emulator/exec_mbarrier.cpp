@@ -18,6 +18,7 @@ void complete_phase(Machine& m, Cta& cta, Mbarrier& b) {
     b.completed.proxy.add(b.agent, ~0u, b.phase + 1);
     b.arriving = {};
     b.completed_at = b.last_arrival;
+    b.last_arrival = 0;
     b.phase++;
     b.pending = b.expected;
     m.wake(Wait::Mbarrier, key_of(cta, b));
@@ -154,7 +155,8 @@ Flow arrive_on(Context& c, const Inst& i) {
                 if (count > b.expected) wrong = "drops more arrivals than are expected at " + show(b);
                 else b.expected -= count;
             }
-            if (wrong.empty()) wrong = arrive(c.m, *t.cta, b, count, c.w.cycle);
+            uint64_t cycle = c.w.cycle + (t.cta == c.w.cta ? 0 : timing::cluster_latency);
+            if (wrong.empty()) wrong = arrive(c.m, *t.cta, b, count, cycle);
             if (wrong.empty() && op.no_complete && b.phase != phase) wrong = "noComplete, but the phase completed";
             if (!wrong.empty()) c.fail(ErrorKind::Hazard, wrong, l);
             c.w.effects++;
@@ -182,7 +184,7 @@ Flow transact(Context& c, const Inst& i) {
 Flow wait(Context& c, const Inst& i) {
     const MbarrierOp& op = *static_cast<const MbarrierOp*>(i.extra);
     uint32_t done = 0;
-    uint64_t key = 0, hash = 0, completed_at = 0;
+    uint64_t key = 0, hash = 0, completed_at = 0, last = 0;
     std::string missing;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -194,7 +196,7 @@ Flow wait(Context& c, const Inst& i) {
             c.fail(ErrorKind::Hazard, "waits with the state of phase " + std::to_string(asked) + " at " + show(b), l);
         if (complete) {
             done |= 1u << l;
-            completed_at = std::max(completed_at, b.completed_at);
+            if (b.completed_at >= completed_at) completed_at = b.completed_at, last = b.offset;
             continue;
         }
         key = key_of(*t.cta, b);
@@ -206,14 +208,11 @@ Flow wait(Context& c, const Inst& i) {
         // only looks, and counts as blocked when it repeats itself.
         bool gives_up = c.group->timed_out || (!op.test && c.m.options.schedule == "random" && c.m.random.one_in(8));
         bool repeats = c.polls(hash);
-        if (op.test ? repeats : !gives_up || repeats) {
-            c.m.counts.barrier_waits++;
-            return c.block(Wait::Mbarrier, key, missing);
-        }
+        if (op.test ? repeats : !gives_up || repeats) return c.block(Wait::Mbarrier, key, missing);
     }
     c.group->timed_out = false;
     c.set_pred(i.a[0], done);
-    c.m.wait_until(c.w, i, completed_at);
+    c.m.wait_until(c.w, i, completed_at, {Wait::Mbarrier, last});
     if (c.checks && op.order != Order::Relaxed) {
         for (uint32_t left = done; left;) {
             Target t = barrier_at(c, op, i, __builtin_ctz(left));

@@ -166,11 +166,13 @@ class TensorCore : public Operation {
             }
         }
         m.counts.wgmma++;
-        m.counts.shared_read += static_cast<uint64_t>(n + (op.a_in_registers ? 0 : kTileRows)) * kTileBytes;
-        // 64 x n x 32 bytes: 4096 multiplications of 8 bits a cycle.
+        // The tensor core's rate, or that of shared memory where N is small.
+        uint64_t operand_bytes = static_cast<uint64_t>(n + (op.a_in_registers ? 0 : kTileRows)) * kTileBytes;
+        uint64_t cycles = std::max(static_cast<uint64_t>(n) / timing::tensor_columns_per_cycle, operand_bytes / timing::shared_bytes_per_cycle);
+        m.counts.shared_read += operand_bytes;
         uint64_t ready = g.ends.empty() ? 0 : g.ends.back();
         for (size_t k = 0; k < 4; k++) ready = std::max(ready, g.queue[k].front().issued_at);
-        cycle = m.occupy(cta_, Trace::Kind::Tensor, ready, static_cast<uint64_t>(n) / 2, inst).end;
+        cycle = m.occupy(cta_, Trace::Kind::Tensor, ready, cycles, inst).end;
         g.ends.push_back(cycle);
     }
 
@@ -255,7 +257,7 @@ Flow wait(Context& c, const Inst& i) {
         s.in_flight.pop_front();
     }
     s.retired = std::max(s.retired, needed);
-    if (needed) c.m.wait_until(w, i, g.ends[needed - 1]);
+    if (needed) c.m.wait_until(w, i, g.ends[needed - 1], {Wait::Wgmma, needed});
     if (c.checks && needed) {
         Knowledge k;
         k.generic.add(g.agent, ~0u, needed);

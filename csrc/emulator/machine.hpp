@@ -9,12 +9,14 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "error.hpp"
 #include "memory.hpp"
 #include "program.hpp"
 #include "random.hpp"
+#include "timing.hpp"
 #include "trace.hpp"
 
 namespace dsv3::emulator {
@@ -25,7 +27,7 @@ struct Cta;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
-enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network };
+enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Load, Stores };
 
 /// Lanes of a warp that stand at one instruction.
 struct Group {
@@ -38,7 +40,6 @@ struct Group {
     uint32_t stage = 0;        ///< of an instruction that blocks in the middle
     uint64_t token = 0;
     bool timed_out = false;    ///< woken because nothing else could move
-    uint64_t woken_at = 0;     ///< cycle of what ended a spin
     std::string waiting_for;
 };
 
@@ -55,7 +56,7 @@ struct Mbarrier {
     uint32_t init_access = 0;
     int init_lane = 0;
     Knowledge arriving, completed;
-    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles: so far in this phase, and of the last one
 };
 
 struct NamedBarrier {
@@ -64,7 +65,8 @@ struct NamedBarrier {
     uint32_t generation = 0;
     uint32_t result = 0, last_result = 0;  ///< of bar.red
     Knowledge arriving, completed;
-    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles: so far in this phase, and of the last one
+    uint64_t stores_arriving = 0, stored_at = 0;  ///< likewise: when the stores before it lie in memory
 };
 
 /// Something asynchronous that moves in steps of its own.
@@ -107,6 +109,7 @@ struct BulkState {
     uint32_t group = 1;               ///< being filled, per lane
     std::map<uint32_t, int> reading, writing;  ///< operations of a group that still read, still write
     std::map<uint32_t, uint64_t> read_at, written_at;  ///< cycles, by group
+    uint64_t last_at = 0;             ///< cycle of the last one issued
 
     /// The cycle at which all groups up to `last` were done; forgets them.
     static uint64_t done_at(std::map<uint32_t, uint64_t>& times, int64_t last) {
@@ -154,10 +157,17 @@ struct Warp {
     std::map<int, BulkState> bulk;    ///< by lane
     std::map<int, BulkState> copies;  ///< cp.async, by lane
 
-    uint64_t cycle = 0, slice_start = 0;  ///< of virtual time
-    uint32_t row = UINT32_MAX;            ///< in the trace
-    const Inst* doing = nullptr;          ///< what most of the open slice went to, by majority vote
-    uint32_t votes = 0;
+    // Virtual time; see timeline.cpp.
+    uint64_t cycle = 0;                   ///< up to its last instruction that had an issue slot
+    uint64_t issued = 0;                  ///< instructions since then
+    uint64_t stored_at = 0;               ///< cycle at which all its stores to global memory lie there
+    struct Loading { uint32_t word; uint64_t at; const Inst* inst; };
+    std::vector<Loading> loading;         ///< registers whose values are on their way
+    uint32_t partition = 0;               ///< of its SM
+    uint64_t slice_start = 0;
+    uint32_t row = Trace::no_row;
+    struct Run { const Inst* inst = nullptr; uint32_t key = 0, length = 0; uint64_t start = 0; };
+    Run run, short_run;                   ///< of instructions from one place: the open one, and of the open slice's others
 
     bool runnable() const;
     Knowledge release(uint32_t mask);
@@ -192,6 +202,7 @@ struct Cta {
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<Warpgroup> warpgroups;
     int operations = 0;     ///< asynchronous, that use its shared memory
+    uint32_t rows[3] = {Trace::no_row, Trace::no_row, Trace::no_row};  ///< of its engines in the trace
 };
 
 /// A kernel on its way through a device.
@@ -224,16 +235,24 @@ struct Device {
     bool dead = false;           ///< a fault: nothing of it moves any more
     struct Sm {
         uint32_t ctas = 0, threads = 0, shared = 0;
-        uint64_t freed_at = 0;   ///< cycle at which its last finished block ended
-        Engine copy_engine, tensor_core;
-        uint32_t copy_row = UINT32_MAX, tensor_row = UINT32_MAX;
+        uint32_t warps = 0;                 ///< so far: they take the partitions in turn
+        std::vector<uint64_t> freed;        ///< cycles at which blocks left whose place no other has taken
+        Engine copy_engine, bulk_stores, tensor_core;
+        Rate issue[timing::partitions];
+        struct Cached { uint64_t sector = UINT64_MAX, at = 0; };
+        std::vector<Cached> l1;
+        Rate loads{timing::sm_bytes_per_cycle}, stores{timing::sm_bytes_per_cycle}, shared_memory;  ///< the last by passes
     };
     std::vector<Sm> sms;
     uint64_t cycle = 0;          ///< at which the last finished launch ended
+    Rate memory, out[2], in[2];  ///< bytes; the ports to NVLink and to InfiniBand
     std::deque<std::shared_ptr<Launch>> queue;  ///< in stream order; the first runs
     Knowledge done;              ///< all that finished launches did
     std::map<std::shared_ptr<const Program>, std::vector<uint64_t>> modules;  ///< addresses of module variables
 };
+
+/// Latency in nanoseconds, from a load to its data or from one GPU to another, and bandwidth, of a link each way.
+struct LinkModel { uint64_t latency; double bytes_per_nanosecond; };
 
 struct Options {
     int devices = 1;
@@ -258,8 +277,9 @@ using ExternHandler = std::function<void(ExternCall&)>;
 
 /// Bytes and events, for `counters`.
 struct Counts {
-    uint64_t global_read = 0, global_write = 0, shared_read = 0, shared_write = 0, distributed_shared = 0, peer = 0;
-    uint64_t copy_read = 0, copy_write = 0, multicast = 0, bank_conflicts = 0, barrier_waits = 0, wgmma = 0;
+    uint64_t global_read = 0, global_write = 0, shared_read = 0, shared_write = 0, distributed_shared = 0;
+    uint64_t copy_read = 0, copy_write = 0, multicast = 0, bank_conflicts = 0, sectors = 0, wgmma = 0;
+    uint64_t barrier_waits = 0, barrier_wait_cycles = 0, tensor_core_cycles = 0, launch_cycles = 0;
 };
 
 /// Where an address leads.
@@ -309,6 +329,13 @@ struct Context {
     /// After memory changed: wakes those that poll it.
     void changed(const Target& t, uint32_t bytes) const;
     void publish(const Target& t, uint32_t bytes, Published p, bool keep) const;
+
+    /// Counts the access of the active lanes, `bytes` each, and says when it reaches memory and when its result is back.
+    struct Arrival { uint64_t there, back; };
+    /// `cached`: a load that may find its sectors in L1.
+    Arrival access(const Target* targets, uint32_t bytes, bool reads, bool writes, bool cached = false) const;
+    void await_values(const Inst& inst, const Target* targets, uint32_t bytes) const;
+    void await_stores(const Inst& inst, Scope scope) const;
 };
 
 /// The PTX machine: one or more devices in one address space, run by one thread from a seed.
@@ -343,8 +370,24 @@ class Machine {
     uint64_t progress = 0;  ///< counts whatever may let a blocked warp move
     uint32_t spinners = 0;
 
-    void wait_until(Warp& w, const Inst& inst, uint64_t at);
-    Engine::Slot occupy(const Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst);
+    // Virtual time; see timeline.cpp.
+    LinkModel memory_model{350, 4800};
+    using Arrival = Context::Arrival;
+    struct Transfer { uint64_t through, there; };
+    void issue(Warp& w);
+    void wait_until(Warp& w, const Inst& inst, uint64_t at, Cause cause);
+    void expect_result(Warp& w, Ref destination, uint64_t at, const Inst& inst);
+    Slot occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t bytes = 0);
+    Device::Sm& sm_of(const Cta& cta);
+    Slot cross(int from, int to, uint64_t ready, uint64_t bytes);
+    uint64_t one_way(int device, int owner) const;
+    Arrival reach_memory(const Cta& cta, int owner, uint64_t ready, uint64_t bytes, bool write);
+    Transfer transfer(const std::vector<Cta*>& ctas, int owner, uint64_t ready, uint64_t bytes, bool store, const Inst& inst);
+    uint64_t transfer_between_blocks(Cta& from, uint64_t ready, uint64_t bytes, const Inst& inst);
+    uint64_t message(const Cta& cta, int to, uint64_t bytes, uint64_t ready, const Inst& inst);
+    void stamp(const Target& t, uint32_t bytes, uint64_t at);
+    uint64_t stamp_of(const Target& t, uint32_t bytes) const;
+    void set_rates();
 
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
@@ -375,6 +418,9 @@ class Machine {
     bool step_warp(Warp& w);
     void merge_groups(Warp& w);
     void close_slice(Warp& w);
+    void slice(Warp& w, uint64_t end, const Inst* named);
+    void await_results(Warp& w, const Inst& inst);
+    void align_clocks();
     void advance(Warp& w, const Inst& inst);
     uint32_t slice_length();
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
@@ -385,7 +431,8 @@ class Machine {
     void slow_checks_before(Context& c, const Inst& inst);
     void slow_checks_after(Context& c, const Inst& inst);
 
-    const uint64_t* acting_ = nullptr;  ///< the cycle of the agent that moves
+    std::map<std::pair<int, int>, uint32_t> link_rows_;  ///< in the trace
+    std::unordered_map<uint64_t, uint64_t> stamps_;  ///< cycles, by Target::watch() / 4
     std::vector<Warp*> runnable_;
     std::vector<std::shared_ptr<Launch>> dead_launches_;  ///< kept while others may refer to their warps
     std::vector<std::unique_ptr<Operation>> operations_;

@@ -16,8 +16,12 @@ constexpr uint64_t for_good = UINT64_MAX;
 /// Moves one queue pair; listed while anything is in it.
 class Network::Delivery : public Operation {
   public:
-    Delivery(Network& network, QueuePair& qp) : network_(network), qp_(qp) {}
-    bool step(Machine& m) override { return network_.step(m, qp_); }
+    Delivery(Network& network, QueuePair& qp) : network_(network), qp_(qp) { cycle = qp.queue.front()->cycle; }
+    bool step(Machine& m) override {
+        bool finished = network_.step(m, qp_);
+        if (!qp_.queue.empty()) cycle = qp_.queue.front()->cycle;
+        return finished;
+    }
 
   private:
     Network& network_;
@@ -90,6 +94,10 @@ void Network::post(Context& c, const Inst& inst, int lane, int rank, int queue_p
     const LinkModel& model = same_node(from, rank) ? nvlink_ : infiniband_;
     link.free_at = std::max(link.free_at, m.time) + static_cast<uint64_t>(static_cast<double>(r.bytes) / model.bytes_per_nanosecond);
     r.ready_at = link.free_at + model.latency;
+    m.issue(c.w);
+    auto fenced = fenced_.find({from, rank});
+    if (fenced != fenced_.end()) qp.last_cycle = std::max(qp.last_cycle, fenced->second);
+    r.cycle = qp.last_cycle = std::max(qp.last_cycle, m.message(*c.w.cta, rank, r.bytes, c.w.cycle, inst));
     r.lost = dead_[static_cast<size_t>(rank)] || qp.broken || link.drops.count(count.messages);
     // A reliable connection that lost a message delivers nothing behind it.
     qp.broken |= r.lost;
@@ -159,9 +167,12 @@ bool Network::step(Machine& m, QueuePair& qp) {
 
 void Network::finish(Machine& m, QueuePair& qp, bool delivered) {
     Request& r = *qp.queue.front();
+    qp.done_at = std::max(qp.done_at, r.cycle);
+    Launch& launch = *r.warp->cta->launch;
+    launch.ends_at = std::max(launch.ends_at, r.cycle);
     if (delivered) qp.done = r.number;
     else counts[{qp.from, qp.to}].lost++;
-    r.warp->cta->launch->operations--;
+    launch.operations--;
     qp.queue.pop_front();
     m.wake(Wait::Network, static_cast<uint64_t>(qp.from));
 }
@@ -211,6 +222,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
         default: break;
     }
     std::memcpy(t.data, &value, r.bytes);
+    m.stamp(t, r.bytes, r.cycle);
     if (m.options.checks) {
         Knowledge k = r.knowledge;
         k.generic.join(r.fence.before);
@@ -230,7 +242,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     if (m.spinners) m.wake_watchers(t.watch(), t.watch() + r.bytes);
 }
 
-std::string Network::pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const {
+std::string Network::pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed, uint64_t* done_at) const {
     std::string text;
     for (auto& [key, qp] : queue_pairs_) {
         if (qp.from != from || (to != all_ranks && qp.to != to)) continue;
@@ -240,6 +252,7 @@ std::string Network::pending(int from, int to, const std::vector<int>& queue_pai
         if (qp.issued != qp.done)
             text += (text.empty() ? "" : ", ") + std::to_string(qp.issued - qp.done) + " message(s) to rank " + std::to_string(qp.to) +
                     (qp.broken ? ", of which some were lost" : "");
+        *done_at = std::max(*done_at, qp.done_at + timing::cycles(link(qp.from, qp.to).latency));
         if (!qp.reads || !completed) continue;
         completed->generic.add(qp.reads, ~0u, qp.done);
         completed->generic.add(qp.writes, ~0u, qp.done);
@@ -251,7 +264,10 @@ void Network::fence(int from) {
     Fence& fence = fences_[static_cast<size_t>(from)];
     fence.serial = serial_;
     for (auto& [key, qp] : queue_pairs_) {
-        if (qp.from != from || !qp.reads) continue;
+        if (qp.from != from) continue;
+        uint64_t& fenced = fenced_[{from, qp.to}];
+        fenced = std::max(fenced, qp.last_cycle);
+        if (!qp.reads) continue;
         fence.before.add(qp.reads, ~0u, qp.issued);
         fence.before.add(qp.writes, ~0u, qp.issued);
     }

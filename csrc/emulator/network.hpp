@@ -11,9 +11,6 @@
 
 namespace dsv3::emulator {
 
-/// Virtual time that a message takes: latency, and its bytes one behind the other on the link.
-struct LinkModel { uint64_t latency; double bytes_per_nanosecond; };
-
 /// Queue pairs between devices, beneath NVSHMEM's device functions. What one queue pair carries arrives in order, nothing
 /// else does; data is read from its source and lands late, in pieces, at moments that the scheduler chooses.
 ///
@@ -35,7 +32,8 @@ class Network {
     void put(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, int rank, int queue_pair);
     void atomic(Context& c, const Inst& inst, int lane, uint64_t to, const Atomic& atomic, int rank, int queue_pair);
     /// Empty once nothing that matches is under way; else what is. Then `completed` is what the caller may know.
-    std::string pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const;
+    /// `done_at`: the cycle at which the last of it was.
+    std::string pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed, uint64_t* done_at) const;
     void fence(int from);
     void fill_device_state(Machine& m, int rank, Region& state) const;
 
@@ -47,9 +45,15 @@ class Network {
     void reset() { queue_pairs_.clear(); }  ///< after a failure
 
     bool same_node(int a, int b) const { return a / ranks_per_node_ == b / ranks_per_node_; }
-    struct LinkCounts { uint64_t messages = 0, bytes = 0, lost = 0; };
+    struct LinkCounts { uint64_t messages = 0, bytes = 0, lost = 0; };  ///< of messages
     std::map<std::pair<int, int>, LinkCounts> counts;
     int ranks() const { return ranks_; }
+    /// Bytes of accesses to a peer's memory by its address.
+    void count_direct(int from, int to, uint64_t bytes) { direct[{from, to}] += bytes; }
+    std::map<std::pair<int, int>, uint64_t> direct;
+    const LinkModel& link(int a, int b) const { return same_node(a, b) ? nvlink_ : infiniband_; }
+    const LinkModel& nvlink() const { return nvlink_; }
+    const LinkModel& infiniband() const { return infiniband_; }
 
   private:
     struct Fence { uint64_t serial = 0; Clock before; };  ///< the last request before it, and all of them as clocks
@@ -58,6 +62,7 @@ class Network {
         const Inst* inst;
         int lane;
         uint64_t to = 0, from = 0, bytes = 0, serial = 0, ready_at = 0;
+        uint64_t cycle = 0;            ///< at which it is there
         bool is_atomic = false, lost = false;
         Atomic atomic{};
         Fence fence;
@@ -70,6 +75,7 @@ class Network {
         uint32_t launch = 0;           ///< whose agents these are
         Agent reads = 0, writes = 0;
         uint32_t issued = 0, done = 0;
+        uint64_t last_cycle = 0, done_at = 0;  ///< of the last one issued, done
         bool active = false, broken = false;
         std::deque<std::unique_ptr<Request>> queue{};
     };
@@ -91,6 +97,7 @@ class Network {
     std::map<std::tuple<int, int, int>, QueuePair> queue_pairs_;
     std::map<std::pair<int, int>, Link> links_;
     std::vector<Fence> fences_;        ///< by rank: its last one
+    std::map<std::pair<int, int>, uint64_t> fenced_;  ///< by ranks: the cycle at which all before that fence is there
     std::vector<bool> dead_;
     uint64_t serial_ = 0;
 };

@@ -92,17 +92,19 @@ Flow signal_op(Context& c, const Inst& i, const CallTarget& t) {
     });
 }
 
-Flow wait_quiet(Context& c, int to, const std::vector<int>& queue_pairs) {
+Flow wait_quiet(Context& c, const Inst& i, int to, const std::vector<int>& queue_pairs) {
     int from = c.w.cta->launch->device;
     Knowledge completed;
-    std::string pending = c.m.network->pending(from, to, queue_pairs, c.checks ? &completed : nullptr);
+    uint64_t done_at = 0;
+    std::string pending = c.m.network->pending(from, to, queue_pairs, c.checks ? &completed : nullptr, &done_at);
     if (!pending.empty()) return c.block(Wait::Network, static_cast<uint64_t>(from), "quiet: " + pending);
+    c.m.wait_until(c.w, i, done_at, {Wait::Network, 0});
     c.w.acquire(c.mask, completed);
     return Flow::Yield;
 }
 
 /// (use_membar, rank, queue pairs, how many); all lanes are taken to name the same.
-Flow transfer_quiet(Context& c, const Inst&, const CallTarget& t) {
+Flow transfer_quiet(Context& c, const Inst& i, const CallTarget& t) {
     expect_arguments(c, t, 4);
     int l = __builtin_ctz(c.mask), count = integer(c, t, 3, l);
     uint64_t list = argument(c, t, 2, l);
@@ -112,9 +114,9 @@ Flow transfer_quiet(Context& c, const Inst&, const CallTarget& t) {
         std::memcpy(&q, c.locate(Space::Generic, list + 4 * static_cast<uint64_t>(k), 4, 4, l, false).data, 4);
         queue_pairs.push_back(q);
     }
-    return wait_quiet(c, integer(c, t, 1, l), queue_pairs);
+    return wait_quiet(c, i, integer(c, t, 1, l), queue_pairs);
 }
-Flow quiet(Context& c, const Inst&, const CallTarget&) { return wait_quiet(c, Network::all_ranks, {}); }
+Flow quiet(Context& c, const Inst& i, const CallTarget&) { return wait_quiet(c, i, Network::all_ranks, {}); }
 
 Flow fence(Context& c, const Inst&, const CallTarget&) {
     c.m.network->fence(c.w.cta->launch->device);

@@ -41,10 +41,7 @@ void Machine::wake(Wait wait, uint64_t key) {
     for (Warp* w : list) {
         for (Group& g : w->groups) {
             if (g.wait != wait || g.key != key) continue;
-            if (wait == Wait::Spin) {
-                spinners--;
-                if (acting_) g.woken_at = *acting_;
-            }
+            if (wait == Wait::Spin) spinners--;
             g.wait = Wait::None;
         }
         queue(*w);
@@ -64,8 +61,16 @@ void Machine::wake_watchers(uint64_t low, uint64_t high) {
 size_t Machine::pick() {
     size_t n = runnable_.size() + operations_.size();
     if (options.schedule == "round_robin") return turn_++ % n;
-    if (options.schedule != "pct") return choose(static_cast<uint32_t>(n));
+    if (options.schedule != "pct" && options.schedule != "timed") return choose(static_cast<uint32_t>(n));
     size_t best = 0;
+    if (options.schedule == "timed") {
+        uint64_t earliest = UINT64_MAX;
+        for (size_t i = 0; i < n; i++) {
+            uint64_t at = i < runnable_.size() ? runnable_[i]->cycle + runnable_[i]->issued : operations_[i - runnable_.size()]->cycle;
+            if (at < earliest) earliest = at, best = i;
+        }
+        return best;
+    }
     uint64_t highest = 0;
     for (size_t i = 0; i < n; i++) {
         uint64_t p = i < runnable_.size() ? priorities_[runnable_[i]->id] : operations_[i - runnable_.size()]->priority;
@@ -80,7 +85,7 @@ size_t Machine::pick() {
 
 uint32_t Machine::slice_length() {
     if (options.schedule == "random") return 1 + random.below(random.one_in(4) ? 512 : 64);
-    return options.schedule == "round_robin" ? 32 : options.schedule == "pct" ? 64 : 4096;
+    return options.schedule == "round_robin" || options.schedule == "timed" ? 32 : options.schedule == "pct" ? 64 : 4096;
 }
 
 void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
@@ -107,7 +112,6 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                 if (w->live) queue(*w);
             } else {
                 i -= runnable_.size();
-                acting_ = &operations_[i]->cycle;
                 progress++;
                 time++;
                 if (operations_[i]->step(*this)) {
@@ -115,7 +119,6 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                     operations_[i] = std::move(operations_.back());
                     operations_.pop_back();
                 }
-                acting_ = nullptr;
             }
             if (steps > options.max_steps)
                 throw Error(ErrorKind::Emulation, "more than max_steps = " + std::to_string(options.max_steps) + " instructions");
@@ -154,42 +157,32 @@ bool Machine::step_warp(Warp& w) {
         if (chosen == w.groups.size() || w.groups[i].pc < w.groups[chosen].pc) chosen = i;
     }
     if (ready == 0) return true;
-    if (ready > 1 && options.schedule != "exhaustive" && choose(8) == 0) {
+    if (ready > 1 && options.schedule != "exhaustive" && options.schedule != "timed" && choose(8) == 0) {
         uint32_t n = choose(ready);
         for (chosen = 0;; chosen++)
             if (w.groups[chosen].wait == Wait::None && n-- == 0) break;
     }
     const Launch& launch = *w.cta->launch;
     Context c{*this, w, nullptr, w.registers.data(), launch.constants.data(), 0, options.checks};
-    acting_ = &w.cycle;
-    bool synchronised = run_group(w, w.groups[chosen], c, slice_length());
-    acting_ = nullptr;
-    return synchronised;
+    return run_group(w, w.groups[chosen], c, slice_length());
 }
 
-/// An instruction takes a cycle to issue; moves and conversions between address spaces mostly leave no trace in SASS.
-void Machine::advance(Warp& w, const Inst& inst) {
-    if (inst.klass == Class::Move) return;
-    w.cycle++;
-    if (w.votes == 0) w.doing = &inst;
-    bool same = inst.source == w.doing->source && (inst.source || inst.klass == w.doing->klass);
-    w.votes += same ? 1 : -1u;
-}
+namespace {
+
+/// What this instruction reads of virtual time must be settled first.
+bool on_the_clock(const Inst& inst) { return inst.klass >= Class::Memory && inst.klass <= Class::Wgmma; }
+
+}  // namespace
 
 /// True if it ended at a step that synchronises.
 bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
     const Program& program = *w.cta->launch->program;
     const Inst* code = program.code.data();
     Group* g = &start;
-    if (g->woken_at) {
-        wait_until(w, code[g->pc], g->woken_at);
-        g->woken_at = 0;
-    }
     for (; budget > 0; budget--) {
         const Inst& inst = code[g->pc];
         uint32_t mask = g->mask;
         if (inst.guard != no_ref) mask &= inst.guard_negated ? ~c.registers[inst.guard] : c.registers[inst.guard];
-        executed[static_cast<size_t>(inst.klass)]++;
         steps++;
         time++;
         Flow flow = Flow::Next;
@@ -202,12 +195,16 @@ bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
                 c.block(Wait::Lanes, w.id, "other lanes at a .aligned instruction");
                 return true;
             }
+            if (!w.loading.empty()) await_results(w, inst);
+            if (on_the_clock(inst)) issue(w);
             flow = inst.execute(c, inst);
             if (flow == Flow::Blocked) return true;
+            executed[static_cast<size_t>(inst.klass)]++;
             advance(w, inst);
             if (flow == Flow::Jump) return false;
             if (slow) slow_checks_after(c, inst);
         } else {
+            executed[static_cast<size_t>(inst.klass)]++;
             advance(w, inst);
         }
         g->pc++;
@@ -247,6 +244,7 @@ void Machine::nothing_moves() {
             if (g.wait == Wait::Spin) spinners--;
             std::vector<Warp*>& list = waiters_[{g.wait, g.key}];
             list.erase(std::remove(list.begin(), list.end(), w), list.end());
+            wait_until(*w, w->cta->launch->program->code[g.pc], w->cycle + timing::cycles(jump_), {g.wait, g.key & 0xFFFFFF});
             g.wait = Wait::None;
             g.timed_out = true;
         }
@@ -319,13 +317,13 @@ void Machine::abandon() {
     sleepers_.clear();
     timed_.clear();
     spinners = 0;
-    acting_ = nullptr;
     for (Device& d : devices) {
         for (auto& launch : d.queue) launch->finished = true;
         d.queue.clear();
         d.done = {};
         for (Device::Sm& sm : d.sms) sm.ctas = sm.threads = sm.shared = 0;
     }
+    align_clocks();
     memory.forget_order();
     log.clear();
     warps_by_id.clear();

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -12,56 +10,44 @@ namespace dsv3::emulator {
 
 struct Inst;
 struct Program;
+enum class Wait : uint8_t;
 
-/// What things cost in virtual time, in SM cycles: round figures of an H200, not measurements. Issue slots, caches and
-/// the SMs' share of memory are not modelled.
-namespace timing {
-constexpr uint64_t copy_latency = 600;         ///< from issue to the first byte, or to the last byte's visibility
-constexpr uint64_t copy_bytes_per_cycle = 64;  ///< the port of an SM
-constexpr uint64_t remote_store_latency = 200; ///< st.async and red.async in a cluster
-constexpr uint64_t megahertz = 1755;
-}  // namespace timing
+/// What a wait waited for: by kind a shared offset, the number of a barrier, an address, a code index, ...
+struct Cause { Wait wait; uint64_t object; };
 
-/// A unit that does one thing at a time. Work comes in any order of virtual time, since the order in which agents move
-/// is the scheduler's: each piece takes the first gap that is wide enough.
-class Engine {
-  public:
-    struct Slot { uint64_t start, end; };
-    Slot reserve(uint64_t ready, uint64_t cycles) {
-        auto next = busy_.upper_bound(ready);
-        if (next != busy_.begin()) ready = std::max(ready, std::prev(next)->second);
-        while (next != busy_.end() && next->first < ready + cycles) ready = next->second, ++next;
-        Slot slot{ready, ready + cycles};
-        auto it = busy_.emplace(slot.start, slot.end).first;
-        if (next != busy_.end() && next->first == slot.end) it->second = next->second, busy_.erase(next);
-        if (it != busy_.begin() && std::prev(it)->second == slot.start) std::prev(it)->second = it->second, busy_.erase(it);
-        return slot;
-    }
-    void forget() { busy_.clear(); }
-
-  private:
-    std::map<uint64_t, uint64_t> busy_;  ///< start to end, touching intervals joined
-};
-
-/// What warps and engines did when, for Perfetto / chrome://tracing.
+/// What warps, engines and links did when, for Perfetto / chrome://tracing.
 class Trace {
   public:
-    enum class Kind : uint8_t { Run, Wait, Copy, Store, Tensor };
-    enum Unit : int { copy_engine = -2, tensor_core = -1 };  ///< or the number of a warp
+    enum class Kind : uint8_t { Run, Wait, Load, Store, Tensor, Message };
+    enum Unit : int { link = -4, bulk_stores = -3, copy_engine = -2, tensor_core = -1 };  ///< or the number of a warp
     struct Row {
         int device;
-        uint32_t sm;
         int unit;
-        uint32_t launch;  ///< the rest for warps only
-        std::string kernel;
-        uint32_t block[3];
+        int peer = 0;            ///< of a link: the device at its other end
+        uint32_t cta = 0;        ///< the rest not for links
+        uint32_t sm = 0, launch = 0;
+        std::string kernel{};
+        uint32_t block[3] = {0, 0, 0};
     };
-    struct Span { uint32_t row; Kind kind; uint64_t start, end; const Program* program; const Inst* inst; };
+    struct Span {
+        uint32_t row;
+        Kind kind;
+        uint64_t start, end;
+        const Program* program;
+        const Inst* inst;
+        Cause cause;             ///< of a Wait
+    };
     static constexpr size_t max_spans = 1 << 18;
+    static constexpr uint32_t no_row = UINT32_MAX;
 
-    void span(uint32_t row, Kind kind, uint64_t start, uint64_t end, const std::shared_ptr<const Program>& program, const Inst& inst) {
-        if (programs_.empty() || programs_.back() != program) programs_.push_back(program);
-        spans.push_back({row, kind, start, end, program.get(), &inst});
+    void span(uint32_t row, Kind kind, uint64_t start, uint64_t end, const std::shared_ptr<const Program>& program, const Inst& inst,
+              Cause cause = {}) {
+        if (std::find(programs_.begin(), programs_.end(), program) == programs_.end()) programs_.push_back(program);
+        spans.push_back({row, kind, start, end, program.get(), &inst, cause});
+    }
+    uint32_t add(Row row) {
+        rows.push_back(std::move(row));
+        return static_cast<uint32_t>(rows.size() - 1);
     }
     bool full() {
         bool f = spans.size() >= max_spans;

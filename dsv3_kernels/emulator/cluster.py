@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,8 @@ from torch import Tensor
 
 from .errors import DeadlockError, EmulationError
 from .gpu import VirtualGPU, _active
+from .links import HBM, IB, NVLINK, Link
 from .machine import Argument, Dim3, Machine
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a message takes in virtual time: latency in nanoseconds, bandwidth in GB/s one way."""
-
-    latency: int
-    bandwidth: float
-
-    def __post_init__(self) -> None:
-        if self.latency < 0 or not self.bandwidth > 0:
-            raise ValueError(f"Link: got {self}, expected latency >= 0 ns and bandwidth > 0 GB/s")
-
-
-# Orders of magnitude to compare protocols with: NVLink 4 and one 400 Gbit/s NIC a GPU.
-NVLINK = Link(latency=700, bandwidth=450.0)
-IB = Link(latency=2500, bandwidth=50.0)
 
 
 class Group:
@@ -80,8 +63,9 @@ class VirtualCluster:
 
     NVSHMEM's device functions run on a virtual network between them: a message on a queue pair arrives
     behind the earlier ones of that queue pair, late, in pieces, and in no order with any other. Remote
-    memory is named by tensors of `symmetric`. nvlink (inside a node) and ib (between nodes): what messages
-    take in virtual time.
+    memory is named by tensors of `symmetric`. nvlink (inside a node), ib (between nodes) and memory (a GPU's):
+    latency and bandwidth in virtual time. A GPU has one port to NVLink and one to InfiniBand, each with its
+    link's bandwidth in and out, for all its peers together.
     """
 
     def __init__(
@@ -97,6 +81,7 @@ class VirtualCluster:
         max_steps: int = 2**40,
         nvlink: Link = NVLINK,
         ib: Link = IB,
+        memory: Link = HBM,
     ) -> None:
         if nodes < 1 or gpus_per_node < 1:
             raise ValueError(f"nodes is {nodes}, gpus_per_node is {gpus_per_node}, expected 1 or more")
@@ -106,6 +91,7 @@ class VirtualCluster:
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )
+        self._machine.core.set_memory(memory.latency, memory.bandwidth)
 
     def launch(
         self,
@@ -164,10 +150,11 @@ class VirtualCluster:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """As `VirtualGPU.counters`; `["links"][source, destination]` holds messages, bytes, lost and kind."""
+        """As `VirtualGPU.counters`, over all ranks; `launch_cycles` is of the launch that ended last."""
         return self._machine.core.counters()
 
     def trace(self, path: str | Path) -> None:
+        """As `VirtualGPU.trace`, with the links between ranks."""
         self._machine.trace(path)
 
 

@@ -1,20 +1,26 @@
 """What a machine did in virtual time, as JSON for Perfetto and chrome://tracing.
 
-A process an SM; in it a row for its copy engine, one for its tensor core, and one a warp. Time is virtual:
-a nanosecond of the viewer is one cycle of the SM (1.755 GHz). A warp issues an instruction a cycle, moves
-free; a wgmma m64nN takes N/2 cycles of its SM's tensor core, which is the peak rate; the copy engine moves
-64 bytes a cycle, 600 cycles after the request. Waits last until what they wait for has happened. So it
-shows what overlaps with what, at rates that are round figures; it does not predict seconds.
+Virtual time counts cycles of an SM; a nanosecond of the viewer is one. Agents overlap in it: a warp has its own
+clock, an engine is busy while it works, and a wait ends at the later of the waiter's clock and of what it waits
+for. The rates are round figures of a Hopper (csrc/emulator/timing.hpp; memory and links: links.py): an SM issues
+4 instructions a cycle, one for each quarter of its warps; a wgmma m64nN takes N/2 cycles of the SM's tensor core,
+which is 4096 FP8 multiply-adds a cycle; copies and bulk stores pass an SM's port at 64 bytes a cycle. L2 and
+what ptxas makes of the PTX are not modelled. It is for comparing two schedules or protocols: what overlaps, who
+waits for whom, which of the two is shorter. It does not predict seconds.
 
-A warp's slices: `category` "wait", named by the instruction that waits, and "run", named by the source line
-(without line information: the class of instruction) that most of it went to. Together they leave no gap.
-An engine's slices: "load" and "store" of the copy engine, where the bytes cross its port, and "wgmma".
+A process a block: a row a warp, then the copy engine (bulk and tensor copies into its shared memory, where the
+bytes pass its SM's port), the tensor core, and bulk stores. In a cluster of GPUs also a process a rank for its
+network, a row a link with its messages, while the sender's port is busy with them.
+
+A warp's slices leave no gap: "run", named by the class of instruction and, with line information, the source line
+(of an inlined function, the line that calls it) that it is busy with, and "wait", named by what it waits for.
+`args` hold the cycles, the PTX line and the source line with all that it was inlined at.
 """
 
 from pathlib import PurePath
 from typing import Any
 
-ENGINES = {-2: "copy engine", -1: "tensor core"}
+_LINK = -4  # the unit of a row; engines are -1 to -3, warps 0 and up
 
 
 def _short(source: str) -> str:
@@ -24,44 +30,49 @@ def _short(source: str) -> str:
 
 def chrome_trace(core: Any) -> dict[str, Any]:
     rows = core.trace_rows
-    several_launches = len({launch for _, _, unit, launch, _, _ in rows if unit >= 0}) > 1
-    several_devices = any(device for device, *_ in rows)
-    processes: dict[tuple[int, int], int] = {}
-    for device, sm in sorted({(device, sm) for device, sm, *_ in rows}):
-        processes[device, sm] = len(processes)
+    several = any(device for device, *_ in rows)
     events: list[dict[str, Any]] = []
 
     def describe(event: str, pid: int, tid: int, **args: Any) -> None:
         events.append({"ph": "M", "name": event, "pid": pid, "tid": tid, "args": args})
 
-    for (device, sm), pid in processes.items():
-        name = f"SM {sm}"
-        describe("process_name", pid, 0, name=f"rank {device} / {name}" if several_devices else name)
-    in_order = sorted(range(len(rows)), key=lambda tid: (rows[tid][3], rows[tid][5][::-1], rows[tid][2]))
-    for place, tid in enumerate(in_order):
-        device, sm, unit, launch, kernel, block = rows[tid]
-        if unit < 0:
-            name = ENGINES[unit]
-        else:
-            index = block[0] if not block[1] and not block[2] else tuple(block)
-            name = f"block {index} / warp {unit}"
-            if several_launches:
-                name = f"launch {launch} {kernel} / {name}"
-        pid = processes[device, sm]
-        describe("thread_name", pid, tid, name=name)
-        describe("thread_sort_index", pid, tid, sort_index=place)
-    for row, category, start, end, name, source, line in core.trace_spans:
-        device, sm, *_ = rows[row]
+    pids: dict[tuple[int, int], int] = {}
+    for device, cta, unit, _, sm, launch, kernel, block in rows:
+        if (device, cta) in pids:
+            continue
+        pid = pids[device, cta] = len(pids)
+        name = "network" if unit == _LINK else f"block {block} of {kernel}, launch {launch}, SM {sm}"
+        describe("process_name", pid, 0, name=f"rank {device} / {name}" if several else name)
+        describe("process_sort_index", pid, 0, sort_index=device * 2**20 + cta)
+    for tid, (device, cta, unit, name, *_) in enumerate(rows):
+        describe("thread_name", pids[device, cta], tid, name=name)
+        describe("thread_sort_index", pids[device, cta], tid, sort_index=unit if unit >= 0 else 100 - unit)
+
+    free_at = [0] * len(rows)
+    for row, kind, start, end, name, place, source, line, cause, size in sorted(
+        core.trace_spans, key=lambda span: (span[0], span[2], span[3])
+    ):
+        # Messages that share a port with others take turns in slices of a few cycles: shown one behind the other.
+        start = max(start, free_at[row]) if kind == "message" else start
+        if start >= end:
+            continue
+        free_at[row] = end
+        title = {"run": f"{name} {_short(place)}".rstrip(), "wait": f"wait for {cause}"}.get(kind, name)
+        args: dict[str, Any] = {"cycles": [start, end], "ptx_line": line, "source": source}
+        if kind in ("load", "store", "message"):
+            args["bytes"] = size
+        if kind == "wait":
+            args["instruction"] = name
         events.append(
             {
                 "ph": "X",
-                "pid": processes[device, sm],
+                "pid": pids[rows[row][0], rows[row][1]],
                 "tid": row,
                 "ts": start / 1e3,
                 "dur": (end - start) / 1e3,
-                "cat": category,
-                "name": _short(source) if category == "run" and source else name,
-                "args": {"cycles": [start, end], "ptx_line": line, "source": source},
+                "cat": kind,
+                "name": title,
+                "args": args,
             }
         )
     return {
