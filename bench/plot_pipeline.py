@@ -1,8 +1,9 @@
 """The pipeline of the FP8 GEMM over virtual time, drawn from the emulator's trace of one SM.
 
-Rows: the producer warp, the copy engine, the tensor core, and a warp of each math warpgroup, which waits for
-wgmma and promotes its sums while the other's wgmma run. The time is virtual, at the rates that
-dsv3_kernels/emulator/trace.py names: it shows what overlaps, not how many seconds it takes.
+Two 128x128 tiles, one after the other: the producer warp asks the copy engine for stages, two math warpgroups
+feed the tensor core in turn, each promoting its sums while the other's wgmma run, and the finished tile
+leaves by bulk stores under the next tile's main loop. The time is virtual (dsv3_kernels/emulator/trace.py): it shows
+what overlaps, not how many seconds it takes.
 """
 
 import argparse
@@ -14,17 +15,27 @@ from typing import Any
 import torch
 from report import RESULTS
 
-import dsv3_kernels as dk
+import dsv3_kernels as dsv3
 from dsv3_kernels import emulator, gemm
 
 TILE = (128, 128)
-COLORS = {"load": "#4c78a8", "store": "#9ecae9", "wgmma": "#e45756", "run": "#54a24b", "wait": "#e4e4e4"}
-LABELS = {
-    "load": "TMA load",
-    "store": "TMA store",
-    "wgmma": "wgmma",
-    "run": "warp runs (issue, promotion)",
-    "wait": "warp waits",
+ROWS = {
+    "warp 8": "producer warp",
+    "copy engine": "copy engine",
+    "tensor core": "tensor core",
+    "warp 0": "math warpgroup 0",
+    "warp 4": "math warpgroup 1",
+    "bulk stores": "bulk stores",
+}
+# Okabe and Ito's palette, which the colour-blind can tell apart too.
+COLORS = {
+    "TMA load": "#56B4E9",
+    "wgmma of warpgroup 0": "#D55E00",
+    "wgmma of warpgroup 1": "#F0B85A",
+    "promotion to FP32": "#009E73",
+    "other instructions": "#5B6770",
+    "waiting": "#E6E8EA",
+    "TMA store": "#CC79A7",
 }
 
 
@@ -32,11 +43,11 @@ def trace(k: int, tiles: int, seed: int) -> list[dict[str, Any]]:
     """Events of a GEMM of one column of tiles on one SM."""
     torch.manual_seed(seed)
     rows, columns = TILE[0] * tiles, TILE[1]
-    a, b = dk.quantize_1x128(torch.randn(rows, k)), dk.quantize_128x128(torch.randn(columns, k))
+    a, b = dsv3.quantize_1x128(torch.randn(rows, k)), dsv3.quantize_128x128(torch.randn(columns, k))
     config = gemm.config_of_tile(*TILE)
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     ptx = config.kernel.ptx(lineinfo=True)
-    gpu = emulator.VirtualGPU(num_sms=1, seed=seed)
+    gpu = emulator.VirtualGPU(num_sms=1, seed=seed, schedule="timed")
     gpu.launch(
         ptx.text,
         ptx.name,
@@ -51,40 +62,60 @@ def trace(k: int, tiles: int, seed: int) -> list[dict[str, Any]]:
         return json.loads(path.read_text())["traceEvents"]
 
 
+def meaning(event: dict[str, Any]) -> str:
+    """What a slice stands for, a key of COLORS."""
+    match event["cat"]:
+        case "load":
+            return "TMA load"
+        case "store":
+            return "TMA store"
+        case "wgmma":
+            return f"wgmma of warpgroup {event['args']['warpgroup']}"
+        case "wait":
+            return "waiting"
+    return "promotion to FP32" if event["name"].startswith("float ") else "other instructions"
+
+
 def plot(events: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import patches, pyplot
 
-    rows = {
-        "block 0 / warp 8": "producer warp",
-        "copy engine": "copy engine",
-        "tensor core": "tensor core",
-        "block 0 / warp 0": "math warpgroup 0",
-        "block 0 / warp 4": "math warpgroup 1",
-    }
     names = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
-    figure, axes = pyplot.subplots(figsize=(10, 3), layout="constrained")
-    for place, row in enumerate(rows):
-        for category, color in COLORS.items():
+    slices = [e for e in events if e["ph"] == "X" and names[e["tid"]] in ROWS]
+    end = max(e["args"]["cycles"][1] for e in slices)
+    pyplot.rcParams.update({"font.size": 11, "font.family": "DejaVu Sans"})
+    figure, axes = pyplot.subplots(figsize=(12, 3.9), layout="constrained")
+    for place, row in enumerate(ROWS):
+        axes.axhline(place, color="#D0D4D8", linewidth=0.8, zorder=0)
+        for what, color in COLORS.items():
             bars = [
-                (start, end - start)
-                for e in events
-                if e["ph"] == "X" and e["cat"] == category and names[e["tid"]] == row
-                for start, end in [e["args"]["cycles"]]
+                (start, stop - start)
+                for e in slices
+                if names[e["tid"]] == row and meaning(e) == what
+                for start, stop in [e["args"]["cycles"]]
             ]
-            axes.broken_barh(bars, (place - 0.38, 0.76), facecolors=color, edgecolor="white", linewidth=0.3)
-    axes.set_yticks(range(len(rows)), list(rows.values()))
+            height = 0.3 if what == "waiting" else 0.74
+            axes.broken_barh(
+                bars, (place - height / 2, height), facecolors=color, edgecolor="white", linewidth=0.4
+            )
+    stores = sorted(e["args"]["cycles"] for e in slices if meaning(e) == "TMA store")
+    per_tile = TILE[0] * TILE[1] // (64 * 64)  # a store takes 64 rows of 64 columns
+    for tile in range(len(stores) // per_tile):
+        begin = stores[tile * per_tile][0]
+        axes.text(begin - 60, len(ROWS) - 1, f"tile {tile}", ha="right", va="center", backgroundcolor="white")
+    axes.set_yticks(range(len(ROWS)), list(ROWS.values()))
     axes.invert_yaxis()
-    axes.margins(x=0)
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.tick_params(left=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_xlabel("virtual time, cycles of the SM")
-    handles = [patches.Patch(color=COLORS[category], label=LABELS[category]) for category in COLORS]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), frameon=False)
+    handles = [patches.Patch(facecolor=color, label=what) for what, color in COLORS.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, columnspacing=1.6)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -92,11 +123,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "pipeline.png", help="the PNG (%(default)s)")
-    parser.add_argument("--k", type=int, default=1024, help="depth of the GEMM (%(default)s)")
+    parser.add_argument("--k", type=int, default=768, help="depth of the GEMM (%(default)s)")
     parser.add_argument(
         "--tiles", type=int, default=2, help="128x128 tiles, one after the other (%(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the data and the schedule (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the data (%(default)s)")
     options = parser.parse_args()
     plot(trace(options.k, options.tiles, options.seed), options.out)
     print(f"written: {options.out}")

@@ -172,7 +172,7 @@ class TensorCore : public Operation {
         m.counts.shared_read += operand_bytes;
         uint64_t ready = g.ends.empty() ? 0 : g.ends.back();
         for (size_t k = 0; k < 4; k++) ready = std::max(ready, g.queue[k].front().issued_at);
-        cycle = m.occupy(cta_, Trace::Kind::Tensor, ready, cycles, inst).end;
+        cycle = m.occupy(cta_, Trace::Kind::Tensor, ready, cycles, inst, index_).end;
         g.ends.push_back(cycle);
     }
 

@@ -377,7 +377,7 @@ class Machine {
     void issue(Warp& w);
     void wait_until(Warp& w, const Inst& inst, uint64_t at, Cause cause);
     void expect_result(Warp& w, Ref destination, uint64_t at, const Inst& inst);
-    Slot occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t bytes = 0);
+    Slot occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t object);
     Device::Sm& sm_of(const Cta& cta);
     Slot cross(int from, int to, uint64_t ready, uint64_t bytes);
     uint64_t one_way(int device, int owner) const;

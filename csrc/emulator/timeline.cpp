@@ -112,7 +112,7 @@ void Machine::await_results(Warp& w, const Inst& inst) {
     w.loading.erase(std::remove_if(w.loading.begin(), w.loading.end(), [&](const Warp::Loading& x) { return x.at <= w.cycle; }), w.loading.end());
 }
 
-Slot Machine::occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t bytes) {
+Slot Machine::occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t object) {
     Device::Sm& sm = sm_of(cta);
     bool tensor = kind == Trace::Kind::Tensor, store = kind == Trace::Kind::Store;
     Slot slot = (tensor ? sm.tensor_core : store ? sm.bulk_stores : sm.copy_engine).reserve(ready, cycles);
@@ -121,7 +121,7 @@ Slot Machine::occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles
     int unit = tensor ? Trace::tensor_core : store ? Trace::bulk_stores : Trace::copy_engine;
     uint32_t& row = cta.rows[-1 - unit];
     if (row == Trace::no_row) row = trace.add(row_of(cta, unit));
-    trace.span(row, kind, slot.start, slot.end, cta.launch->program, inst, {Wait::None, bytes});
+    trace.span(row, kind, slot.start, slot.end, cta.launch->program, inst, {Wait::None, object});
     return slot;
 }
 

@@ -35,7 +35,7 @@ class Trace {
         uint64_t start, end;
         const Program* program;
         const Inst* inst;
-        Cause cause;             ///< of a Wait
+        Cause cause;             ///< of other kinds than Wait: bytes, or the warpgroup of a Tensor
     };
     static constexpr size_t max_spans = 1 << 18;
     static constexpr uint32_t no_row = UINT32_MAX;

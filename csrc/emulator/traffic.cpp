@@ -61,6 +61,11 @@ Context::Arrival Context::access(const Target* t, uint32_t bytes, bool reads, bo
     }
     if (reads) n.global_read += total;
     if (writes) n.global_write += total;
+    int device = w.cta->launch->device, owner = first.region->rank;
+    if (owner != device) {
+        if (reads) m.network->count_direct(owner, device, total);
+        if (writes) m.network->count_direct(device, owner, total);
+    }
     uint64_t touched[most_sectors], moved = sectors(t, mask, bytes, touched), found = now + timing::l1_latency;
     n.sectors += moved;
     std::vector<Device::Sm::Cached>& l1 = m.sm_of(*w.cta).l1;
@@ -70,11 +75,6 @@ Context::Arrival Context::access(const Target* t, uint32_t bytes, bool reads, bo
         for (uint64_t* s = missing; s != touched + moved; s++) found = std::max(found, l1[*s % l1.size()].at);
         moved = static_cast<uint64_t>(missing - touched);
         if (moved == 0) return {now, found};
-    }
-    int device = w.cta->launch->device, owner = first.region->rank;
-    if (owner != device) {
-        if (reads) m.network->count_direct(owner, device, total);
-        if (writes) m.network->count_direct(device, owner, total);
     }
     Arrival arrival = m.reach_memory(*w.cta, owner, now, moved * timing::sector_bytes, writes);
     if (writes) w.stored_at = std::max(w.stored_at, arrival.there);

@@ -63,9 +63,9 @@ class VirtualCluster:
 
     NVSHMEM's device functions run on a virtual network between them: a message on a queue pair arrives
     behind the earlier ones of that queue pair, late, in pieces, and in no order with any other. Remote
-    memory is named by tensors of `symmetric`. nvlink (inside a node), ib (between nodes) and memory (a GPU's):
-    latency and bandwidth in virtual time. A GPU has one port to NVLink and one to InfiniBand, each with its
-    link's bandwidth in and out, for all its peers together.
+    memory is named by tensors of `symmetric`. nvlink (inside a node), ib (between nodes) and memory (of a
+    GPU): latency and bandwidth in virtual time. A GPU has one port to NVLink and one to InfiniBand, each with
+    its link's bandwidth in and out, for all its peers together.
     """
 
     def __init__(
