@@ -1,8 +1,8 @@
 """The pipeline of the FP8 GEMM over virtual time, drawn from the emulator's trace of one SM.
 
-Two 128x128 tiles, one after the other: the producer warp asks the copy engine for stages, two math warpgroups
-feed the tensor core in turn, each promoting its sums while the other's wgmma run, and the finished tile
-leaves by bulk stores under the next tile's main loop. The time is virtual (dsv3_kernels/emulator/trace.py): it shows
+Two 128x128 tiles, one after the other: the producer warp asks the copy engine for stages; two math warpgroups
+feed the tensor core in turn, each promoting its sums while the other's wgmma run; a finished tile leaves by
+bulk stores under the next tile's main loop. The time is virtual (dsv3_kernels/emulator/trace.py): it shows
 what overlaps, not how many seconds it takes.
 """
 

@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <cstring>
 
 #include "network.hpp"
@@ -107,6 +110,17 @@ std::string text_of(const Machine& m, const Trace::Row& r) {
     if (r.unit >= 0) return "warp " + std::to_string(r.unit);
     if (r.unit == Trace::link) return std::string(m.network->same_node(r.device, r.peer) ? "NVLink" : "IB") + " to rank " + std::to_string(r.peer);
     return r.unit == Trace::copy_engine ? "copy engine" : r.unit == Trace::tensor_core ? "tensor core" : "bulk stores";
+}
+
+/// "dsv3::fp8_gemm<128u, 128u, 5u, 16u>" of a mangled name; another as it is.
+std::string readable(const std::string& name) {
+    int status = 0;
+    char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+    if (!text) return name;
+    std::string out = text;
+    std::free(text);
+    out = out.substr(0, out.find('('));
+    return out.compare(0, 5, "void ") ? out : out.substr(5);
 }
 
 py::dict counters(const Machine& m) {
@@ -279,7 +293,7 @@ void bind_machine(py::module_& m) {
         .def_property_readonly("trace_rows", [](const Machine& m) {
             py::list out;
             for (const Trace::Row& r : m.trace.rows)
-                out.append(py::make_tuple(r.device, r.cta, r.unit, text_of(m, r), r.sm, r.launch, r.kernel, py::make_tuple(r.block[0], r.block[1], r.block[2])));
+                out.append(py::make_tuple(r.device, r.cta, r.unit, text_of(m, r), r.sm, r.launch, readable(r.kernel), py::make_tuple(r.block[0], r.block[1], r.block[2])));
             return out;
         })
         .def_property_readonly("trace_spans", [](Machine& m) {

@@ -4,8 +4,8 @@ Virtual time counts cycles of an SM; a nanosecond of the viewer is one. Agents o
 own clock, an engine is busy while it works, and a wait ends at the later of the waiter's clock and of what it
 waits for. The rates are round figures of a Hopper (csrc/emulator/timing.hpp; links.py for memory and links):
 an SM issues 4 instructions a cycle, one for each quarter of its warps; a wgmma m64nN takes N/2 cycles of the
-SM's tensor core, which is 4096 FP8 multiply-adds a cycle; copies and bulk stores pass an SM's port at 64
-bytes a cycle. L2 and what ptxas makes of the PTX are not modelled. It is for comparing two schedules or protocols:
+SM's tensor core, 4096 FP8 multiply-adds a cycle; copies and bulk stores pass an SM's port at 64 bytes a
+cycle. L2 and what ptxas makes of the PTX are not modelled. It is for comparing two schedules or protocols:
 what overlaps, who waits for whom, which of the two is shorter. It does not predict seconds.
 
 A process a block: a row a warp, then the copy engine (copies into its shared memory, where the bytes pass its

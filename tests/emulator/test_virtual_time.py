@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from ptx_helpers import run
-from test_network import DECLARATIONS
+from test_network import DECLARATIONS, SIZE, expected, ring
 from test_sync import cuda
 
 import dsv3_kernels as dsv3
@@ -219,3 +219,22 @@ def test_a_timeout_of_the_kernel_takes_its_time():
     *o = v; }"""
     gpu = cuda(source, torch.zeros(1, dtype=torch.int32), torch.full((1,), 9, dtype=torch.int32), block=1)
     assert gpu.counters["cycles"] > 1_000_000 * MEGAHERTZ // 1000
+
+
+def test_timed_runs_give_the_same_results():
+    _, out = ring(schedule="timed")
+    assert out.tolist() == [expected(r) for r in range(SIZE)]
+    a, b = dsv3.quantize_1x128(torch.randn(200, 304)), dsv3.quantize_128x128(torch.randn(96, 304))
+    with emulator.virtual_gpu(schedule="timed"):
+        y = dsv3.fp8_gemm(a, b)
+    want = dsv3.reference.fp8_gemm(a, b, accumulation="hopper")
+    assert torch.equal(y.view(torch.int16), want.view(torch.int16))
+    source = """k(const int* x, int* o) { __shared__ int s[64]; __shared__ u64 b; u32 t = threadIdx.x;
+    if (t == 0) ptx::mbarrier_init(&b, 64);
+    __syncthreads();
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(ptx::shared_address(s + t)), "l"(x + t) : "memory");
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(ptx::shared_address(&b)) : "memory");
+    ptx::mbarrier_wait(&b, 0); o[t] = s[63 - t]; }"""
+    x, out = torch.arange(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
+    gpu = cuda(source, x, out, block=64, schedule="timed")
+    assert out.tolist() == x.flip(0).tolist() and gpu.counters["cycles"] > LATENCY
