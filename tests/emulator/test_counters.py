@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from gemm_helpers import run_gemm
 from ptx_helpers import run
 from test_sync import cuda
 
-import dsv3_kernels as dsv3
-from dsv3_kernels import emulator, gemm, jit
+from dsv3_kernels import emulator, jit
 
 CLASSES = (
     "integer",
@@ -208,10 +208,7 @@ def test_bytes_over_links():
 @pytest.mark.parametrize("seed", range(2))
 def test_a_gemm(seed):
     m, n, k, tile = 128, 256, 512, 128
-    a, b = dsv3.quantize_1x128(torch.randn(m, k)), dsv3.quantize_128x128(torch.randn(n, k))
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    with emulator.virtual_gpu(num_sms=2, seed=seed) as gpu:
-        gemm._launch(gemm.config_of_tile(tile, tile), a.data, a.scales, b.data, b.scales, out, 2)
+    gpu, config = run_gemm(m, n, k, tile=(tile, tile), blocks=2, seed=seed)
     c = gpu.counters
     tiles, steps, math_warps = n // tile, k // 128, 8
     assert c["wgmma"] == tiles * steps * 2 * 4
@@ -223,4 +220,4 @@ def test_a_gemm(seed):
     assert c["shared_bytes_read"] == c["wgmma"] * (64 + 128) * 32 + 2 * scales
     assert c["global_bytes_read"] == scales and c["global_bytes_written"] == 0
     assert c["global_sectors"] == tiles * steps * math_warps
-    assert c["peak_shared_bytes"] == gemm.config_of_tile(tile, tile).shared_bytes
+    assert c["peak_shared_bytes"] == config.shared_bytes

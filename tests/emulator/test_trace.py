@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
+from gemm_helpers import run_gemm
 from test_sync import cuda
 from test_virtual_time import LATENCY, MEGAHERTZ, exchange
 
-import dsv3_kernels as dsv3
-from dsv3_kernels import emulator, gemm
+from dsv3_kernels import emulator
 
 
 def read(gpu, path):
@@ -43,19 +43,7 @@ def of_one_block(rows):
 
 
 def gemm_rows(tmp_path, m, n, k, tile, seed, schedule="random", lineinfo=True):
-    a, b = dsv3.quantize_1x128(torch.randn(m, k)), dsv3.quantize_128x128(torch.randn(n, k))
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    config = gemm.config_of_tile(*tile)
-    ptx = config.kernel.ptx(lineinfo=lineinfo)
-    gpu = emulator.VirtualGPU(num_sms=1, seed=seed, schedule=schedule)
-    gpu.launch(
-        ptx.text,
-        ptx.name,
-        grid=(1, 1, 1),
-        block=(config.threads, 1, 1),
-        args=gemm.arguments(config, a.data, a.scales, b.data, b.scales, out),
-        shared_bytes=config.shared_bytes,
-    )
+    gpu, _ = run_gemm(m, n, k, tile=tile, seed=seed, schedule=schedule, lineinfo=lineinfo)
     return of_one_block(read(gpu, tmp_path / "trace.json")), gpu
 
 

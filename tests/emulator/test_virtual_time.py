@@ -1,16 +1,16 @@
 """Virtual time: what things cost, who waits for whom, and comparisons made with it."""
 
-import dataclasses
 import functools
 
 import pytest
 import torch
+from gemm_helpers import run_gemm
 from ptx_helpers import run
 from test_network import DECLARATIONS, SIZE, expected, ring
 from test_sync import cuda
 
 import dsv3_kernels as dsv3
-from dsv3_kernels import emulator, gemm, jit
+from dsv3_kernels import emulator, jit
 
 MEGAHERTZ = 1755
 LATENCY = 350 * MEGAHERTZ // 1000  # of emulator.HBM, in cycles
@@ -131,13 +131,8 @@ def test_a_gpu_has_one_port_for_all_its_peers():
     assert taken(3) == pytest.approx(3 * taken(1), rel=0.02)
 
 
-def gemm_cycles(stages, seed=0, schedule="timed", checks=True, m=128, n=128, k=1024):
-    torch.manual_seed(0)
-    a, b = dsv3.quantize_1x128(torch.randn(m, k)), dsv3.quantize_128x128(torch.randn(n, k))
-    config = dataclasses.replace(gemm.config_of_tile(128, 128), stages=stages)
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    with emulator.virtual_gpu(num_sms=1, seed=seed, schedule=schedule, checks=checks) as gpu:
-        gemm._launch(config, a.data, a.scales, b.data, b.scales, out, 1)
+def gemm_cycles(stages, seed=0, schedule="timed", checks=True):
+    gpu, _ = run_gemm(128, 128, 1024, stages=stages, seed=seed, schedule=schedule, checks=checks)
     return gpu.counters["cycles"]
 
 
