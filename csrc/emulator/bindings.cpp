@@ -91,7 +91,7 @@ std::string text_of(Machine& m, const Trace::Span& s) {
         case Wait::CpAsync: return "cp.async";
         case Wait::Sleep: return "nanosleep";
         case Wait::Dependency: return "the launch before";
-        case Wait::Network: return "quiet";
+        case Wait::Network: return x ? "an answer of the network" : "quiet";
         case Wait::Stores: return "its stores to reach memory";
         case Wait::Load: {
             const Inst& load = s.program->code[x];

@@ -384,7 +384,7 @@ class Machine {
     Arrival reach_memory(const Cta& cta, int owner, uint64_t ready, uint64_t bytes, bool write);
     Transfer transfer(const std::vector<Cta*>& ctas, int owner, uint64_t ready, uint64_t bytes, bool store, const Inst& inst);
     uint64_t transfer_between_blocks(Cta& from, uint64_t ready, uint64_t bytes, const Inst& inst);
-    uint64_t message(const Cta& cta, int to, uint64_t bytes, uint64_t ready, const Inst& inst);
+    uint64_t message(const Warp& w, int from, int to, uint64_t bytes, uint64_t ready, const Inst& inst);
     void stamp(const Target& t, uint32_t bytes, uint64_t at);
     uint64_t stamp_of(const Target& t, uint32_t bytes) const;
     void set_rates();

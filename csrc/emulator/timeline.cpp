@@ -176,15 +176,14 @@ Machine::Transfer Machine::transfer(const std::vector<Cta*>& ctas, int owner, ui
 }
 
 /// A message over the network, or within a device; says when it is there.
-uint64_t Machine::message(const Cta& cta, int to, uint64_t bytes, uint64_t ready, const Inst& inst) {
-    int from = cta.launch->device;
+uint64_t Machine::message(const Warp& w, int from, int to, uint64_t bytes, uint64_t ready, const Inst& inst) {
     if (from == to) return devices[static_cast<size_t>(from)].memory.reserve(ready, bytes).end + one_way(from, from);
     Slot slot = cross(from, to, ready, bytes);
     uint64_t left = slot.end - one_way(from, to);
     if (left > slot.start && !trace.full()) {
         auto [row, added] = link_rows_.try_emplace({from, to}, 0);
         if (added) row->second = trace.add({from, Trace::link, to});
-        trace.span(row->second, Trace::Kind::Message, slot.start, left, cta.launch->program, inst, {Wait::None, bytes});
+        trace.span(row->second, Trace::Kind::Message, slot.start, left, w.cta->launch->program, inst, {Wait::None, bytes});
     }
     return slot.end;
 }
