@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import RESULTS
 
 import dsv3_kernels as dsv3
+from bench.report import RESULTS
 from dsv3_kernels import emulator, gemm
 
 TILE = (128, 128)
@@ -44,18 +44,9 @@ def trace(k: int, tiles: int, seed: int) -> list[dict[str, Any]]:
     torch.manual_seed(seed)
     rows, columns = TILE[0] * tiles, TILE[1]
     a, b = dsv3.quantize_1x128(torch.randn(rows, k)), dsv3.quantize_128x128(torch.randn(columns, k))
-    config = gemm.config_of_tile(*TILE)
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
-    ptx = config.kernel.ptx(lineinfo=True)
-    gpu = emulator.VirtualGPU(num_sms=1, seed=seed, schedule="timed")
-    gpu.launch(
-        ptx.text,
-        ptx.name,
-        grid=(1, 1, 1),
-        block=(config.threads, 1, 1),
-        args=gemm.arguments(config, a.data, a.scales, b.data, b.scales, out),
-        shared_bytes=config.shared_bytes,
-    )
+    with emulator.virtual_gpu(num_sms=1, schedule="timed") as gpu:
+        gemm.run_config(gemm.config_of_tile(*TILE), a.data, a.scales, b.data, b.scales, out, None, 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         gpu.trace(path)

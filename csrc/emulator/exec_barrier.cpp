@@ -156,7 +156,15 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     w.cta->cluster->last_arrival = std::max(w.cta->cluster->last_arrival, w.cycle);
     w.effects++;
     c.m.progress++;
-    if (c.checks && !(i.flags & relaxed)) w.cta->cluster->arriving.join(w.release(c.mask));
+    if (c.checks) {
+        Knowledge released = w.release(c.mask);
+        if (i.flags & relaxed) {  // only what fence.mbarrier_init has released
+            Knowledge fenced;
+            fenced.init = released.init;
+            released = fenced;
+        }
+        w.cta->cluster->arriving.join(released);
+    }
     cluster_complete(c);
     return Flow::Yield;
 }
