@@ -98,10 +98,9 @@ struct Sequence {
     u64 finished_epochs, finished_blocks;
 };
 
-// By all threads of a block that has kept the protocol.
+// By all threads of a block that has kept the protocol, after a barrier.
 __device__ __forceinline__ void finish(Sequence* sequence, u8* const* workspaces, Workspace mine, u32 rank,
                                        u64 epoch) {
-    __syncthreads();
     if (threadIdx.x != 0) return;
     if (ptx::fetch_add_device(&sequence->finished_blocks, 1) + 1 != gridDim.x) return;
     sequence->finished_blocks = 0;

@@ -217,7 +217,6 @@ __global__ void __launch_bounds__(256)
                     u32 ranks, u32 tokens, u32 max_tokens, u32 row_bytes, u32 tiles, u32 topk, u32 local_experts,
                     u32 max_rows, u64 slot_bytes, u64 timeout) {
     extern __shared__ u32 shared[];
-    __shared__ u32 failed;
     const dispatch::Tokens from{x,      scales,    scale_row_stride, scale_tile_stride, topk_idx, topk_weights,
                                 tokens, row_bytes, tiles,            topk};
     const dispatch::Received to{out,           out_scales, out_scale_stride, out_idx, out_weights,
@@ -228,8 +227,6 @@ __global__ void __launch_bounds__(256)
     const u32 peer = threadIdx.x / 32, lane = threadIdx.x % 32;
     const u64 epoch = sequence->finished_epochs + 1;
     u32* per_peer = shared + peer * local_experts;
-    if (threadIdx.x == 0) failed = 0;
-    __syncthreads();
 
     bool kept = true;
     if (blockIdx.x % 2 == 0) {
@@ -240,15 +237,11 @@ __global__ void __launch_bounds__(256)
     } else {
         if (lane < channels)
             kept = deadline.wait(mine.tail(peer, lane), epoch << 32, Role::kReceive, peer, lane) >= epoch << 32;
-        if (!kept) failed = 1;
-        __syncthreads();
-        if (failed) return;
+        if (__syncthreads_or(!kept)) return;
         dispatch::plan(to, mine, channel, channels, shared, shared + ranks * local_experts, error);
         kept = dispatch::receive(from, to, mine, peer, channel, channels, epoch, per_peer, deadline);
     }
-    if (!kept) failed = 1;
-    __syncthreads();
-    if (!failed) finish(sequence, workspaces, mine, rank, epoch);
+    if (!__syncthreads_or(!kept)) finish(sequence, workspaces, mine, rank, epoch);
 }
 
 }  // namespace dsv3

@@ -1,4 +1,4 @@
-"""The arguments of csrc/kernels/dispatch.cuh: sizes of a rank's workspace, and what a launch passes."""
+"""csrc/kernels/dispatch.cuh and combine.cuh: the size of a rank's workspace, and what a launch passes."""
 
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ MAX_TOPK = 32  # a lane each
 OWN_SM = 116 * 1024  # bytes of shared memory: more than half of an SM's, so that a block has it alone
 
 DISPATCH = Kernel("dispatch.cuh", "dispatch_tokens")
+COMBINE = Kernel("combine.cuh", "combine_tokens")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Workspace:
 
     @property
     def slot_bytes(self) -> int:
-        """Of a token on the wire: row, scales, and 8 bytes a choice."""
+        """Of a token on the wire: row, scales, and at most 8 bytes a choice."""
         return round_up(self.row_bytes + 4 * self.tiles + 8 * self.shape.num_topk, 16)
 
     @property
@@ -43,7 +44,7 @@ class Workspace:
 
 @dataclass(eq=False)
 class Peers:
-    """What a rank keeps between calls: the table of all ranks' workspaces, its sequence, its failure record."""
+    """What a rank keeps between calls: all ranks' workspaces, its place in their sequence, its failure."""
 
     rank: int
     table: Tensor  # int64 [R], addresses as this rank sees them
@@ -112,7 +113,49 @@ def dispatch_arguments(
     )
 
 
-def dispatch_grid(shape: Shape, num_sms: int) -> dict[str, object]:
+def combine_arguments(
+    workspace: Workspace,
+    peers: Peers,
+    y: Tensor,
+    topk_idx: Tensor,
+    came: Arrivals,
+    topk_weights: Tensor | None,
+    weights_grad: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    out_weights_grad: Tensor | None,
+    timeout: float,
+) -> tuple[launch.Argument, ...]:
+    """In the kernel's order. `workspace` and `peers` are those of combine, `came` is of the dispatch."""
+    shape = workspace.shape
+    return (
+        peers.table,
+        peers.sequence,
+        peers.failure,
+        y,
+        0 if topk_weights is None else topk_weights,
+        0 if weights_grad is None else weights_grad,
+        came.rows,
+        came.ranges,
+        topk_idx,
+        came.sent_slot,
+        0 if bias is None else bias,
+        out,
+        0 if out_weights_grad is None else out_weights_grad,
+        peers.rank,
+        shape.topology.size,
+        out.shape[0],
+        shape.max_tokens_per_rank,
+        shape.hidden,
+        shape.num_topk,
+        shape.local_experts,
+        came.ranges.shape[1],
+        workspace.slot_bytes,
+        int(timeout * 1e9),
+    )
+
+
+def grid(shape: Shape, num_sms: int) -> dict[str, object]:
     """Grid, block and shared memory of a launch."""
     ranks = shape.topology.size
     return {
