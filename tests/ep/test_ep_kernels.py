@@ -90,6 +90,8 @@ class Node:
                     SECONDS,
                 )
                 emulator.current().launch(*there, args=args, **shape)
+                if self.peers[rank].failure.any():
+                    return
                 emulator.current().launch(
                     *back, args=self.combine(rank, i, inputs, out[i][rank]), **back_shape
                 )
