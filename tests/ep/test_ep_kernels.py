@@ -8,6 +8,7 @@ from cases import ROUTINGS, Case, bits, draw, results
 from fp8_helpers import fresh_generator
 
 from dsv3_kernels import emulator, jit
+from dsv3_kernels.device_error import ErrorCode
 from dsv3_kernels.ep import Topology, kernels, reference
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import ROW, QuantizedTensor, empty_mn_major
@@ -202,3 +203,74 @@ def test_bit_equal_to_the_reference(size):
         for round_, out in enumerate(node.run(rounds, rows)):
             check(case, round_, out)
         assert not node.failures() and not any(error.any() for error in node.error)
+
+
+def test_a_killed_rank_is_named_in_time():
+    """A survivor may miss another that gave up: together they name the one that died."""
+    chance = random.Random(fresh_generator().initial_seed())
+    case = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=12, seed=1)
+    rounds = [draw(case, round_) for round_ in range(3)]
+    rows = [[len(e.origin) for e in expected_of(case, inputs)] for inputs in rounds]
+    healthy = Node(case, 0, num_sms=4)
+    healthy.run(rounds, rows)
+    for trial in range(6):
+        node, victim = Node(case, trial, num_sms=4), chance.randrange(3)
+        step = chance.randrange(healthy.cluster.counters["instructions"] // 3)
+        node.cluster.kill(victim, step)
+        node.run(rounds, rows)
+        named = set()
+        for rank in {0, 1, 2} - {victim}:
+            records = [
+                p.failure.tolist() for p in (node.peers[rank], node.home_peers[rank]) if p.failure.any()
+            ]
+            assert len(records) == 1, (trial, victim, step)
+            claimed, role, peer, channel, expected, seen = records[0]
+            assert claimed and role in (1, 2) and peer != rank and channel < 2 and seen < expected
+            named.add(peer)
+        assert victim in named, (trial, victim, step)
+        spent = node.cluster.counters["nanoseconds"] - healthy.cluster.counters["nanoseconds"]
+        assert spent < 2 * SECONDS * 1e9
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_nvlink_bytes(fp8):
+    """A token to another rank: row, scales, 8 bytes a choice; home: a row. The rest is counts and tails."""
+    case = Case(
+        Topology(1, 3), fp8=fp8, local_experts=4, hidden=7168, num_topk=8, tokens=8, seed=int(fp8) * 2
+    )
+    node, inputs = Node(case, 0, num_sms=2), draw(case)
+    out = node.run([inputs], [[len(e.origin) for e in expected_of(case, inputs)]])[0]
+    pairs = [
+        int((out[source].sent_slot[:, rank] >= 0).sum())
+        for source in range(3)
+        for rank in range(3)
+        if rank != source
+    ]
+    tails = sum(-(-n // 4) for n in pairs)
+    payload = 7168 + 56 * 4 if fp8 else 2 * 7168
+    there = sum(pairs) * (payload + 8 * 8) + 6 * (4 * (4 + 2) + 8) + 8 * tails
+    home = sum(pairs) * 2 * 7168 + 8 * tails
+    acks = 2 * 6 * 8
+    assert node.cluster.counters["peer_bytes"] == there + home + acks
+    assert there - sum(pairs) * payload < 0.02 * sum(pairs) * payload
+
+
+def test_bad_experts_and_overflow_stay_inside():
+    """Reported, and nothing outside: what is left out is left out, what fits is right."""
+    case = Case(Topology(1, 2), local_experts=2, hidden=32, num_topk=2, tokens=8, weights=False, seed=4)
+    inputs = draw(case)
+    for bad in (-2, case.num_experts, 1 << 40, -(1 << 62)):
+        node, wrong = Node(case, 0, num_sms=2), draw(case)
+        wrong.topk_idx[1][2, 0] = bad
+        inputs.topk_idx[1][2, 0] = -1
+        rows = [[len(e.origin) for e in expected_of(case, inputs)]]
+        check_dispatch(case, inputs, node.run([wrong], rows)[0], f"expert {bad}")
+        assert [int(e) for e in node.error] == [0, ErrorCode.DISPATCH_EXPERTS]
+    node = Node(case, 0, num_sms=2)
+    want = expected_of(case, inputs)
+    rows = [len(want[0].origin), len(want[1].origin) - 3]
+    out = node.run([inputs], [rows])[0][1]
+    assert [int(e) for e in node.error] == [0, ErrorCode.DISPATCH_OVERFLOW]
+    assert out.group_offsets.tolist() == want[1].group_offsets.clamp(max=rows[1]).tolist()
+    assert torch.equal(out.topk_idx, want[1].topk_idx[: rows[1]])
+    assert torch.equal(out.x, want[1].x[: rows[1]])
