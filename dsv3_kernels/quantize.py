@@ -293,7 +293,8 @@ def kernels() -> dict[str, list[Kernel]]:
     inputs = list(itertools.product(NAMES, (False, True)))
     return {
         "quantize_1x128": [kernel_1x128(*facts) for facts in inputs],
-        "quantize_1x128_t": [kernel_1x128_t(*facts) for facts in inputs],
+        "quantize_1x128_t": [kernel_1x128_t(*facts, both) for facts in inputs for both in (False, True)],
+        "requantize_1x128_t": [kernel_requantize(power_of_2) for power_of_2 in (False, True)],
         "quantize_128x128": [kernel_128x128(*facts, both) for facts in inputs for both in (False, True)],
     }
 
