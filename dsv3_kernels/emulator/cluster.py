@@ -86,8 +86,9 @@ class VirtualCluster:
     nodes): what messages take in virtual time.
 
     Not there: teams but the world, collectives but barriers and syncs, regions, TMA within NVSHMEM, host
-    calls. A poll of what `nvshmem_<type>_p` writes is reported as the race that it is in PTX: use a signal or
-    an atomic.
+    calls. Two races of NVSHMEM's headers are reported as what they are in PTX: a poll of what
+    `nvshmem_<type>_p` writes (use a signal or an atomic), and the value that `nvshmem_signal_wait_until`
+    returns, read by a plain load, where the signal may change again.
     """
 
     def __init__(

@@ -18,7 +18,7 @@ except jit.ToolchainError as error:
 WORDS, ROUNDS = 64, 3
 THREAD, WARP, BLOCK, BLOCKING_THREAD, BLOCKING_WARP, BLOCKING_BLOCK = range(6)
 DEFAULT = 1  # NVSHMEMX_QP_DEFAULT
-SCHEDULES = ("random", "pct", "round_robin")
+SCHEDULES = ("random", "pct", "round_robin", "exhaustive")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_put_that_does_not_block_leaves_its_source_in_use(ptx):
 
 def get_back(ptx, form, waits=1, prepare=None, **options):
     ranks = Ranks(ptx, **options)
-    data, source = ranks.symmetric(WORDS), ranks.symmetric(WORDS)
+    data, source = ranks.symmetric(2 * WORDS), ranks.symmetric(WORDS)
     out = ranks.own(WORDS)
     if prepare:
         prepare(ranks.cluster)
@@ -226,6 +226,12 @@ def test_a_get_is_not_there_before_quiet(ptx, form):
     for seed in range(3):
         with pytest.raises(emulator.HazardError, match="data race"):
             get_back(ptx, form, waits=0, seed=seed, nodes=4, gpus=1)
+
+
+def test_a_fence_orders_no_get(ptx):
+    for seed in range(3):
+        with pytest.raises(emulator.HazardError, match="data race"):
+            get_back(ptx, THREAD, waits=3, seed=seed)
 
 
 def test_single_values_of_every_type(ptx):
@@ -367,6 +373,15 @@ def test_a_stalled_link(ptx, link):
     cluster, out = get_back(ptx, BLOCKING_THREAD, prepare=lambda c: c.stall(*link, until=5_000_000))
     assert cluster.counters["nanoseconds"] > 5_000_000
     assert out == [[r * 1000 + 701 + i for i in range(WORDS)] for r in range(4)]
+
+
+def test_what_is_fenced_behind_a_stalled_answer_waits_for_it(ptx):
+    for seed in range(5):
+        with pytest.raises(emulator.DeadlockError, match=r"quiet: .*message\(s\) to rank 2"):
+            get_back(ptx, THREAD, waits=2, prepare=lambda c: c.stall(2, 1), seed=seed)
+    cluster, out = get_back(ptx, THREAD, waits=2, prepare=lambda c: c.stall(2, 1, until=5_000_000))
+    assert cluster.counters["nanoseconds"] > 5_000_000
+    assert out[1] == [1701 + i for i in range(WORDS)]
 
 
 @pytest.mark.parametrize("step", [0, 300])
