@@ -455,3 +455,15 @@ def test_what_the_device_library_lacks_is_named(ptx):
         jit.CompileError, match=r"(?s)ring.cu with .*libnvshmem_device.a.*nvshmemi_transfer_rma_q"
     ):
         jit.link_nvshmem(ptx.replace("23nvshmemi_transfer_rma_p", "23nvshmemi_transfer_rma_q"), "ring.cu")
+
+
+def test_linking_is_not_for_kernels_that_trade_registers():
+    """Why `jit.link` is for NVSHMEM only; when this fails, nvJitLink has learnt it."""
+    source = """extern "C" __global__ void __launch_bounds__(384, 1) trade(float* out) {
+        if (threadIdx.x < 128) { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); return; }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        out[threadIdx.x] += 1; }"""
+    whole = compile.compile_source(source, (), compile.source_options(), cubin=True)
+    assert disassemble.disassemble(whole.cubin).count("USETMAXREG") == 2
+    image, log = jit.link_nvshmem(jit.compile_ptx(source), "trade.cu")
+    assert "C7504" in log and disassemble.disassemble(image).count("USETMAXREG") == 0
