@@ -215,3 +215,18 @@ extern "C" __global__ void peers(int* data, int* out) {
     out[nvshmem_n_pes()] = nvshmem_ptr(out, 0) != nullptr;
     out[nvshmem_n_pes() + 1] = nvshmem_team_my_pe(NVSHMEMX_TEAM_NODE);
 }
+
+// A lock on rank 0 around a sum there: get, add, put, quiet.
+extern "C" __global__ void locked(int* lock, int* sum, int* mine, int rounds, int fences) {
+    int me = nvshmem_my_pe();
+    for (int round = 0; round < rounds; round++) {
+        while (nvshmem_int_atomic_compare_swap(lock, 0, me + 1, 0) != 0) {}
+        if (fences) __threadfence_system();
+        nvshmem_int_get(mine, sum, 2, 0);
+        mine[0] += 1;
+        mine[1] += me;
+        nvshmem_int_put(sum, mine, 2, 0);
+        nvshmem_quiet();
+        nvshmem_int_atomic_set(lock, 0, 0);
+    }
+}

@@ -282,6 +282,18 @@ def test_atomics_of_eight_ranks(ptx, nodes, gpus):
             assert big[r][2].item() == ((255 - left) | 0x100) ^ 0x101
 
 
+@pytest.mark.parametrize(("nodes", "gpus"), [(4, 1), (2, 2), (1, 4)])
+def test_a_lock(ptx, nodes, gpus):
+    for seed in range(3):
+        ranks = Ranks(ptx, nodes, gpus, seed=seed)
+        lock, total, mine = ranks.symmetric(1), ranks.symmetric(2), ranks.symmetric(2)
+        ranks.launch("locked", lock, total, mine, ROUNDS, 1, threads=1)
+        assert total[0].tolist() == [4 * ROUNDS, ROUNDS * (0 + 1 + 2 + 3)], f"seed {seed}"
+        # The fence behind the atomic is what makes the last holder's work known.
+        with pytest.raises(emulator.HazardError, match="data race"):
+            ranks.launch("locked", lock, total, mine, ROUNDS, 0, threads=1)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("nodes", "gpus"), [(2, 2), (1, 4), (3, 1)])
 def test_barriers(ptx, schedule, nodes, gpus):
