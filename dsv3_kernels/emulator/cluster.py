@@ -86,9 +86,9 @@ class VirtualCluster:
     nodes): what messages take in virtual time.
 
     Not there: teams but the world, collectives but barriers and syncs, regions, TMA within NVSHMEM, host
-    calls. Two races of NVSHMEM's headers are reported as what they are in PTX: a poll of what
-    `nvshmem_<type>_p` writes (use a signal or an atomic), and the value that `nvshmem_signal_wait_until`
-    returns, read by a plain load, where the signal may change again.
+    calls. Reported as races, because plain loads and stores take part: a poll of what `nvshmem_<type>_p`
+    writes (use a signal or an atomic), and the value that `nvshmem_signal_wait_until` returns where a peer of
+    the node sent it (read it with `nvshmem_signal_fetch`).
     """
 
     def __init__(
