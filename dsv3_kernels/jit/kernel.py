@@ -16,6 +16,9 @@ _PARAMETER = re.compile(
 )
 
 
+compiled_here: "set[Kernel]" = set()  # whose cubin this process had to build: it was not in the cache
+
+
 @dataclass(frozen=True)
 class Ptx:
     """PTX `text` with one kernel, called `name` in it, and its parameters' types: "u64", "f32", "b8[128]"."""
@@ -94,6 +97,7 @@ def _compiled(kernel: Kernel, lineinfo: bool, cubin: bool) -> cache.Entry:
             "parameters": parameters(done.ptx, name),
         }
         if cubin:
+            compiled_here.add(kernel)
             facts["resources"] = asdict(done.resources(name))
         return cache.Entry(facts, done.cubin if cubin else done.ptx.encode())
 
