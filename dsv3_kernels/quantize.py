@@ -290,10 +290,11 @@ def kernel_128x128(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool)
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
-    inputs = list(itertools.product(_INPUT, (False, True)))
+    inputs = list(itertools.product(NAMES, (False, True)))
     return {
         "quantize_1x128": [kernel_1x128(*facts) for facts in inputs],
-        "quantize_1x128_t": [kernel_1x128_t(*facts) for facts in inputs],
+        "quantize_1x128_t": [kernel_1x128_t(*facts, both) for facts in inputs for both in (False, True)],
+        "requantize_1x128_t": [kernel_requantize(power_of_2) for power_of_2 in (False, True)],
         "quantize_128x128": [kernel_128x128(*facts, both) for facts in inputs for both in (False, True)],
     }
 

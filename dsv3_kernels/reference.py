@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import ceil_div, read_counts, read_offsets, round_up
+from .checks import ceil_div, read_counts, read_index, read_offsets, round_up
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padded_tokens
 
 Accumulation = Literal["fp32", "hopper"]
@@ -155,6 +155,28 @@ def requantize_1x128_t(
     return quantize_1x128_t(
         dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
     )
+
+
+# Permutation
+
+
+def permute(x: Tensor, index: Tensor, *, op: str = "permute") -> Tensor:
+    """`x[index]`, zeros where index is -1."""
+    read_index(op, "index", index, x.shape[0], "the rows of x")
+    rows = x.new_zeros(index.shape[0], x.shape[1])
+    there = index >= 0
+    rows[there] = x[index[there].long()]
+    return rows
+
+
+def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
+    read_index("unpermute", "slots", slots, rows.shape[0], "the rows of rows")
+    y = torch.zeros(slots.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    for k in range(slots.shape[1]):
+        there = slots[:, k] >= 0
+        terms = rows[slots[there, k].long()].float()
+        y[there] += terms if weights is None else weights[there, k, None] * terms
+    return y.bfloat16()
 
 
 # E5M6

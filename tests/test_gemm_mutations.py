@@ -231,7 +231,9 @@ def outcomes(text, p, seeds):
                 "grid": (p.num_sms, 1, 1),
                 "block": (p.config.threads, 1, 1),
                 "cluster": (p.config.cluster, 1, 1),
-                "args": gemm.arguments(p.config, a.data, a.scales, b.data, b.scales, out, group_list),
+                "args": gemm.prepare(p.config, *a.shape[-2:], p.n, len(p.sizes) or 1, 1).arguments(
+                    gemm.operands(a.data, a.scales, b.data, b.scales, out, group_list)
+                ),
                 "shared_bytes": p.config.shared_bytes,
             }
             try:

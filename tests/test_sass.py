@@ -137,6 +137,26 @@ def test_unpack_e5m6(output_type):
     check_resources(cubin, sass, 64)
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("input_type", ["Bf16", "float"])
+def test_permute_quantize(input_type, transpose):
+    cubin = Kernel("permute.cuh", "permute_quantize", (input_type, False, transpose)).cubin()
+    sass, columns = disassemble(cubin.image), 4 if input_type == "float" else 8
+    assert sass.widths("LDG") == {128: 16, 32: 16 + 2}, "x, the index and a group's offsets"
+    assert sass.widths("STG") == {128: columns * (1 + transpose), 32: 1 + transpose}
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
+def test_unpermute():
+    cubin = Kernel("permute.cuh", "unpermute", (4,)).cubin()
+    sass = disassemble(cubin.image)
+    loads = sass.widths("LDG")
+    assert loads[32] == 2 and loads[128] in (4, 8) and sum(loads.values()) == 2 + loads[128]
+    assert sass.widths("STG") == {128: 1}
+    assert sass.count("FFMA") == 0, "products and sums are rounded one by one"
+    check_resources(cubin, sass, 64)
+
+
 def sass_of(body):
     source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
     return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)

@@ -6,7 +6,7 @@ from fp8_helpers import fresh_generator
 from torch.utils._pytree import tree_flatten
 
 import dsv3_kernels as dk
-from dsv3_kernels import e5m6, gemm, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
+from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
 
@@ -42,6 +42,11 @@ def op_samples():
     yield "quantize_128x128_both", (draw(2, 128, 128), False)
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
+    index = torch.tensor([3, -1, 0, 3], dtype=torch.int32)
+    yield "permute_quantize", (draw(5, 272), index, False)
+    yield "permute_quantize_both", (draw(5, 272), index, OFFSETS[:2] * 0, True)
+    yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), draw(2, 2))
+    yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), None)
     yield "pack_e5m6", (draw(5, 256),)
     yield "unpack_e5m6", (*dk.pack_e5m6(draw(5, 256)), torch.bfloat16)
     gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
@@ -96,7 +101,11 @@ def swiglu_step(x, w, dy, out):
     triple = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), recompute=True)
     out.add_(1)
     kept = dk.unpack_e5m6(dk.pack_e5m6(gate_up))
-    return [kept] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple)]
+    index = torch.tensor([[3, -1], [0, 3]], dtype=torch.int32)
+    permuted = dk.permute_quantize(gate_up, index[0])
+    q, q_t = dk.permute_quantize(gate_up, index[1], transpose=True)
+    summed = dk.unpermute(gate_up, index, x[:2, :2].contiguous())
+    return [kept, summed] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple, permuted)]
 
 
 def experts_step(x, w, dy, out, offsets):
