@@ -33,6 +33,20 @@ def test_quantize_1x128_t(against, dtype, shape):
 
 @both_types
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_1x128_both(against, dtype, shape):
+    x = torch.randn(shape).to(dtype)
+    name = f"quantize_1x128 both orientations {str(dtype)[6:]} {shape[0]}x{shape[1]}"
+    twice = "x.to(float8_e4m3fn), and transposed"
+    against(
+        name,
+        lambda: dk.quantize_1x128(x, transpose=True),
+        twice,
+        lambda: (x.to(torch.float8_e4m3fn), x.t().to(torch.float8_e4m3fn).contiguous()),
+    )
+
+
+@both_types
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_quantize_128x128(against, dtype, shape):
     quantizer(against, dk.quantize_128x128, dtype, shape)
 

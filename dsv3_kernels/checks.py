@@ -4,7 +4,7 @@
 `read_offsets` and `read_counts`, which read values and therefore take CPU tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -87,6 +87,27 @@ def same_device(op: str, name: str, value: Tensor, first_name: str, first: Tenso
             f"{op}: {name} is on {value.device}, expected {first.device}, the device of {first_name}; "
             f"pass {name}.to({str(first.device)!r})"
         )
+
+
+def _end(value: Tensor) -> int:
+    """The address past the last byte of a strided tensor."""
+    if value.numel() == 0:
+        return value.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr() + (last + 1) * value.element_size()
+
+
+def apart(op: str, name: str, value: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """`value`, which is written, shares no memory with `others`. A trace has no addresses to compare."""
+    if torch.compiler.is_compiling():
+        return
+    low, high = value.data_ptr(), _end(value)
+    for other_name, other in others:
+        if other.data_ptr() < high and _end(other) > low and other.numel() and value.numel():
+            raise ValueError(
+                f"{op}: {name} shares memory with {other_name}, expected memory of its own: it is written "
+                f"while {other_name} is read; pass {name}.clone()"
+            )
 
 
 def flag(op: str, name: str, value: object) -> bool:

@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -59,11 +59,10 @@ def world(*tensors: Tensor) -> World:
     return "reference" if _virtual_gpu() is None else "emulator"
 
 
-def num_sms(tensor: Tensor) -> int:
-    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
-    if tensor.is_cuda:
-        return _multiprocessors(tensor.get_device())
-    return _virtual_gpu().num_sms
+def num_sms(tensor: Tensor, most: int | None = None) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on; at most `most`."""
+    there = _multiprocessors(tensor.get_device()) if tensor.is_cuda else _virtual_gpu().num_sms
+    return there if most is None else min(most, there)
 
 
 @functools.cache
@@ -149,7 +148,7 @@ class Prepared:
             )
         device = tensors[0].get_device()
         if not tensors[0].is_cuda:
-            _emulate(self.kernel, self._arguments(tensors), *self._shape)
+            _emulate(self.kernel, self.arguments(tensors), *self._shape)
             return
         run, values = self._on.get(device) or self._load(device)
         values = values.copy()
@@ -169,7 +168,7 @@ class Prepared:
         run = _loaded(self.kernel, device).prepare(device, *self._shape, *self._options)
         return self._on.setdefault(device, (run, values))
 
-    def _arguments(self, tensors: Sequence[Tensor]) -> tuple[Argument, ...]:
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Argument, ...]:
         """What `launch` would take."""
         args: list[Any] = list(self.parameters)
         for (i, layout), tensor in zip(self._slots, tensors, strict=True):
@@ -210,14 +209,6 @@ def synchronize(device: torch.device | int | str | None = None) -> None:
 def _raise_reported(code: int, device: str) -> None:
     if code:
         raise DeviceValueError(code, device)
-
-
-def no_kernel(op: str) -> NoReturn:
-    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
-    raise NotImplementedError(
-        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
-        "`emulator.virtual_gpu(...)`, for the reference"
-    )
 
 
 def _virtual_gpu() -> Any:

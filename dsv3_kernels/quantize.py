@@ -29,20 +29,56 @@ MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many 
 MAX_TILES = 2**31 - 1  # blocks of csrc/kernels/quantize_tile.cuh, one a tile of 128x128: the largest grid
 
 
-def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
+@overload
+def quantize_1x128(
+    x: Tensor, *, transpose: Literal[False] = ..., group_offsets: None = ..., power_of_2_scales: bool = ...
+) -> QuantizedTensor: ...
+@overload
+def quantize_1x128(
+    x: Tensor,
+    *,
+    transpose: Literal[True],
+    group_offsets: Tensor | None = ...,
+    power_of_2_scales: bool = ...,
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
+def quantize_1x128(
+    x: Tensor,
+    *,
+    transpose: bool = False,
+    group_offsets: Tensor | None = None,
+    power_of_2_scales: bool = False,
+) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
-    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16;
+        with `transpose` `[M, K]`.
     Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]` with strides
-    `(.., 1, round_up(M, 4))`.
-    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
-    device.
+    `(.., 1, round_up(M, 4))`. With `transpose=True` returns `(q, q_t)`, where `q_t` is
+    `quantize_1x128_t(x, group_offsets)`, bit for bit: the operands of a GEMM and of the weight gradient,
+    from one read of x. `q` holds all rows, those past the last group too.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to M, and rows that wrong
+    offsets leave to no group stay unwritten.
     """
     op = "quantize_1x128"
-    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
+    both = checks.flag(op, "transpose", transpose)
+    checks.tensor(op, "x", x, tuple(_INPUT), (2,) if both else (2, 3))
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
+    if group_offsets is not None:
+        checks.offsets(op, group_offsets, "x", x)
+        if not both:
+            raise ValueError(
+                f"{op}: group_offsets is given with transpose=False, expected None: only the transposed form "
+                "has groups; pass transpose=True"
+            )
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if both:
+        if not torch.compiler.is_compiling():
+            return _quantize_1x128_both(x, group_offsets, power_of_2_scales)
+        tensors = torch.ops.dsv3_kernels.quantize_1x128_both(x, group_offsets, power_of_2_scales)
+        data, scales, data_t, scales_t = tensors
+        return QuantizedTensor(data, scales, ROW), QuantizedTensor(data_t, scales_t, ROW)
     if torch.compiler.is_compiling():
         data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales)
         return QuantizedTensor(data, scales, ROW)
@@ -107,26 +143,62 @@ def quantize_1x128_t(
 def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
         return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
-    data, scales = _fake_1x128_t(x, group_offsets, power_of_2_scales)
-    (tokens, width), token_tiles = x.shape, scales.shape[1]
-    groups = 0 if group_offsets is None else group_offsets.shape[0] - 1
-    offsets = 0 if group_offsets is None else group_offsets
-    arguments = (x, offsets, data, scales, tokens, width, groups, token_tiles, scales.stride(1))
-    tiles = token_tiles * checks.ceil_div(width, TILE)
-    _launch_tiles("quantize_1x128_t", "x", kernel_1x128_t(x.dtype, power_of_2_scales), tiles, x, arguments)
-    return QuantizedTensor(data, scales, ROW)
+    q_t = QuantizedTensor(*_fake_1x128_t(x, group_offsets, power_of_2_scales), ROW)
+    _launch_1x128_t("quantize_1x128_t", x, group_offsets, None, q_t, power_of_2_scales)
+    return q_t
+
+
+def _quantize_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    if launch.world(x) == "reference":
+        return reference.quantize_1x128_both(x, group_offsets, power_of_2_scales=power_of_2_scales)
+    q = QuantizedTensor(*_fake_1x128(x, power_of_2_scales), ROW)
+    q_t = QuantizedTensor(*_fake_1x128_t(x, group_offsets, power_of_2_scales), ROW)
+    _launch_1x128_t("quantize_1x128", x, group_offsets, q, q_t, power_of_2_scales)
+    return q, q_t
+
+
+def _launch_1x128_t(
+    op: str,
+    x: Tensor,
+    group_offsets: Tensor | None,
+    q: QuantizedTensor | None,
+    q_t: QuantizedTensor,
+    power_of_2_scales: bool,
+) -> None:
+    tokens, width = x.shape
+    rows = (0, 0, 0) if q is None else (q.data, q.scales, q.scales.stride(1))
+    arguments = (
+        *(x, 0 if group_offsets is None else group_offsets, *rows[:2], q_t.data, q_t.scales),
+        *(tokens, width, 0 if group_offsets is None else group_offsets.shape[0] - 1),
+        *(q_t.scales.shape[1], rows[2], q_t.scales.stride(1)),
+    )
+    kernel = kernel_1x128_t(x.dtype, power_of_2_scales, q is not None)
+    _launch_tiles(op, "x", kernel, token_tiles(tokens, group_offsets, q is not None), x, arguments)
+
+
+def token_tiles(tokens: int, group_offsets: Tensor | None, rest: bool) -> int:
+    """Tiles of 128 tokens that the groups take at most; with `rest` also those past the last group."""
+    if group_offsets is None:
+        return checks.ceil_div(tokens, TILE)
+    return padded_tokens(tokens, group_offsets.shape[0] - 1 + rest) // TILE
 
 
 @functools.cache
-def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (_INPUT[dtype], power_of_2_scales))
+    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (_INPUT[dtype], power_of_2_scales, row_wise))
 
 
 def _launch_tiles(
-    op: str, name: str, kernel: Kernel, tiles: int, x: Tensor, arguments: tuple[launch.Argument, ...]
+    op: str, name: str, kernel: Kernel, down: int, x: Tensor, arguments: tuple[launch.Argument, ...]
 ) -> None:
-    """Run a kernel of csrc/kernels/quantize_tile.cuh: a block a tile, a thread 16 loads of 16 bytes."""
+    """Run a kernel of csrc/kernels/quantize_tile.cuh, `down` tiles for each column of tiles of x.
+
+    A block takes a tile, a thread 16 loads of 16 bytes.
+    """
+    tiles = down * checks.ceil_div(x.shape[-1], TILE)
     if tiles > MAX_TILES:
         raise ValueError(
             f"{op}: {name} of shape {tuple(x.shape)} has {tiles} tiles of {TILE}x{TILE}, "
@@ -186,7 +258,8 @@ def _quantize_128x128(
     q_t = QuantizedTensor(*_fake_128x128(w.mT, power_of_2_scales), SQUARE) if transpose else q
     arguments = (w, q.data, q.scales, q_t.data, q_t.scales, *w.shape[-2:])
     kernel = kernel_128x128(w.dtype, power_of_2_scales, transpose)
-    _launch_tiles("quantize_128x128", "w", kernel, q.scales.numel(), w, arguments)
+    down = q.scales.shape[:-1].numel()
+    _launch_tiles("quantize_128x128", "w", kernel, down, w, arguments)
     return q, q_t
 
 
@@ -228,6 +301,13 @@ def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
     return q.data, q.scales
 
 
+def _op_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, q_t = _quantize_1x128_both(x, group_offsets, power_of_2_scales)
+    return q.data, q.scales, q_t.data, q_t.scales
+
+
 def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
     q, _ = _quantize_128x128(w, power_of_2_scales, False)
     return q.data, q.scales
@@ -257,6 +337,13 @@ def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bo
     return data, quantized.empty_mn_major((width, columns // TILE), x.device)
 
 
+def _fake_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_wise = _fake_1x128(x, power_of_2_scales)
+    return *row_wise, *_fake_1x128_t(x, group_offsets, power_of_2_scales)
+
+
 def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
     return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
 
@@ -272,6 +359,7 @@ def _fake_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch
 for _name, _op, _fake in (
     ("quantize_1x128", _op_1x128, _fake_1x128),
     ("quantize_1x128_t", _op_1x128_t, _fake_1x128_t),
+    ("quantize_1x128_both", _op_1x128_both, _fake_1x128_both),
     ("quantize_128x128", _op_128x128, _fake_128x128),
     ("quantize_128x128_both", _op_128x128_both, _fake_both),
     ("dequantize", _op_dequantize, _fake_dequantize),

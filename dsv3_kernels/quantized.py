@@ -49,6 +49,18 @@ def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
 
 
+def mn_major(scales: Tensor) -> Tensor:
+    """Scales `[.., M, K/128]` as kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
+    shape = tuple(scales.shape)
+    leading = round_up(shape[-2], 4)
+    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
+    strides = zip(shape, scales.stride(), expected, strict=True)
+    fits = scales.stride() == expected or all(size == 1 or got == want for size, got, want in strides)
+    if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
+        return scales
+    return empty_mn_major(shape, scales.device).copy_(scales)
+
+
 def padded_tokens(tokens: int, groups: int) -> int:
     """Columns of a token-transposed tensor: the most that `groups` groups, each padded to 128, can take."""
     return TILE * ((tokens + (TILE - 1) * groups) // TILE)

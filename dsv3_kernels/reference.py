@@ -63,12 +63,17 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 
 
 def quantize_1x128_t(
-    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    op: str = "quantize_1x128_t",
 ) -> QuantizedTensor:
+    """`op` is whom an error names."""
     tokens, width = x.shape
     offsets = [0, tokens]
     if group_offsets is not None:
-        offsets = read_offsets("quantize_1x128_t", group_offsets, tokens, "the rows of x")
+        offsets = read_offsets(op, group_offsets, tokens, "the rows of x")
     columns = padded_tokens(tokens, len(offsets) - 1)
     if columns == tokens and len(offsets) == 2 and offsets[1] == tokens:
         values = x.float()
@@ -83,6 +88,13 @@ def quantize_1x128_t(
     data = _encode(tiles, scales.unsqueeze(1), values is not x).view(columns, width).t().contiguous()
     scales = scales.t()
     return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
+
+
+def quantize_1x128_both(
+    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op="quantize_1x128")
+    return quantize_1x128(x, power_of_2_scales=power_of_2_scales), q_t
 
 
 def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
@@ -203,6 +215,8 @@ def fp8_wgrad(
             f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
     for g, (start, end) in enumerate(pairwise(starts)):
+        if start == end and accumulate:
+            continue
         y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
         _write(out[g], y, accumulate)
     return out

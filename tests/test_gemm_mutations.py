@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from gemm_helpers import POISON, operands, owned_rows, schedule_of
+from mutate import source
 
 from dsv3_kernels import emulator, gemm, reference
-from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
+from dsv3_kernels.jit.compile import compile_source, source_options
 
 SEEDS = 20
 HAZARD, DEADLOCK, MEMORY = "HazardError", "DeadlockError", "MemoryAccessError"
@@ -97,8 +98,8 @@ MUTATIONS = {
     "halves go to one block": breaks(
         "kBothBlocks = 0b11;", "kBothBlocks = 0b01;", HAZARD, DEADLOCK, on=SHARES_A
     ),
-    "halves land in one place": breaks("target + half * kBlockK", "target", HAZARD, on=SHARES_B),
-    "both halves are the first": breaks("k, row + half,", "k, row,", WRONG, on=SHARES_B),
+    "halves land in one place": breaks("target + half * kRowBytes", "target", HAZARD, on=SHARES_B),
+    "both halves are the first": breaks("x, row + half,", "x, row,", WRONG, on=SHARES_B),
     "only the own copies are expected": breaks(
         "acquire(position, L::kStageBytes)",
         "acquire(position, L::kStageBytes - kBlockM * kBlockK / 2)",
@@ -208,21 +209,6 @@ MUTATIONS = {
 }
 
 
-def source(old="", new=""):
-    """The kernel's files as one text, `old` replaced by `new`."""
-    text, seen = '#include "gemm.cuh"\n', set()
-    while match := re.search(r'^#include "(\w+\.cuh)"\n', text, re.MULTILINE):
-        name = match[1]
-        body = "" if name in seen else (kernel_dir() / name).read_text().replace("#pragma once\n", "")
-        text = text[: match.start()] + body + text[match.end() :]
-        seen.add(name)
-    if not old:
-        return text
-    found = len(old.findall(text)) if isinstance(old, re.Pattern) else text.count(old)
-    assert found == 1, f"{old!r} occurs {found} times in the kernel: mend this table"
-    return old.sub(new, text) if isinstance(old, re.Pattern) else text.replace(old, new)
-
-
 def outcomes(text, p, seeds):
     """What running the kernel gives, by seed: the name of an error, or one of WRONG, OUTSIDE and RIGHT."""
     compiled = compile_source(text, [str(p.config.kernel)], source_options())
@@ -239,13 +225,16 @@ def outcomes(text, p, seeds):
     for seed in range(seeds):
         out = torch.full(expected.shape, POISON, dtype=torch.bfloat16)
         with emulator.virtual_gpu(p.num_sms, seed, schedule_of(seed)) as gpu:
+            prepared, tensors = gemm.prepared_call(
+                p.config, a.data, a.scales, b.data, b.scales, out, group_list, p.num_sms
+            )
             launch = {
                 "ptx": compiled.ptx,
                 "kernel": compiled.names[0],
                 "grid": (p.num_sms, 1, 1),
                 "block": (p.config.threads, 1, 1),
                 "cluster": (p.config.cluster, 1, 1),
-                "args": gemm.arguments(p.config, a.data, a.scales, b.data, b.scales, out, group_list),
+                "args": prepared.arguments(tensors),
                 "shared_bytes": p.config.shared_bytes,
             }
             try:
@@ -265,14 +254,14 @@ def outcomes(text, p, seeds):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_the_kernel_as_it_is(name):
-    assert set(outcomes(source(), PROBLEMS[name], 3)) == {RIGHT}
+    assert set(outcomes(source("gemm.cuh"), PROBLEMS[name], 3)) == {RIGHT}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_broken_protocol_is_noticed(name):
     mutation = MUTATIONS[name]
     seen = []
-    for outcome in outcomes(source(mutation.old, mutation.new), mutation.problem, SEEDS):
+    for outcome in outcomes(source("gemm.cuh", mutation.old, mutation.new), mutation.problem, SEEDS):
         seen.append(outcome)
         if outcome in mutation.expected:
             return

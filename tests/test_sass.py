@@ -40,16 +40,19 @@ def test_quantize_1x128(input_type, power_of_2):
     assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
 
 
-def check_quantize_tile(kernel, input_type, power_of_2, orientations):
-    """What the kernels of quantize_tile.cuh share; a thread holds 16 rows of 16 bytes."""
+def check_quantize_tile(kernel, input_type, power_of_2, orientations, encoded=1):
+    """What the kernels of quantize_tile.cuh share; a thread holds 16 rows of 16 bytes.
+
+    encoded: how often a value is encoded, which is once for each scale it has.
+    """
     cubin = kernel.cubin()
     sass, columns = disassemble(cubin.image), 4 if input_type == "float" else 8
     assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 16
     assert sass.widths("STG") == {128: columns * orientations, 32: orientations}
-    assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8, "a value is encoded once, whatever its places"
-    assert sass.count("FCHK") == 1
-    corrections = 0 if power_of_2 else 4 * 16 * columns
-    assert corrections <= sass.count("FFMA") <= corrections + 48
+    assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8 * encoded
+    assert sass.count("FCHK") == encoded, "a division for each scale"
+    corrections = 0 if power_of_2 else 4 * 16 * columns * encoded
+    assert corrections <= sass.count("FFMA") <= corrections + 48 * encoded * encoded
     assert sass.local_memory == 0
     assert sass.registers <= cubin.resources.registers <= QUANTIZE_TILE_REGISTERS
     resources = cubin.resources
@@ -57,12 +60,14 @@ def check_quantize_tile(kernel, input_type, power_of_2, orientations):
     return sass, columns
 
 
+@pytest.mark.parametrize("row_wise", [False, True], ids=["one_orientation", "both"])
 @pytest.mark.parametrize(("input_type", "power_of_2"), QUANTIZE)
-def test_quantize_1x128_t(input_type, power_of_2):
-    kernel = Kernel("quantize_tile.cuh", "quantize_1x128_t", (input_type, power_of_2))
-    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, orientations=1)
+def test_quantize_1x128_t(input_type, power_of_2, row_wise):
+    kernel = Kernel("quantize_tile.cuh", "quantize_1x128_t", (input_type, power_of_2, row_wise))
+    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, 1 + row_wise, 1 + row_wise)
     assert sass.widths("LDG") == {128: 16, 32: 2}, "beside x, a group's two offsets"
-    assert sass.widths("STS") == {128: columns, 32: columns + 1}
+    stores = sass.widths("STS")
+    assert stores[128] == columns and stores[64] == (16 if columns == 8 and row_wise else 0)
     assert sass.count("BAR.SYNC") == 3
 
 

@@ -32,6 +32,8 @@ def op_samples():
     yield "quantize_1x128_t", (draw(40, 24), None, False)
     yield "quantize_1x128_t", (draw(128, 24), None, True)
     yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True)
+    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False)
     yield "quantize_128x128", (draw(2, 24, 272), False)
     yield "quantize_128x128", (draw(128, 256), True)
     yield "quantize_128x128_both", (draw(32, 272), True)
@@ -41,8 +43,8 @@ def op_samples():
     yield "fp8_gemm", tuple(as_tensors(a, b))
     yield "grouped_fp8_gemm", (*as_tensors(a, b3), OFFSETS)
     yield "masked_grouped_fp8_gemm", (*as_tensors(a3, b3), torch.tensor([7, 0, 3], dtype=torch.int32))
-    yield "fp8_wgrad", (*dense, draw(24, 16), False, None)
-    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS)
+    yield "fp8_wgrad", (*dense, draw(24, 16), False, None, None)
+    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS, 8)
 
 
 @pytest.fixture
@@ -68,8 +70,9 @@ def linear_step(x, w, dy, out):
     """Forward, input gradient and weight gradient of a linear layer."""
     w_q, w_t = dk.quantize_128x128(w, transpose=True)
     y = dk.fp8_gemm(dk.quantize_1x128(x), w_q)
-    dx = dk.fp8_gemm(dk.quantize_1x128(dy), w_t)
-    dw = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x, power_of_2_scales=True))
+    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True)
+    dw = dk.fp8_wgrad(dy_t, dk.quantize_1x128_t(x, power_of_2_scales=True))
+    dx = dk.fp8_gemm(dy_q, w_t)
     total = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x), out, accumulate=True)
     return y, dx, dw, total + 1, dk.dequantize(w_q), dk.dequantize((w_q.data, w_q.scales), torch.bfloat16)
 

@@ -65,19 +65,6 @@ struct Layout {
     };
 };
 
-// kRows rows from `row` on, 128 of K wide. Where the cluster shares them: this block's half, into both.
-template <bool kShared, u32 kRows>
-__device__ __forceinline__ void load_operand(u8* target, const TensorMap* map, u64* full, u32 k, u32 row,
-                                             u32 rank) {
-    if constexpr (kShared) {
-        constexpr u16 kBothBlocks = 0b11;
-        const u32 half = rank * (kRows / 2);
-        ptx::tma_load_multicast(target + half * kBlockK, map, full, k, row + half, kBothBlocks);
-    } else {
-        ptx::tma_load(target, map, full, k, row);
-    }
-}
-
 // sum += (a_scale * b_scale) * partial for a lane's accumulators, which lie as wgmma_e4m3 says. Rows are A's,
 // in pairs 8 apart; columns are B's, and from `split` on, a multiple of kSegment, they belong to the next
 // block of its scales.
@@ -178,10 +165,9 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
                 for (u32 k_block = 0; k_block < k_blocks; ++k_block, position.advance()) {
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
-                    load_operand<kSharesA, kBlockM>(shared.a[s], &a_map, full, k_block * kBlockK, tile.row,
-                                                    rank);
-                    load_operand<kSharesB, kBlockN>(shared.b[s], &b_map, full, k_block * kBlockK, b_row,
-                                                    rank);
+                    const u32 x = k_block * kBlockK;
+                    load_rows<kSharesA, kBlockM, kBlockK>(shared.a[s], &a_map, full, x, tile.row, rank);
+                    load_rows<kSharesB, kBlockN, kBlockK>(shared.b[s], &b_map, full, x, b_row, rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, scale_column, scale_row + k_block);
                 }
             }

@@ -38,9 +38,7 @@ __device__ __forceinline__ float abs(float a) {
 // ---- Data movement and conversion instructions
 
 // No instruction; but what was computed from v before is not kept in registers for use after it.
-__device__ __forceinline__ void forget_derived(U32x4& v) {
-    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
-}
+__device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
@@ -72,6 +70,13 @@ __device__ __forceinline__ float shuffle_xor(float value, u32 lane_mask) {
 __device__ __forceinline__ u16 e4m3x2(float low, float high) {
     u16 d;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// Two e4m3 bytes to two fp16, exactly.
+__device__ __forceinline__ u32 e4m3x2_to_fp16x2(u16 codes) {
+    u32 d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(codes));
     return d;
 }
 
@@ -118,6 +123,11 @@ __device__ __forceinline__ U32x4 load_shared(const U32x4* address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
+                 : "memory");
+}
+
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, u32 rank) {
     u32 d;
@@ -153,12 +163,28 @@ __device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap
         : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
+                                         u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4, %5}], [%2];" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
 // One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk
 // group.
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
         "r"(shared_address(source)), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y, u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+        "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 

@@ -1,5 +1,6 @@
 """Drop-in autograd functions and modules over the FP8 ops."""
 
+from dsv3_kernels.nn.deferred import WgradStore, deferred_wgrad
 from dsv3_kernels.nn.linear import (
     Fp8Linear,
     GroupedFp8Linear,
@@ -17,6 +18,8 @@ __all__ = [
     "Fp8Recipe",
     "GroupedFp8Linear",
     "Linear",
+    "WgradStore",
+    "deferred_wgrad",
     "fp8_linear",
     "grouped_fp8_linear",
     "set_recipe",
