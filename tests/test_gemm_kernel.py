@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
+from commit_seed import seeds
 from gemm_helpers import (
     ALL_CONFIGS,
     GROUPINGS,
     POISON,
     assert_same_bits,
     check,
-    commit_seed,
     name_of,
     operands,
 )
@@ -133,14 +133,14 @@ def spread(seed):
     return runs
 
 
-RUNS = spread(commit_seed())
+RUNS = spread(seeds("gemm's configurations", 1)[0])
 
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=lambda i: f"{name_of(RUNS[i][0])}-{i}")
 def test_configuration(i):
     config, case, num_sms, k, n = RUNS[i]
     m, sizes = rows_of(config, case)
-    n, k, seed = COLUMNS[n](config.block_n), K[k], commit_seed() + i
+    n, k, (seed,) = COLUMNS[n](config.block_n), K[k], seeds(f"gemm {i}", 1)
     print(f"check({config!r}, {m}, {n}, {k}, {seed}, {num_sms}, {sizes})")
     check(config, m, n, k, seed, num_sms, sizes, ugly=i % 4 == 0)
 
