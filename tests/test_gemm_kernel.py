@@ -156,15 +156,19 @@ def test_configuration_in_full(config, case):
 
 
 def test_work_of_the_tensor_core():
-    """No wave is computed twice, and none beyond the tiles there are."""
+    """No wave is computed twice, none beyond the tiles there are, and of groups none beyond their rows."""
     for config in ALL_CONFIGS[::5]:
         m, sizes = rows_of(config, 0)
-        gpu = check(config, m, config.block_n + 8, 272, seed=1, num_sms=2, sizes=sizes)
-        groups = [m] if sizes is None else sizes
-        columns = ceil_div(ceil_div(config.block_n + 8, config.unit[1]) * config.unit[1], config.block_n)
-        rows = sum(ceil_div(size, config.unit[0]) * config.unit[0] for size in groups) // config.block_m
-        waves = (config.block_n if config.swap else config.block_m) // gemm.WAVE
-        assert gpu.counters["wgmma"] == rows * columns * waves * 3 * 4
+        n, k_blocks = config.block_n + 8, 3
+        gpu = check(config, m, n, 272, seed=1, num_sms=2, sizes=sizes)
+        unit_m, unit_n = config.unit
+        columns = ceil_div(n, unit_n) * unit_n
+        if config.grouping == "none" or config.swap:
+            rows = sum(ceil_div(size, unit_m) * unit_m for size in (sizes or [m]))
+        else:
+            rows = sum(ceil_div(size, gemm.WAVE) * gemm.WAVE for size in sizes)
+        wide = config.block_m if config.swap else config.block_n
+        assert gpu.counters["wgmma"] == rows * columns // (gemm.WAVE * wide) * k_blocks * 4
 
 
 @pytest.mark.parametrize(
