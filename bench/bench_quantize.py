@@ -1,4 +1,7 @@
-"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back."""
+"""Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back.
+
+With --gpu: the kernels (see gpu_bench.py).
+"""
 
 import sys
 
@@ -52,6 +55,16 @@ def test_quantize_128x128(against, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_requantize_1x128_t(against, shape):
+    q = dk.quantize_1x128(torch.randn(shape), power_of_2_scales=True)
+    name = f"requantize_1x128_t {shape[0]}x{shape[1]}"
+    op = dk.requantize_1x128_t
+    against(
+        name, lambda: op(q, power_of_2_scales=True), "q.data.t(), copied", lambda: q.data.t().contiguous()
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dequantize(against, shape):
     q = dk.quantize_1x128(torch.randn(shape))
     against(
@@ -64,5 +77,5 @@ def test_dequantize(against, shape):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("quantize"))
+        sys.exit(gpu_bench.script("quantize"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

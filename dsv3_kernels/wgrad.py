@@ -12,14 +12,13 @@ from torch import Tensor
 
 from . import checks, launch, quantized, reference
 from .checks import ceil_div, round_up
+from .hopper import L2_BYTES, SHARED_MEMORY, WARPGROUP, WAVE
 from .jit import Kernel
 from .quantized import ROW, TILE, QuantizedTensor, mn_major
 from .tensor_map import MapLayout
 
-SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
-WAVE = 64  # rows of a wgmma
 BLOCK_M = 2 * WAVE  # two warpgroups multiply
-THREADS = 3 * 128  # and one moves data
+THREADS = 3 * WARPGROUP  # and one moves data
 PANEL = 32  # columns of the gradient that move in one bulk copy
 MAX_STAGES = 6
 BLOCK_N = (64, 96, 128, 160, 192)
@@ -30,11 +29,13 @@ class WgradConfig:
     """How csrc/kernels/wgrad.cuh is instantiated; what follows from the width of a tile is in its `Layout`.
 
     block_n: columns of an output tile of 128 rows. stages: tiles of operands in flight, 128 tokens each.
-    strip: width in tiles of the strips in which tiles are taken.
+    cluster: blocks that take tiles one below the other and load x together, 1 or 2. strip: width in tiles of
+    the strips in which tiles are taken.
     """
 
     block_n: int
     stages: int
+    cluster: int = 1
     strip: int = 8
 
     @property
@@ -45,12 +46,11 @@ class WgradConfig:
 
     @property
     def kernel(self) -> Kernel:
-        return _kernel(self)
+        return Kernel("wgrad.cuh", "fp8_wgrad", (self.block_n, self.stages, self.cluster))
 
-
-@functools.cache
-def _kernel(config: WgradConfig) -> Kernel:
-    return Kernel("wgrad.cuh", "fp8_wgrad", (config.block_n, config.stages, config.strip))
+    def clusters(self, groups: int, n: int, k: int) -> int:
+        """Of tiles, in gradients `[groups, n, k]`."""
+        return groups * ceil_div(n, self.cluster * BLOCK_M) * ceil_div(k, self.block_n)
 
 
 def stage_bytes(block_n: int) -> int:
@@ -58,32 +58,38 @@ def stage_bytes(block_n: int) -> int:
     return (BLOCK_M + block_n) * (TILE + 4)
 
 
-def config_of_width(block_n: int) -> WgradConfig:
+def config_of_width(block_n: int, cluster: int = 1) -> WgradConfig:
     """The deepest ring that fits beside the FP32 output tile."""
     room = SHARED_MEMORY - BLOCK_M * block_n * 4 - 1024
-    return WgradConfig(block_n, min(MAX_STAGES, room // stage_bytes(block_n)))
+    return WgradConfig(block_n, min(MAX_STAGES, room // stage_bytes(block_n)), cluster)
+
+
+CONFIGS = tuple(config_of_width(width, cluster) for width in BLOCK_N for cluster in (1, 2))
 
 
 @functools.lru_cache(maxsize=4096)
 def choose_config(groups: int, n: int, k: int, num_sms: int) -> WgradConfig:
-    """The width of `BLOCK_N` with the least estimated time for `[groups, n, k]` on `num_sms` SMs.
+    """The one of `CONFIGS` with the least estimated time for `[groups, n, k]` on `num_sms` SMs.
 
     Blocks take tiles in waves of `num_sms`. Per 128 tokens a tile costs the larger of its tensor core's
-    cycles (512 for 128x128) and its loads' (64 bytes a cycle from L2). How many tokens there are is not
-    asked: a group's count lies on the device, and all tiles of a group have the same. Of equals the wider
-    tile, which reads less.
+    cycles (512 for 128x128) and its loads' from L2, which a cluster of two halves for x. How many tokens
+    there are is not asked: a group's count lies on the device, and all tiles of a group have the same. Of
+    equals the one that loads less.
     """
 
-    def cycles(block_n: int) -> tuple[float, int]:
-        waves = ceil_div(groups * ceil_div(n, BLOCK_M) * ceil_div(k, block_n), num_sms)
-        return waves * max(BLOCK_M * block_n / 32, stage_bytes(block_n) / 64), -block_n
+    def cost(config: WgradConfig) -> tuple[float, float]:
+        shared = config.block_n * TILE // 2 if config.cluster == 2 else 0
+        load = (stage_bytes(config.block_n) - shared) / L2_BYTES
+        waves = ceil_div(config.clusters(groups, n, k), num_sms // config.cluster)
+        return waves * max(BLOCK_M * config.block_n / 32, load), load / config.block_n
 
-    return config_of_width(min(BLOCK_N, key=cycles))
+    most = min(num_sms, ceil_div(n, BLOCK_M))  # a lone row of tiles has nobody to share x with
+    return min((config for config in CONFIGS if config.cluster <= most), key=cost)
 
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that the ops here may launch, for `warmup`."""
-    return {"fp8_wgrad": [config_of_width(width).kernel for width in BLOCK_N]}
+    return {"fp8_wgrad": [config.kernel for config in CONFIGS]}
 
 
 def fp8_wgrad(
@@ -192,21 +198,24 @@ def prepare(
 ) -> launch.Prepared:
     """The launch for a gradient of `shape`; takes both operands, their scales, the gradient, any offsets."""
     groups, n, k = shape if len(shape) == 3 else (1, *shape)
-    tiles = groups * ceil_div(n, BLOCK_M) * ceil_div(k, config.block_n)
+    clusters = min(config.clusters(groups, n, k), num_sms // config.cluster)
     return launch.Prepared(
         config.kernel,
-        (min(tiles, num_sms), 1, 1),
+        (clusters * config.cluster, 1, 1),
         (THREADS, 1, 1),
         (
             MapLayout(torch.float8_e4m3fn, (BLOCK_M, TILE), (n, tokens), (tokens, 1)),
-            MapLayout(torch.float8_e4m3fn, (config.block_n, TILE), (k, tokens), (tokens, 1)),
+            MapLayout(
+                torch.float8_e4m3fn, (config.block_n // config.cluster, TILE), (k, tokens), (tokens, 1)
+            ),
             _scales_layout(n, tokens, BLOCK_M),
             _scales_layout(k, tokens, config.block_n),
             MapLayout(torch.float32, (1, WAVE, PANEL), (groups, n, k), (n * k, k, 1)),
             launch.Slot.ADDRESS if grouped else 0,
-            *(groups, n, k, tokens // TILE, int(accumulate)),
+            *(groups, n, k, tokens // TILE, config.strip, int(accumulate)),
             launch.Slot.ERROR_WORD,
         ),
+        cluster=(config.cluster, 1, 1),
         shared_bytes=config.shared_bytes,
         programmatic=True,
     )

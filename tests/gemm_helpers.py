@@ -54,6 +54,13 @@ def owned_rows(grouping, m, group_list):
     return torch.arange(m) < group_list[:, None]
 
 
+def run_config(config, a, a_scales, b, b_scales, out, group_list, num_sms):
+    """Launch one instance of the kernel on at most `num_sms` SMs."""
+    groups = b.shape[0] if b.ndim == 3 else 1
+    launch = gemm.prepare(config, *a.shape[-2:], b.shape[-2], groups, num_sms)
+    launch(*gemm.operands(a, a_scales, b, b_scales, out, group_list))
+
+
 def check(config, m, n, k, seed, num_sms, sizes=None, ugly=False):
     """One run of a configuration, bit for bit; rows that belong to no group keep their poison.
 
@@ -69,7 +76,7 @@ def check(config, m, n, k, seed, num_sms, sizes=None, ugly=False):
         group_list = group_list if counted else group_list.cumsum(0).int()
     out = torch.full((*a.shape[:-1], n), POISON, dtype=torch.bfloat16)
     with emulator.virtual_gpu(max(num_sms, config.cluster), seed, schedule_of(seed)) as gpu:
-        gemm.run_config(config, a.data, a.scales, b.data, b.scales, out, group_list, num_sms)
+        run_config(config, a.data, a.scales, b.data, b.scales, out, group_list, num_sms)
     op, arguments = {
         "none": (reference.fp8_gemm, ()),
         "offsets": (reference.grouped_fp8_gemm, (group_list,)),

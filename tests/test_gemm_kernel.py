@@ -16,6 +16,7 @@ from gemm_helpers import (
     check,
     name_of,
     operands,
+    run_config,
 )
 
 import dsv3_kernels as dsv3
@@ -210,9 +211,13 @@ def test_dense_call(m, n, k):
 @pytest.mark.parametrize("num_sms", [None, 1, 2, 7, 1000])
 def test_num_sms(num_sms, monkeypatch):
     grids = []
-    launch = emulator.VirtualGPU.launch
-    record = lambda *a, **k: (grids.append(k["grid"][0]), launch(*a, **k))  # noqa: E731
-    monkeypatch.setattr(emulator.VirtualGPU, "launch", record)
+    emulate = gemm.launch._emulate
+
+    def noting(kernel, args, grid, *shape):
+        grids.append(grid[0])
+        emulate(kernel, args, grid, *shape)
+
+    monkeypatch.setattr(gemm.launch, "_emulate", noting)
     a, b = operands((40, 144), (1040, 144), seed=2)
     weights = dsv3.QuantizedTensor(torch.stack([b.data] * 3), torch.stack([b.scales] * 3), b.block)
     offsets = torch.tensor([0, 13, 13, 40], dtype=torch.int32)
@@ -301,9 +306,9 @@ def check_wrong_list(config, m, group_list, name):
     guarded = torch.full((*a.shape[:-1], 40), POISON, dtype=torch.bfloat16)
     with emulator.virtual_gpu(num_sms=2, seed=1):
         with pytest.raises(ValueError, match=name):
-            gemm.run_config(config, a.data, a.scales, b.data, b.scales, guarded, group_list, 2)
+            run_config(config, a.data, a.scales, b.data, b.scales, guarded, group_list, 2)
         right = torch.tensor([m] * 3 if counted else [0, m, m, m], dtype=torch.int32)
-        gemm.run_config(config, a.data, a.scales, b.data, b.scales, guarded, right, 2)
+        run_config(config, a.data, a.scales, b.data, b.scales, guarded, right, 2)
     op = reference.masked_grouped_fp8_gemm if counted else reference.grouped_fp8_gemm
     assert_same_bits(guarded, op(a, b, right, accumulation="hopper"))
 

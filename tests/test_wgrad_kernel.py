@@ -12,12 +12,12 @@ from dsv3_kernels.checks import ceil_div
 from dsv3_kernels.device_error import DeviceValueError
 from dsv3_kernels.jit.disassemble import disassemble
 
-CONFIGS = [wgrad.config_of_width(width) for width in wgrad.BLOCK_N]
+CONFIGS = wgrad.CONFIGS
 SIZES = [0, 128, 1, 300, 0]
 
 
 def name_of(config):
-    return f"128x{config.block_n}"
+    return f"128x{config.block_n}" + (" pairs" if config.cluster == 2 else "")
 
 
 def offsets_of(sizes):
@@ -35,23 +35,26 @@ def test_chooser_over_random_shapes():
         groups = rng.choice((1, rng.randint(1, 256)))
         n, k, num_sms = 8 * rng.randint(1, 3000), 8 * rng.randint(1, 5000), rng.choice((1, 2, 8, 78, 132))
         config = wgrad.choose_config(groups, n, k, num_sms)
-        assert config.block_n in wgrad.BLOCK_N
+        assert config in wgrad.CONFIGS and config.cluster <= num_sms
         assert config.shared_bytes <= wgrad.SHARED_MEMORY, (groups, n, k, num_sms, config)
         assert 3 <= config.stages <= wgrad.MAX_STAGES
 
 
 def test_chooser_fills_waves():
-    assert wgrad.choose_config(1, 128 * 132, 1920, 132).block_n == 192  # of equals the one that reads least
-    assert wgrad.choose_config(1, 4096, 7168, 132).block_n == 160  # 11 waves of 640 cycles, not 10 of 768
-    small = wgrad.choose_config(1, 128, 640, 132)  # one wave in any case: the narrowest tile
-    assert small.block_n == 64
+    # 10 waves of 768 cycles, for which its loads leave time.
+    large = wgrad.choose_config(1, 128 * 132, 1920, 132)
+    assert (large.block_n, large.cluster) == (192, 2)
+    # One wave in any case: the narrowest tile, and nobody to share x with.
+    small = wgrad.choose_config(1, 128, 640, 132)
+    assert (small.block_n, small.cluster) == (64, 1)
+    assert wgrad.choose_config(1, 256, 640, 1).cluster == 1
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_python_and_cuda_agree_on_the_layout(config):
     source = f"""
         #include "wgrad.cuh"
-        using L = dsv3::wgrad::Layout<{config.block_n}, {config.stages}>;
+        using L = dsv3::wgrad::Layout<{config.block_n}, {config.stages}, {config.cluster}>;
         static_assert(sizeof(L::Shared) == {config.shared_bytes}, "shared memory");
         static_assert(L::kStageBytes == {wgrad.stage_bytes(config.block_n)}, "stage");
         static_assert(dsv3::wgrad::kThreads == {wgrad.THREADS}, "threads");
@@ -67,11 +70,12 @@ WALK = """
 using namespace dsv3;
 extern "C" __global__ void walk(const i32* offsets, u32 groups, u32 n, u32 k, u32 token_tiles, u32 skip,
                                 u32* owned, u32* error) {
-    wgrad::Scheduler<BLOCK_N, STRIP> scheduler(offsets, groups, n, k, token_tiles, skip, error);
-    const u32 rows = (n + 127) / 128, columns = (k + BLOCK_N - 1) / BLOCK_N;
-    wgrad::Tile tile;
+    wgrad::Scheduler<ROWS, BLOCK_N> scheduler(offsets, groups, n, k, token_tiles, STRIP, skip, error,
+                                              blockIdx.x, gridDim.x);
+    const u32 rows = (n + ROWS - 1) / ROWS, columns = (k + BLOCK_N - 1) / BLOCK_N;
+    wgrad::GroupTile tile;
     while (scheduler.next(tile)) {
-        u32* entry = owned + ((tile.group * rows + tile.row / 128) * columns + tile.column / BLOCK_N) * 3;
+        u32* entry = owned + ((tile.group * rows + tile.row / ROWS) * columns + tile.column / BLOCK_N) * 3;
         atomicAdd(entry, 1);
         entry[1] = tile.first;
         entry[2] = tile.count;
@@ -80,16 +84,16 @@ extern "C" __global__ void walk(const i32* offsets, u32 groups, u32 n, u32 k, u3
 """
 
 
-@pytest.mark.parametrize("block_n, strip", [(64, 8), (96, 3), (192, 1)])
-def test_every_tile_has_one_owner_and_its_groups_tokens(block_n, strip):
-    ptx = jit.compile_ptx(WALK, defines={"BLOCK_N": block_n, "STRIP": strip})
+@pytest.mark.parametrize("tile_rows, block_n, strip", [(128, 64, 8), (256, 96, 3), (256, 192, 1)])
+def test_every_tile_has_one_owner_and_its_groups_tokens(tile_rows, block_n, strip):
+    ptx = jit.compile_ptx(WALK, defines={"ROWS": tile_rows, "BLOCK_N": block_n, "STRIP": strip})
     (seed,) = seeds(f"owners {block_n}", 1)
     print("seed", seed)
     rng = random.Random(seed)
     for _ in range(30):
         sizes = [rng.choice((0, 1, 127, 128, 129, rng.randint(0, 700))) for _ in range(rng.randint(1, 9))]
         n, k = 8 * rng.randint(1, 80), 8 * rng.randint(1, 200)
-        rows, columns = ceil_div(n, 128), ceil_div(k, block_n)
+        rows, columns = ceil_div(n, tile_rows), ceil_div(k, block_n)
         blocks, skip = rng.randint(1, 9), rng.randint(0, 1)
         counts = [ceil_div(size, 128) for size in sizes]
         spare = rng.randint(0, 2)
@@ -188,7 +192,7 @@ def check(config, n, k, seed, *, tokens=0, sizes=None, accumulate=False, ugly=Fa
     assert_same_bits(out, before)
     assert (buffer[:64] == 7).all() and (buffer[-64:] == 7).all()
     token_tiles = sum(ceil_div(size, 128) for size in sizes) if sizes is not None else ceil_div(tokens, 128)
-    tiles = ceil_div(n, 128) * ceil_div(k, config.block_n)
+    tiles = config.clusters(1, n, k) * config.cluster
     assert gpu.counters["wgmma"] == token_tiles * tiles * 8  # none for a group without tokens
     assert gpu.counters["launches"] == 1 and gpu.counters["bank_conflicts"] == 0
 
@@ -198,7 +202,9 @@ def check(config, n, k, seed, *, tokens=0, sizes=None, accumulate=False, ugly=Fa
 def test_groups_and_tails(config, accumulate):
     """A full tile and, in both directions, a tail, for groups of no token, one, whole tiles and tails."""
     for seed in seeds(f"groups {config} {accumulate}", 1):
-        check(config, 136, config.block_n + 8, seed, sizes=SIZES, accumulate=accumulate, num_sms=1 + seed % 4)
+        num_sms = config.cluster * (1 + seed % 3)
+        n = 136 + 256 * (seed % 2 and config.cluster - 1)  # pairs of tiles that are whole, or half empty
+        check(config, n, config.block_n + 8, seed, sizes=SIZES, accumulate=accumulate, num_sms=num_sms)
 
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
@@ -210,9 +216,10 @@ def test_dense_and_ugly(config, accumulate):
 
 @pytest.mark.parametrize("accumulate", [False, True], ids=["write", "add"])
 def test_ring_wraps_and_tiles_follow_each_other(accumulate):
-    """One SM computes every tile: the ring's phases, the panels' phases, several strips."""
-    config = wgrad.WgradConfig(64, stages=2, strip=2)
-    check(config, 136, 328, 5, sizes=[400, 0, 130], accumulate=accumulate, num_sms=1)
+    """One SM, or one pair, computes every tile: the ring's phases, the panels' phases, several strips."""
+    for cluster in (1, 2):
+        config = wgrad.WgradConfig(64, stages=2, cluster=cluster, strip=2)
+        check(config, 136, 328, 5, sizes=[400, 0, 130], accumulate=accumulate, num_sms=cluster)
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], [1], [127, 129, 2]], ids=str)
@@ -254,7 +261,7 @@ def test_subnormal_gradients_are_kept():
     assert_same_bits(out, expected)
 
 
-@pytest.mark.parametrize("num_sms, blocks", [(1, 1), (2, 2), (3, 3), (100, 8), (None, 8)])
+@pytest.mark.parametrize("num_sms, blocks", [(1, 1), (2, 2), (3, 2), (100, 8), (None, 8)])
 def test_num_sms_bounds_the_blocks_and_changes_nothing(num_sms, blocks, monkeypatch):
     grids = []
     launch = emulator.VirtualGPU.launch

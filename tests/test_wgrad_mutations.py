@@ -15,16 +15,19 @@ from dsv3_kernels.jit.compile import compile_source, source_options
 from dsv3_kernels.quantized import ROW, QuantizedTensor, empty_mn_major
 
 SEEDS = 20
-CONFIG = wgrad.WgradConfig(block_n=64, stages=2, strip=2)
+ALONE = wgrad.WgradConfig(block_n=64, stages=2, cluster=1, strip=2)
+PAIR = wgrad.WgradConfig(block_n=64, stages=2, cluster=2, strip=2)
 HAZARD, DEADLOCK, WRONG = "HazardError", "DeadlockError", "wrong result"
 
 PROMOTION = "promote(sum, partial, a_scale, shared.b_scales[s]);"
-RELEASE = "if (lane == 0) shared.ring.release(position);"
-STAGED = """        ptx::fence_proxy_async_shared();
-        __syncwarp();
-        if (lane == 0) shared.panels[warpgroup].release(panel_position);"""
+RELEASE = "if (lane < kCluster) shared.ring.release(position, lane);"
+STAGED = """            ptx::fence_proxy_async_shared();
+            __syncwarp();
+            if (lane == 0) shared.panels[warpgroup].release(panel_position);"""
 READ = "ptx::bulk_wait_group_read<0>();  // the previous tile's stores have read the panels"
 BYTES = "accumulate ? sizeof(shared.d[half]) : 0"
+
+CLUSTER_BARRIER = "        ptx::cluster_arrive_relaxed();\n        ptx::cluster_wait();\n"
 
 # name: (what to replace, by what, what some schedule out of 20 must give)
 MUTATIONS = {
@@ -108,12 +111,45 @@ MUTATIONS = {
     "the scale of another row": ("ptx::load_shared(scales + 8)", "ptx::load_shared(scales)", {WRONG}),
     "the scale of another column": ("j % 2 ? b_scale.y : b_scale.x", "b_scale.x", {WRONG}),
 }
+# Of blocks in pairs.
+PAIR_MUTATIONS = {
+    "the peer's consumers are not waited for": ("consumers * kBlocks", "consumers", {HAZARD, DEADLOCK}),
+    "a stage is released to its own block only": (
+        RELEASE,
+        "if (lane == 0) shared.ring.release(position, rank);",
+        {DEADLOCK},
+    ),
+    "a stage is released to the peer only": (
+        RELEASE,
+        "if (lane == 0) shared.ring.release(position, rank ^ 1);",
+        {DEADLOCK},
+    ),
+    "barriers are used before the peer has set up its own": (
+        CLUSTER_BARRIER + "    }\n    ptx::grid_dependency_wait();",
+        "        __syncthreads();\n    }\n    ptx::grid_dependency_wait();",
+        {HAZARD},
+    ),
+    "the block ends while its peer still needs it": (
+        "        __syncwarp();\n" + CLUSTER_BARRIER + "    }\n}",
+        "    }\n}",
+        {HAZARD},
+    ),
+    "both load the same half": ("rank * (kRows / 2)", "0", {HAZARD, DEADLOCK, WRONG}),
+    "only one of them gets the halves": ("kBothBlocks = 0b11", "kBothBlocks = 0b01", {HAZARD, DEADLOCK}),
+    "both compute the same tile": ("tile.row += rank * kBlockM;", "", {HAZARD, WRONG}),
+    "pairs are taken by single blocks": (
+        "blockIdx.x / kCluster, gridDim",
+        "blockIdx.x, gridDim",
+        {HAZARD, WRONG, DEADLOCK},
+    ),
+}
 
 
-def outcomes(text, seeds):
+def outcomes(text, config, seeds):
     """What running the kernel gives, by seed: the name of an error, "wrong result", or "right"."""
     groups, n, k, token_tiles = 2, 136, 136, 7
-    template = f"{CONFIG.block_n}, {CONFIG.stages}, {CONFIG.strip}"
+    template = f"{config.block_n}, {config.stages}, {config.cluster}"
+    blocks = 2 * config.cluster
     compiled = compile_source(text, [f"dsv3::fp8_wgrad<{template}>"], source_options())
     generator = torch.Generator().manual_seed(1)
     operands = []
@@ -128,18 +164,19 @@ def outcomes(text, seeds):
     expected = reference.fp8_wgrad(dy_t, x_t, before.clone(), True, offsets)
     for seed in range(seeds):
         out = before.clone()
-        gpu = emulator.VirtualGPU(num_sms=2, seed=seed)
+        gpu = emulator.VirtualGPU(num_sms=blocks, seed=seed)
         with emulator.virtual_gpu():  # whose error word the arguments hold
-            prepared = wgrad.prepare(CONFIG, tuple(out.shape), token_tiles * 128, True, True, 2)
+            prepared = wgrad.prepare(config, tuple(out.shape), token_tiles * 128, True, True, blocks)
             arguments = prepared.arguments((dy_t.data, x_t.data, dy_t.scales, x_t.scales, out, offsets))
         try:
             gpu.launch(
                 compiled.ptx,
                 compiled.names[0],
-                grid=(2, 1, 1),
+                grid=(blocks, 1, 1),
                 block=(wgrad.THREADS, 1, 1),
+                cluster=(config.cluster, 1, 1),
                 args=arguments,
-                shared_bytes=CONFIG.shared_bytes,
+                shared_bytes=config.shared_bytes,
             )
         except emulator.EmulationError as error:
             yield type(error).__name__
@@ -147,15 +184,17 @@ def outcomes(text, seeds):
             yield "right" if torch.allclose(out, expected, rtol=0.02, atol=1) else WRONG
 
 
-def test_the_kernel_as_it_is():
-    assert set(outcomes(source("wgrad.cuh"), 3)) == {"right"}
+@pytest.mark.parametrize("config", [ALONE, PAIR], ids=["alone", "pair"])
+def test_the_kernel_as_it_is(config):
+    assert set(outcomes(source("wgrad.cuh"), config, 3)) == {"right"}
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [*MUTATIONS, *PAIR_MUTATIONS])
 def test_broken_protocol_is_noticed(name):
-    old, new, expected = MUTATIONS[name]
+    old, new, expected = (MUTATIONS | PAIR_MUTATIONS)[name]
+    config = PAIR if name in PAIR_MUTATIONS else ALONE
     seen = []
-    for outcome in outcomes(source("wgrad.cuh", old, new), SEEDS):
+    for outcome in outcomes(source("wgrad.cuh", old, new), config, SEEDS):
         seen.append(outcome)
         if outcome in expected:
             return

@@ -1,21 +1,27 @@
-// FP8 weight gradient: D[g, n, k] = dy^T * x over the tokens of group g, in FP32, both operands scaled by 1x128
-// tiles along the tokens (DeepSeek-V3 report, section 3.3.2), written or added to what D holds.
+// FP8 weight gradient: D[g, n, k] = dy^T * x over the tokens of group g, in FP32, both operands scaled by
+// 1x128 tiles along the tokens (DeepSeek-V3 report, section 3.3.2), written or added to what D holds.
 //
-// As in gemm.cuh, one warp feeds a ring of stages and two warpgroups multiply; per 128 tokens the tensor core's
-// partial sum is promoted: s = rn(scale_a * scale_b); y = fma(s, partial, y), here with a scale a row and a scale
-// a column. D is as large as FP32 makes it, so it has two warps of its own: each brings what one warpgroup's half
-// of the tile holds already while the products are computed, and takes the result away during the next tile.
+// As in gemm.cuh, one warp feeds a ring of stages and two warpgroups multiply; per 128 tokens the tensor
+// core's partial sum is promoted: s = rn(scale_a * scale_b); y = fma(s, partial, y), here with a scale a row
+// and a scale a column. D is as large as FP32 makes it, so it has two warps of its own: each brings what one
+// warpgroup's half of the tile holds already while the products are computed, and takes the result away
+// during the next tile.
 //
-// Accumulating is load, add, store, not the copy engine's reduce-add, which flushes subnormals. Every element of D
-// belongs to one tile, so nothing else touches it in between and the result is the same on every run.
+// Accumulating is load, add, store, not the copy engine's reduce-add, which flushes subnormals. Every element
+// of D belongs to one tile, so nothing else touches it in between and the result is the same on every run.
 //
-// Tiles of 128 tokens restart at each group and their tails are zeros (quantize_1x128_t), so a group is a range of
-// token tiles: one tensor map serves all groups, none is written on the device, and no box crosses a group's end.
+// In a cluster of 2 the blocks take tiles one below the other, of the same group: each loads half of the x
+// that both need, into both.
+//
+// Tiles of 128 tokens restart at each group and their tails are zeros (quantize_1x128_t), so a group is a
+// range of token tiles: one tensor map serves all groups, none is written on the device, and no box crosses a
+// group's end.
 #pragma once
 
 #include "error.cuh"
 #include "pipeline.cuh"
 #include "ptx.cuh"
+#include "tile_scheduler.cuh"
 
 namespace dsv3 {
 namespace wgrad {
@@ -33,7 +39,7 @@ constexpr u32 kHelperRegisters = 40;
 constexpr u32 kMathRegisters = 232;  // 2 * 128 * 232 + 128 * 40 = 64,512 of an SM's 65,536
 
 // python: dsv3_kernels.wgrad.WgradConfig
-template <u32 kBlockN, u32 kStages>
+template <u32 kBlockN, u32 kStages, u32 kCluster>
 struct Layout {
     static_assert(kBlockN % kPanel == 0, "D leaves in panels");
     static constexpr u32 kStageBytes = (kBlockM + kBlockN) * (kTokens + sizeof(float));
@@ -45,59 +51,60 @@ struct Layout {
         float d[kMathWarpgroups][kPanels][kPanelElements];
         float a_scales[kStages][kBlockM];
         float b_scales[kStages][kBlockN];
-        Ring<kStages> ring;
+        Ring<kStages, kCluster> ring;
         Ring<1> panels[kMathWarpgroups];  // what d holds already one way, the result the other
     };
 };
 
-struct Tile {
+struct GroupTile {
     u32 group, row, column;  // of D
     u32 first, count;        // token tiles
 };
 
-// Group after group, the tiles of each in strips kStrip tiles wide, row by row, as in tile_scheduler.cuh. Every
-// warp that asks gets the same sequence.
+// Group after group, the tiles of each, kRows by kBlockN, in strips (tile_scheduler.cuh). Every thread that
+// asks gets the same sequence.
 //
-// group_offsets may be null: one group of all token tiles. Offsets that do not start at 0, descend, or need more
-// token tiles than there are, are reported, and clamped: no tile lies outside the operands.
-template <u32 kBlockN, u32 kStrip>
+// group_offsets may be null: one group of all token tiles. Offsets that do not start at 0, descend, or need
+// more token tiles than there are, are reported, and clamped: no tile lies outside the operands.
+template <u32 kRows, u32 kBlockN>
 class Scheduler {
-public:
-    // skip_empty: groups without tokens have no tiles.
+  public:
+    // skip_empty: groups without tokens have no tiles. `block` of `blocks` asks.
     __device__ __forceinline__ Scheduler(const i32* group_offsets, u32 groups, u32 n, u32 k, u32 token_tiles,
-                                         bool skip_empty, u32* error)
+                                         u32 strip, bool skip_empty, u32* error, u32 block, u32 blocks)
         : offsets_(group_offsets),
           error_(error),
           groups_(groups),
-          rows_((n + kBlockM - 1) / kBlockM),
+          rows_((n + kRows - 1) / kRows),
           columns_((k + kBlockN - 1) / kBlockN),
           token_tiles_(token_tiles),
+          strip_(strip),
+          blocks_(blocks),
           skip_empty_(skip_empty),
-          next_(blockIdx.x) {
+          next_(block) {
         enter_group();
     }
 
     // False when the block is done; not to be called again then.
-    __device__ __forceinline__ bool next(Tile& tile) {
+    __device__ __forceinline__ bool next(GroupTile& tile) {
         while (next_ >= tiles_) {
             next_ -= tiles_;
             if (++group_ == groups_) return false;
             enter_group();
         }
-        const u32 first_column = next_ / (rows_ * kStrip) * kStrip;
-        const u32 within = next_ % (rows_ * kStrip);
-        const u32 width = min(kStrip, columns_ - first_column);
-        tile = {group_, within / width * kBlockM, (first_column + within % width) * kBlockN, first_, count_};
-        next_ += gridDim.x;
+        const TilePosition at = strip_tile(rows_, columns_, strip_, next_);
+        tile = {group_, at.row * kRows, at.column * kBlockN, first_, count_};
+        next_ += blocks_;
         return true;
     }
 
-private:
+  private:
     __device__ __forceinline__ void enter_group() {
         first_ += count_;
         if (offsets_) {
             const i32 low = offsets_[group_], high = offsets_[group_ + 1];
-            const u32 needed = high > low ? (static_cast<u32>(high) - static_cast<u32>(low) + kTokens - 1) / kTokens : 0;
+            const u32 tokens = high > low ? static_cast<u32>(high) - static_cast<u32>(low) : 0;
+            const u32 needed = tokens / kTokens + (tokens % kTokens > 0);
             count_ = min(needed, token_tiles_ - first_);
             const bool wrong = low < 0 || high < low || (group_ == 0 && low != 0) || count_ < needed;
             if (wrong && error_) report_error(error_, ErrorCode::kWgradOffsets);
@@ -109,7 +116,7 @@ private:
 
     const i32* offsets_;
     u32* error_;
-    u32 groups_, rows_, columns_, token_tiles_;
+    u32 groups_, rows_, columns_, token_tiles_, strip_, blocks_;
     bool skip_empty_;
     u32 group_ = 0, first_ = 0, count_ = 0;  // the group, its first token tile and how many
     u32 tiles_;                              // of D in it
@@ -132,15 +139,17 @@ __device__ __forceinline__ void promote(float (&sum)[kCount], const float (&part
     }
 }
 
-// One wave's sums to its panels in shared memory, in the swizzle that the copy engine expects, or added there.
+// One wave's sums to its panels in shared memory, in the swizzle that the copy engine expects, or added
+// there.
 template <u32 kBlockN>
 __device__ __forceinline__ void stage_output(float (*panels)[kPanelElements], const float (&sum)[kBlockN / 2],
                                              bool accumulate) {
-    constexpr u32 kPairs = kPanel / 4;  // of a lane in a panel: columns 8j + 2 * (lane % 4) and the next, in 2 rows
+    constexpr u32 kPairs =
+        kPanel / 4;  // of a lane in a panel: columns 8j + 2 * (lane % 4) and the next, in 2 rows
     const u32 lane = threadIdx.x % 32;
     const u32 row = threadIdx.x % kWarpgroup / 32 * 16 + lane / 4;
-    // The swizzle spreads rows 2r and 2r + 1 over the same banks. So odd rows take the panel's columns 16 to 31
-    // while even ones take 0 to 15.
+    // The swizzle spreads rows 2r and 2r + 1 over the same banks. So odd rows take the panel's columns 16 to
+    // 31 while even ones take 0 to 15.
     const u32 odd = row % 2;
 #pragma unroll
     for (u32 p = 0; p < kBlockN / kPanel; ++p) {
@@ -171,24 +180,25 @@ __device__ __forceinline__ void stage_output(float (*panels)[kPanelElements], co
 }  // namespace wgrad
 
 // a_map: dy e4m3 [n, 128 * token_tiles], boxes [128, 128], 128-byte swizzle; b_map: x e4m3 [k, 128 *
-// token_tiles], boxes [kBlockN, 128], likewise. a_scales_map, b_scales_map: FP32 [token_tiles, n] and
-// [token_tiles, k] (the MN-major scales as they lie), boxes [1, 128] and [1, kBlockN], no swizzle. d_map: D FP32
-// [groups, n, k], boxes [1, 64, 32], 128-byte swizzle. group_offsets: [groups + 1], or null. A group without
-// tokens gets zeros, or keeps what it has if `accumulate`.
-template <u32 kBlockN, u32 kStages, u32 kStrip>
+// token_tiles], boxes [kBlockN / kCluster, 128], likewise. a_scales_map, b_scales_map: FP32 [token_tiles, n]
+// and [token_tiles, k] (the MN-major scales as they lie), boxes [1, 128] and [1, kBlockN], no swizzle. d_map:
+// D FP32 [groups, n, k], boxes [1, 64, 32], 128-byte swizzle. group_offsets: [groups + 1], or null. A group
+// without tokens gets zeros, or keeps what it has if `accumulate`.
+template <u32 kBlockN, u32 kStages, u32 kCluster>
 __global__ void __launch_bounds__(wgrad::kThreads, 1)
     fp8_wgrad(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
               const __grid_constant__ TensorMap a_scales_map, const __grid_constant__ TensorMap b_scales_map,
               const __grid_constant__ TensorMap d_map, const i32* group_offsets, u32 groups, u32 n, u32 k,
-              u32 token_tiles, u32 accumulate, u32* error) {
+              u32 token_tiles, u32 strip, u32 accumulate, u32* error) {
     using namespace wgrad;
-    using L = Layout<kBlockN, kStages>;
+    using L = Layout<kBlockN, kStages, kCluster>;
 
     extern __shared__ __align__(1024) u8 dynamic_shared[];
     auto& shared = *reinterpret_cast<typename L::Shared*>(dynamic_shared);
     const u32 warpgroup = threadIdx.x / kWarpgroup;
     const u32 warp = threadIdx.x % kWarpgroup / 32;
     const u32 lane = threadIdx.x % 32;
+    const u32 rank = kCluster == 1 ? 0 : ptx::cluster_rank();
 
     if (threadIdx.x == 0) {
         for (const TensorMap* map : {&a_map, &b_map, &a_scales_map, &b_scales_map, &d_map})
@@ -196,25 +206,37 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
         shared.ring.init(kMathWarpgroups * kWarpgroup / 32);
         for (auto& panels : shared.panels) panels.init(kWarpgroup / 32);
     }
-    __syncthreads();
+    if constexpr (kCluster == 1) {
+        __syncthreads();
+    } else {
+        ptx::cluster_arrive_relaxed();
+        ptx::cluster_wait();
+    }
     ptx::grid_dependency_wait();
 
     const bool loads_operands = warpgroup == kMathWarpgroups && warp == 0;
-    Scheduler<kBlockN, kStrip> scheduler(group_offsets, groups, n, k, token_tiles, accumulate,
-                                         loads_operands ? error : nullptr);
-    typename Ring<kStages>::Position position;
+    Scheduler<kCluster * kBlockM, kBlockN> scheduler(group_offsets, groups, n, k, token_tiles, strip,
+                                                     accumulate, loads_operands ? error : nullptr,
+                                                     blockIdx.x / kCluster, gridDim.x / kCluster);
+    const auto next_tile = [&](GroupTile& tile) {
+        const bool found = scheduler.next(tile);
+        tile.row += rank * kBlockM;
+        return found;
+    };
+    typename Ring<kStages, kCluster>::Position position;
     Ring<1>::Position panel_position;
-    Tile tile;
+    GroupTile tile;
 
     if (warpgroup == kMathWarpgroups) {
         ptx::decrease_registers<kHelperRegisters>();
         if (loads_operands && ptx::elect_one()) {
-            while (scheduler.next(tile)) {
+            while (next_tile(tile)) {
                 for (u32 t = tile.first; t < tile.first + tile.count; ++t, position.advance()) {
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
                     ptx::tma_load(shared.a[s], &a_map, full, t * kTokens, tile.row);
-                    ptx::tma_load(shared.b[s], &b_map, full, t * kTokens, tile.column);
+                    load_operand<kCluster == 2, kBlockN>(shared.b[s], &b_map, full, t * kTokens, tile.column,
+                                                         rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, tile.row, t);
                     ptx::tma_load(shared.b_scales[s], &b_scales_map, full, tile.column, t);
                 }
@@ -222,10 +244,11 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
             ptx::launch_dependents();
         } else if (1 <= warp && warp <= kMathWarpgroups && ptx::elect_one()) {
             const u32 half = warp - 1;
-            while (scheduler.next(tile)) {
+            while (next_tile(tile)) {
                 const u32 row = tile.row + half * kWaveRows;
                 ptx::bulk_wait_group_read<0>();  // the previous tile's stores have read the panels
-                u64* full = shared.panels[half].acquire(panel_position, accumulate ? sizeof(shared.d[half]) : 0);
+                u64* full =
+                    shared.panels[half].acquire(panel_position, accumulate ? sizeof(shared.d[half]) : 0);
                 for (u32 p = 0; p < L::kPanels && accumulate; ++p)
                     ptx::tma_load(shared.d[half][p], &d_map, full, tile.column + p * kPanel, row, tile.group);
                 shared.panels[half].wait_released(panel_position);
@@ -236,41 +259,47 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
             }
             ptx::bulk_wait_group_read<0>();
         }
-        return;
+    } else {
+        ptx::increase_registers<kMathRegisters>();
+        const u32 first_row = warpgroup * kWaveRows;            // of the warpgroup in the tile
+        const u32 lane_row = first_row + warp * 16 + lane / 4;  // and that row + 8
+
+        while (next_tile(tile)) {
+            float sum[kBlockN / 2] = {};
+            for (u32 t = 0; t < tile.count; ++t, position.advance()) {
+                const u32 s = position.stage;
+                shared.ring.wait(position);
+                const float* scales = &shared.a_scales[s][lane_row];
+                const float a_scale[2] = {ptx::load_shared(scales), ptx::load_shared(scales + 8)};
+                const u64 a = ptx::k_major_descriptor(shared.a[s] + first_row * kTokens);
+                const u64 b = ptx::k_major_descriptor(shared.b[s]);
+                float partial[kBlockN / 2];
+                ptx::wgmma_fence();
+#pragma unroll
+                for (u32 step = 0; step < kTokens / kWgmmaK; ++step)
+                    ptx::wgmma_e4m3<kBlockN>(partial, a + step * ptx::kDescriptorStep,
+                                             b + step * ptx::kDescriptorStep, step > 0);
+                ptx::wgmma_commit_group();
+                ptx::wgmma_wait(partial);
+                promote(sum, partial, a_scale, shared.b_scales[s]);
+                __syncwarp();  // the other lanes have read their scales too
+                if (lane < kCluster) shared.ring.release(position, lane);
+            }
+
+            shared.panels[warpgroup].wait(panel_position);
+            stage_output<kBlockN>(shared.d[warpgroup], sum, accumulate);
+            ptx::fence_proxy_async_shared();
+            __syncwarp();
+            if (lane == 0) shared.panels[warpgroup].release(panel_position);
+            panel_position.advance();
+        }
     }
 
-    ptx::increase_registers<kMathRegisters>();
-    const u32 first_row = warpgroup * kWaveRows;            // of the warpgroup in the tile
-    const u32 lane_row = first_row + warp * 16 + lane / 4;  // and that row + 8
-
-    while (scheduler.next(tile)) {
-        float sum[kBlockN / 2] = {};
-        for (u32 t = 0; t < tile.count; ++t, position.advance()) {
-            const u32 s = position.stage;
-            shared.ring.wait(position);
-            const float* scales = &shared.a_scales[s][lane_row];
-            const float a_scale[2] = {ptx::load_shared(scales), ptx::load_shared(scales + 8)};
-            const u64 a = ptx::k_major_descriptor(shared.a[s] + first_row * kTokens);
-            const u64 b = ptx::k_major_descriptor(shared.b[s]);
-            float partial[kBlockN / 2];
-            ptx::wgmma_fence();
-#pragma unroll
-            for (u32 step = 0; step < kTokens / kWgmmaK; ++step)
-                ptx::wgmma_e4m3<kBlockN>(partial, a + step * ptx::kDescriptorStep,
-                                         b + step * ptx::kDescriptorStep, step > 0);
-            ptx::wgmma_commit_group();
-            ptx::wgmma_wait(partial);
-            promote(sum, partial, a_scale, shared.b_scales[s]);
-            __syncwarp();  // the other lanes have read their scales too
-            if (lane == 0) shared.ring.release(position);
-        }
-
-        shared.panels[warpgroup].wait(panel_position);
-        stage_output<kBlockN>(shared.d[warpgroup], sum, accumulate);
-        ptx::fence_proxy_async_shared();
+    if constexpr (kCluster == 2) {
+        // The peer still arrives at this block's barriers, and fills its stages, until it has come here too.
         __syncwarp();
-        if (lane == 0) shared.panels[warpgroup].release(panel_position);
-        panel_position.advance();
+        ptx::cluster_arrive_relaxed();
+        ptx::cluster_wait();
     }
 }
 

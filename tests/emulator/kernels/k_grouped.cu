@@ -1,6 +1,7 @@
-// How weight gradients over groups of tokens are commonly done, and go wrong: a tensor map in global memory describes
-// one group's tokens and is rewritten for the next. Here two groups of 32 floats. 64 threads, of which one warp
-// loads. (csrc/kernels/wgrad.cuh needs none of this: its tiles restart at each group, and one map serves all.)
+// How weight gradients over groups of tokens are commonly done, and go wrong: a tensor map in global memory
+// describes one group's tokens and is rewritten for the next. Here two groups of 32 floats. 64 threads, of
+// which one warp loads. (csrc/kernels/wgrad.cuh needs none of this: its tiles restart at each group, and one
+// map serves all.)
 #include "common.cuh"
 
 // By a whole warp: a map of the 32 floats at `rows` in `draft`, in shared memory.
@@ -59,8 +60,8 @@ KERNEL(map_rewritten_while_copies_use_it) {
     groups.copy_out(out);
 }
 
-// The copies are waited for, but the new map is not released to the copy engine: it may use the old one from its
-// cache. Twin: tensormap.cp_fenceproxy.
+// The copies are waited for, but the new map is not released to the copy engine: it may use the old one from
+// its cache. Twin: tensormap.cp_fenceproxy.
 KERNEL(map_rewritten_without_release) {
     __shared__ Groups groups;
     groups.init();
