@@ -241,8 +241,8 @@ def grouped_fp8_gemm(
     num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[M, N]`. Rows past the last group are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for offsets that descend, overrun or do not start at 0. Offsets on a
-    GPU are not read back: there the kernel bends such offsets into ascending ones within M, and raises the
-    device's error flag (`launch.error_flag`).
+    GPU are not read back: there the kernel bends such offsets into ascending ones within M, and the next
+    launch or `synchronize()` raises DeviceValueError.
     """
     op = "grouped_fp8_gemm"
     a, b = _operands(op, a, b, 2, 3)
@@ -262,7 +262,7 @@ def masked_grouped_fp8_gemm(
     num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[G, max_m, N]`. Rows past a group's count are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for counts out of range. Counts on a GPU are not read back: there the
-    kernel clamps them to 0..max_m, and raises the device's error flag (`launch.error_flag`).
+    kernel clamps them to 0..max_m, and the next launch or `synchronize()` raises DeviceValueError.
     """
     op = "masked_grouped_fp8_gemm"
     a, b = _operands(op, a, b, 3, 3)

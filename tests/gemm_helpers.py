@@ -1,9 +1,4 @@
-"""What the tests of gemm.cuh share: operands, runs in the emulator on poisoned outputs, and seeds."""
-
-import functools
-import secrets
-import subprocess
-from pathlib import Path
+"""What the tests of gemm.cuh share: operands, and runs in the emulator on poisoned outputs."""
 
 import torch
 
@@ -19,16 +14,6 @@ def name_of(config):
     swap = "swapped-" if config.swap else ""
     share = "" if config.multicast == "none" else f"-share-{config.multicast}"
     return f"{config.grouping}-{swap}{config.block_m}x{config.block_n}{share}"
-
-
-@functools.cache
-def commit_seed():
-    """The same for all runs of a commit, another for the next one. Without git a fresh one; printed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seed = int(done.stdout, 16) % 2**32 if done.returncode == 0 else secrets.randbits(32)
-    print(f"commit seed {seed}")
-    return seed
 
 
 def schedule_of(seed):

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
+from commit_seed import seeds
 from gemm_helpers import (
     ALL_CONFIGS,
     GROUPINGS,
     POISON,
     assert_same_bits,
     check,
-    commit_seed,
     name_of,
     operands,
     run_config,
@@ -134,14 +134,14 @@ def spread(seed):
     return runs
 
 
-RUNS = spread(commit_seed())
+RUNS = spread(seeds("gemm's configurations", 1)[0])
 
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=lambda i: f"{name_of(RUNS[i][0])}-{i}")
 def test_configuration(i):
     config, case, num_sms, k, n = RUNS[i]
     m, sizes = rows_of(config, case)
-    n, k, seed = COLUMNS[n](config.block_n), K[k], commit_seed() + i
+    n, k, (seed,) = COLUMNS[n](config.block_n), K[k], seeds(f"gemm {i}", 1)
     print(f"check({config!r}, {m}, {n}, {k}, {seed}, {num_sms}, {sizes})")
     check(config, m, n, k, seed, num_sms, sizes, ugly=i % 4 == 0)
 
@@ -157,15 +157,19 @@ def test_configuration_in_full(config, case):
 
 
 def test_work_of_the_tensor_core():
-    """No wave is computed twice, and none beyond the tiles there are."""
+    """No wave is computed twice, none beyond the tiles there are, and of groups none beyond their rows."""
     for config in ALL_CONFIGS[::5]:
         m, sizes = rows_of(config, 0)
-        gpu = check(config, m, config.block_n + 8, 272, seed=1, num_sms=2, sizes=sizes)
-        groups = [m] if sizes is None else sizes
-        columns = ceil_div(ceil_div(config.block_n + 8, config.unit[1]) * config.unit[1], config.block_n)
-        rows = sum(ceil_div(size, config.unit[0]) * config.unit[0] for size in groups) // config.block_m
-        waves = (config.block_n if config.swap else config.block_m) // gemm.WAVE
-        assert gpu.counters["wgmma"] == rows * columns * waves * 3 * 4
+        n, k_blocks = config.block_n + 8, 3
+        gpu = check(config, m, n, 272, seed=1, num_sms=2, sizes=sizes)
+        unit_m, unit_n = config.unit
+        columns = ceil_div(n, unit_n) * unit_n
+        if config.grouping == "none" or config.swap:
+            rows = sum(ceil_div(size, unit_m) * unit_m for size in (sizes or [m]))
+        else:
+            rows = sum(ceil_div(size, gemm.WAVE) * gemm.WAVE for size in sizes)
+        wide = config.block_m if config.swap else config.block_n
+        assert gpu.counters["wgmma"] == rows * columns // (gemm.WAVE * wide) * k_blocks * 4
 
 
 @pytest.mark.parametrize(
