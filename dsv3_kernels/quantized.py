@@ -54,15 +54,15 @@ def empty_mn_major(
 
 def mn_major(scales: Tensor) -> Tensor:
     """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
-    shape = tuple(scales.shape)
+    shape, strides = scales.shape, scales.stride()
     leading = round_up(shape[-2], 4)
-    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
-    fits = all(
-        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
+    expected = (1, leading) if len(shape) == 2 else (leading * shape[-1], 1, leading)
+    fits = strides == expected or all(
+        size == 1 or got == want for size, got, want in zip(shape, strides, expected, strict=True)
     )
     if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
         return scales
-    return empty_mn_major(shape, scales.device).copy_(scales)
+    return empty_mn_major(tuple(shape), scales.device).copy_(scales)
 
 
 def padded_tokens(tokens: int, groups: int) -> int:
@@ -112,8 +112,8 @@ def operand(
 
     `block=None` takes both blocks; a tuple's block is then read off the shape of its scales.
     """
-    facts = _facts(value, block, ranks)
-    if facts is not None and facts in _accepted:
+    facts = _facts(value, block, ranks) if type(value) is QuantizedTensor else None
+    if facts in _accepted:
         return value  # type: ignore[return-value]
     checked = _check_operand(op, name, value, block, ranks)
     if facts is not None:
@@ -123,21 +123,20 @@ def operand(
     return checked
 
 
-def _facts(value: object, block: Block | None, ranks: tuple[int, ...]) -> tuple[object, ...] | None:
+def _facts(q: QuantizedTensor, block: Block | None, ranks: tuple[int, ...]) -> tuple[object, ...] | None:
     """All that `_check_operand` looks at, of an operand that is nothing out of the way; None for others."""
-    if torch.compiler.is_compiling() or type(value) is not QuantizedTensor:
+    data, scales = q.data, q.scales
+    if torch.compiler.is_compiling() or type(q.block) is not tuple or q.block != block:
         return None
-    if type(value.block) is not tuple or value.block != block:
+    if not isinstance(data, Tensor) or not isinstance(scales, Tensor):
         return None
-    if not isinstance(value.scales, Tensor) or value.scales.dtype != torch.float32:
+    if data.requires_grad or scales.requires_grad or data.layout is not torch.strided:
         return None
-    data, scales = value.data, value.scales
-    for tensor in (data, scales):
-        if not isinstance(tensor, Tensor) or tensor.requires_grad or tensor.layout is not torch.strided:
-            return None
+    if scales.dtype != torch.float32:
+        return None
     return (
         *(data.dtype, data.shape, data.stride(), data.device, data.data_ptr() % checks.ALIGNMENT),
-        *(scales.dtype, scales.shape, scales.device, block, ranks),
+        *(scales.dtype, scales.shape, scales.layout, scales.device, block, ranks),
     )
 
 
