@@ -37,8 +37,28 @@ def cublaslt(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Call:
     def private() -> Tensor:
         return torch._scaled_mm(a, b.t(), scale_a=a_scales, scale_b=b_scales.t(), out_dtype=torch.bfloat16)
 
+    return _first_that_runs(public, private)
+
+
+def cublaslt_rows(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Call:
+    """The same with 1x128 scales on both sides, as the weight gradient has them, to FP32."""
+    a_scales, b_scales = packed_mn_major(a_scales), packed_mn_major(b_scales)
+
+    def public() -> Tensor:
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        one = ScalingType.BlockWise1x128
+        return scaled_mm(a, b.t(), a_scales, one, b_scales.t(), one, output_dtype=torch.float32)
+
+    def private() -> Tensor:
+        return torch._scaled_mm(a, b.t(), scale_a=a_scales, scale_b=b_scales.t(), out_dtype=torch.float32)
+
+    return _first_that_runs(public, private)
+
+
+def _first_that_runs(*calls: Call) -> Call:
     refusals = []
-    for call in (public, private):
+    for call in calls:
         try:
             call()
             torch.cuda.synchronize()
@@ -55,6 +75,13 @@ def bf16(a: Tensor, b: Tensor) -> Call:
 
 def bf16_grouped(a: Tensor, b: Tensor, ends: Tensor) -> Call:
     """ends: int32 `[G]`, where each group's rows end."""
+    x, w = a.to(torch.bfloat16), b.to(torch.bfloat16).mT
+    grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    return lambda: grouped_mm(x, w, offs=ends)
+
+
+def bf16_k_grouped(a: Tensor, b: Tensor, ends: Tensor) -> Call:
+    """`[G, M, N]` from a `[M, K]` and b `[N, K]`; ends: int32 `[G]`, where each group's columns end."""
     x, w = a.to(torch.bfloat16), b.to(torch.bfloat16).mT
     grouped_mm = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
     return lambda: grouped_mm(x, w, offs=ends)
@@ -79,6 +106,18 @@ def deep_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Call:
 
     def call() -> Tensor:
         function((a, a_scales), (b, b_scales), out)
+        return out
+
+    return call
+
+
+def deep_gemm_rows(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Call:
+    """1x128 scales on both sides, to FP32."""
+    function = _deep_gemm("fp8_gemm_nt")
+    out = torch.zeros(a.shape[0], b.shape[0], device=a.device)
+
+    def call() -> Tensor:
+        function((a, a_scales), (b, b_scales), out, recipe=(1, 1, 128))
         return out
 
     return call

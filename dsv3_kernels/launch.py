@@ -7,7 +7,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class Slot(enum.Enum):
 Parameter = MapLayout | Slot | int | float
 
 CAPABILITY = (9, 0)
+
+_NUMBERS, _TENSORS = (int, float), (TensorMap, Tensor)
 
 _virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
@@ -59,11 +61,10 @@ def world(*tensors: Tensor) -> World:
     return "reference" if _virtual_gpu() is None else "emulator"
 
 
-def num_sms(tensor: Tensor) -> int:
-    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
-    if tensor.is_cuda:
-        return _multiprocessors(tensor.get_device())
-    return _virtual_gpu().num_sms
+def num_sms(tensor: Tensor, most: int | None = None) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on; at most `most`."""
+    there = _multiprocessors(tensor.get_device()) if tensor.is_cuda else _virtual_gpu().num_sms
+    return there if most is None else min(most, there)
 
 
 @functools.cache
@@ -93,7 +94,7 @@ def launch(
     Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
     `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
     """
-    first = next((a for a in args if isinstance(a, TensorMap | Tensor)), None)
+    first = next((a for a in args if isinstance(a, _TENSORS)), None)
     if first is None:
         raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
     tensor = first.tensor if isinstance(first, TensorMap) else first
@@ -101,7 +102,7 @@ def launch(
         _emulate(kernel, args, grid, block, cluster, shared_bytes)
         return
     device = tensor.get_device()
-    values = tuple([_value(kernel, device, i, argument) for i, argument in enumerate(args)])
+    values = tuple([a if type(a) in _NUMBERS else _value(kernel, device, i, a) for i, a in enumerate(args)])
     raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
     code = _loaded(kernel, device).launch(
         device, raw_stream, grid, block, values, cluster, shared_bytes, cooperative, programmatic
@@ -144,12 +145,12 @@ class Prepared:
         """
         if len(tensors) != len(self._slots):
             raise TypeError(
-                f"launch: {self.kernel} got {len(tensors)} tensors, expected {len(self._slots)}: one for each "
-                "tensor map and address of its parameters"
+                f"launch: {self.kernel} got {len(tensors)} tensors, expected {len(self._slots)}: one for "
+                "each tensor map and address of its parameters"
             )
         device = tensors[0].get_device()
         if not tensors[0].is_cuda:
-            _emulate(self.kernel, self._arguments(tensors), *self._shape)
+            _emulate(self.kernel, self.arguments(tensors), *self._shape)
             return
         run, values = self._on.get(device) or self._load(device)
         values = values.copy()
@@ -169,7 +170,7 @@ class Prepared:
         run = _loaded(self.kernel, device).prepare(device, *self._shape, *self._options)
         return self._on.setdefault(device, (run, values))
 
-    def _arguments(self, tensors: Sequence[Tensor]) -> tuple[Argument, ...]:
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Argument, ...]:
         """What `launch` would take."""
         args: list[Any] = list(self.parameters)
         for (i, layout), tensor in zip(self._slots, tensors, strict=True):
@@ -212,14 +213,6 @@ def _raise_reported(code: int, device: str) -> None:
         raise DeviceValueError(code, device)
 
 
-def no_kernel(op: str) -> NoReturn:
-    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
-    raise NotImplementedError(
-        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
-        "`emulator.virtual_gpu(...)`, for the reference"
-    )
-
-
 def _virtual_gpu() -> Any:
     """The active virtual GPU. None is active while nobody has imported the emulator."""
     emulator = sys.modules.get(f"{__package__}.emulator")
@@ -254,7 +247,7 @@ def _emulate(
 
 def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int | float | bytes:
     """The argument as the runtime takes it: an address, a number, or the bytes of a tensor map."""
-    if isinstance(argument, int | float):
+    if isinstance(argument, _NUMBERS):
         return argument
     tensor = argument.tensor if isinstance(argument, TensorMap) else argument
     if tensor.get_device() != device:

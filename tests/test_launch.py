@@ -286,9 +286,6 @@ def test_the_world_follows_the_tensors(monkeypatch):
     with pytest.raises(ValueError, match="got no tensor"):
         launch.launch(kernel, (1, 1, 1), (32, 1, 1), (1, 2.0))
 
-    with pytest.raises(NotImplementedError, match=r"some_op: there is no kernel yet.*for the reference"):
-        launch.no_kernel("some_op")
-
     calls = []
 
     class Gpu:
@@ -374,7 +371,7 @@ def test_a_prepared_launch_is_a_launch_with_the_tensors_put_in(run):
 
 
 def test_an_encoding_is_remembered_by_all_that_it_holds(run):
-    """Memory that is freed and used again: equal addresses and shapes are one encoding, all else is another."""
+    """Memory that is freed and used again: an equal address and shape is one encoding, all else another."""
     log = run("""
         from dsv3_kernels.tensor_map import MapLayout
         class At(OnCuda):
@@ -384,14 +381,15 @@ def test_an_encoding_is_remembered_by_all_that_it_holds(run):
         def call(address, **changes):
             tensor = torch.zeros(64, 64, dtype=torch.bfloat16).as_subclass(At)
             tensor.address = address
-            facts = dict(dtype=torch.bfloat16, box=(8, 32), shape=(64, 64), strides=(64, 1), swizzle=64) | changes
+            facts = dict(dtype=torch.bfloat16, box=(8, 32), shape=(64, 64), strides=(64, 1), swizzle=64)
+            facts |= changes
             launch.Prepared(kernel, (1, 1, 1), (32, 1, 1), (MapLayout(**facts),))(tensor)
             box = facts.pop("box")
             if facts.pop("dtype") == torch.bfloat16:
                 launch.launch(kernel, (1, 1, 1), (32, 1, 1), (TensorMap(tensor, box, **facts),))
-        variants = (dict(), dict(box=(4, 32)), dict(shape=(32, 64)), dict(strides=(128, 1)), dict(swizzle=128),
-                    dict(dtype=torch.float16), dict(fill_nan=True), dict(l2_promotion=128),
-                    dict(element_strides=(2, 1)))
+        variants = (dict(), dict(box=(4, 32)), dict(shape=(32, 64)), dict(strides=(128, 1)),
+                    dict(swizzle=128), dict(dtype=torch.float16), dict(fill_nan=True),
+                    dict(l2_promotion=128), dict(element_strides=(2, 1)))
         for _ in range(2):
             for address in (0x7000, 0x9000):
                 for changes in variants:

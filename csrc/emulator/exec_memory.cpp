@@ -35,6 +35,7 @@ int distance(const Warp& w, const Published& p) {
     const Cta& cta = *w.cta;
     return p.cta == cta.id ? 0 : p.cluster == cta.cluster->id ? 1 : p.device == static_cast<uint32_t>(cta.launch->device) ? 2 : 3;
 }
+bool synchronises(const Target& t) { return t.region && t.region->synchronises; }
 int reach(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 
 Warp::Fences& fences(Warp& w) {
@@ -46,31 +47,6 @@ uint64_t address_of(const MemoryOp& op, const uint32_t* base, int l) {
     uint64_t a = op.wide ? get<uint64_t>(base, l) : base[l];
     a += static_cast<uint64_t>(op.offset);
     return op.wide || op.space == Space::Generic ? a : static_cast<uint32_t>(a);
-}
-
-void count(Context& c, const Target* t, uint32_t bytes, bool write) {
-    uint64_t total = static_cast<uint64_t>(__builtin_popcount(c.mask)) * bytes;
-    const Target& first = t[__builtin_ctz(c.mask)];
-    Counts& n = c.m.counts;
-    if (first.region) (write ? n.global_write : n.global_read) += total;
-    if (!first.cta) return;
-    (write ? n.shared_write : n.shared_read) += total;
-    if (first.cta != c.w.cta) n.distributed_shared += total;
-    // Banks are 4 bytes wide; lanes at one word share a pass, and wide accesses go in groups of 128 bytes.
-    uint32_t group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
-    for (uint32_t from = 0; from < 32; from += group) {
-        uint32_t used[32] = {}, words[32][4], most = 1;
-        for (uint32_t l = from; l < from + group; l++) {
-            if (!(c.mask >> l & 1)) continue;
-            uint32_t word = static_cast<uint32_t>(t[l].offset / 4), bank = word % 32, k = 0;
-            while (k < std::min(used[bank], 4u) && words[bank][k] != word) k++;
-            if (k == std::min(used[bank], 4u)) {
-                if (k < 4) words[bank][k] = word;
-                most = std::max(most, ++used[bank]);
-            }
-        }
-        n.bank_conflicts += most - 1;
-    }
 }
 
 Flow load(Context& c, const Inst& i) {
@@ -109,11 +85,12 @@ Flow load(Context& c, const Inst& i) {
             if (c.check_read(targets[l], bytes, access, l)) poison |= 1u << l;
         }
     }
-    if (strong) acquire_from(c, op, targets, bytes);
-    if (first.cta || first.region) count(c, targets, bytes, false);
+    if (strong) acquire_from(c, op, targets, bytes), c.await_values(i, targets, bytes);
+    uint64_t back = c.access(targets, bytes, true, false, !strong).back;
     bool sign = is_signed(op.type);
     for (int k = 0; k < op.vector; k++) {
         if (i.list[k] == no_ref) continue;
+        if (first.cta || first.region) c.m.expect_result(c.w, i.list[k], back, i);
         uint32_t* d = c.dst(i.list[k]);
         uint32_t unwritten = 0;
         for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
@@ -144,6 +121,7 @@ Flow store(Context& c, const Inst& i) {
         targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, true);
     }
     const Target& first = targets[__builtin_ctz(c.mask)];
+    if (op.order == Order::Release) c.await_stores(i, op.scope);
     bool tracked = c.checks && (first.shadow || op.space == Space::Generic);
     uint32_t access = tracked ? c.m.log_access(c.w, i, false, op.scope) : 0;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
@@ -163,9 +141,10 @@ Flow store(Context& c, const Inst& i) {
         if (tracked && !twin) c.check_write(targets[l], bytes, access, l);
         std::memcpy(targets[l].data, value, bytes);
         if (!same) c.changed(targets[l], bytes);
-        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, l), false);
+        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, targets[l], l), false);
     }
-    if (first.cta || first.region) count(c, targets, bytes, true);
+    uint64_t there = c.access(targets, bytes, false, true).there;
+    if (op.order != Order::Weak && (first.cta || first.region)) each_active(c, [&](int l) { c.m.stamp(targets[l], bytes, there); });
     return op.order != Order::Weak ? Flow::Yield : Flow::Next;
 }
 
@@ -214,7 +193,8 @@ enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, f
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (!c.checks) return Flow::Yield;
+    if (i.imm == fence_memory) c.await_stores(i, static_cast<Scope>(i.flags)), memory_fence(c, static_cast<Scope>(i.flags));
+    if (!c.checks || i.imm == fence_memory) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -223,16 +203,6 @@ Flow fence(Context& c, const Inst& i) {
         Clock own = k.generic;
         own.add(w.agent, bit, now);
         switch (i.imm) {
-            case fence_memory: {
-                Warp::Fences& f = fences(w);
-                Scope scope = static_cast<Scope>(i.flags);
-                size_t s = static_cast<size_t>(l);
-                for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][s]);
-                f.released[s] = k;
-                f.time[s] = now;
-                f.scope[s] = scope;
-                break;
-            }
             case fence_proxy_async: k.proxy.join(own); break;
             case fence_mbarrier_init: k.init.join(own); break;
             case fence_map_release: k.map_released.join(own); break;
@@ -288,12 +258,26 @@ void decode_fence(Decode& d, bool membar) {
 
 }  // namespace
 
+void memory_fence(Context& c, Scope scope) {
+    if (!c.checks) return;
+    uint32_t now = c.w.now++;
+    Warp::Fences& f = fences(c.w);
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        size_t l = static_cast<size_t>(__builtin_ctz(rest));
+        Knowledge& k = c.w.known[l];
+        for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][l]);
+        f.released[l] = k;
+        f.time[l] = now;
+        f.scope[l] = scope;
+    }
+}
+
 void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_t bytes) {
     if (!c.checks) return;
-    bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel;
     uint32_t left = c.mask;
     while (left) {
         const Target& t = targets[__builtin_ctz(left)];
+        bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel || synchronises(t);
         uint32_t same = 0;
         for (uint32_t rest = left; rest; rest &= rest - 1)
             if (targets[__builtin_ctz(rest)].data == t.data) same |= rest & -rest;
@@ -315,14 +299,14 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
     }
 }
 
-Published release_of(Context& c, const MemoryOp& op, int lane) {
+Published release_of(Context& c, const MemoryOp& op, const Target& target, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
     const Cta& cta = *c.w.cta;
     p.cta = cta.id;
     p.cluster = cta.cluster->id;
     p.device = static_cast<uint32_t>(cta.launch->device);
-    if (op.order == Order::Release || op.order == Order::AcqRel) {
+    if (op.order == Order::Release || op.order == Order::AcqRel || synchronises(target)) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;
     } else if (c.w.fences && c.w.fences->time[static_cast<size_t>(lane)]) {

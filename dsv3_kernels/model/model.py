@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.ep import Buffer
-from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
+from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
 from dsv3_kernels.model.moe import MLP, Experts, Gate, MoE
+from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, Linear, set_recipe
 
 
@@ -28,9 +29,11 @@ class Block(nn.Module):
         else:
             self.mlp = MoE(config, ep_buffer)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, start)
         y = self.mlp(self.mlp_norm(x))
         if isinstance(y, tuple):
             return x + y[0], y[1]
@@ -50,14 +53,20 @@ class MTPModule(nn.Module):
         self.norm = nn.RMSNorm(hidden, eps=eps)
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden: [B, S, hidden], the state at each position; embedded: the token after it.
 
         Returns the new state, the same after the module's norm, for the head, and the balance loss.
         """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        hidden, balance = self.block(self.eh_proj(joined), cos, sin)
+        hidden, balance = self.block(self.eh_proj(joined), cos, sin, cache, start)
         return hidden, self.norm(hidden), balance
 
 
@@ -113,9 +122,53 @@ class DeepSeekV3(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
-        cos, sin = self._rope(tokens.shape[1])
+        cos, sin = self._rope(0, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin)
         return self._logits(self.norm(hidden))
+
+    def new_cache(self, batch: int, capacity: int) -> LatentCache:
+        """For `decode` of `batch` sequences of up to `capacity` positions."""
+        return self._new_cache(len(self.blocks), batch, capacity)
+
+    def new_mtp_cache(self, batch: int, capacity: int) -> LatentCache:
+        """For `decode_mtp`."""
+        return self._new_cache(1, batch, capacity)
+
+    def _new_cache(self, layers: int, batch: int, capacity: int) -> LatentCache:
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        norm = self.norm.weight
+        return LatentCache(torch.zeros(layers, batch, capacity, width, dtype=norm.dtype, device=norm.device))
+
+    def decode(self, tokens: Tensor, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """Goes on from the cache by tokens [B, S], which it takes in.
+
+        Returns FP32 logits [B, S, vocab_size] and the state [B, S, hidden] that the first MTP module sees.
+        """
+        start, cos, sin = self._extend(cache, tokens.shape[1])
+        hidden, _ = self._trunk(tokens, cos, sin, cache, start)
+        normed = self.norm(hidden)
+        return self._logits(normed), normed if self.config.mtp_post_norm else hidden
+
+    def decode_mtp(self, tokens: Tensor, state: Tensor, cache: LatentCache) -> Tensor:
+        """The first MTP module's FP32 logits [B, S, vocab_size] of the token after `tokens`.
+
+        tokens: [B, S], each the one after the position whose state [B, S, hidden] `decode` returned.
+        """
+        start, cos, sin = self._extend(cache, tokens.shape[1])
+        module = self.mtp[0]
+        _, normed, _ = module(self.embedding(tokens), state, cos, sin, cache.layer(0), start)
+        return self._logits(normed)
+
+    def _extend(self, cache: LatentCache, count: int) -> tuple[int, Tensor, Tensor]:
+        start, capacity = cache.length, cache.rows.shape[2]
+        if start + count > capacity:
+            raise ValueError(
+                f"DeepSeekV3: the cache holds {start} of {capacity} positions, expected room for {count} "
+                "more. Mend: a larger capacity in new_cache"
+            )
+        cos, sin = self._rope(start, count)
+        cache.length = start + count
+        return start, cos, sin
 
     def next_token_loss(self, window: Tensor) -> Tensor:
         """Mean cross-entropy of window[:, 1:] given what stands before; window: int64 [B, S + 1]."""
@@ -129,7 +182,7 @@ class DeepSeekV3(nn.Module):
         """
         depth = len(self.mtp)
         length = window.shape[1] - 1 - depth
-        cos, sin = self._rope(length)
+        cos, sin = self._rope(0, length)
         hidden, balances = self._trunk(window[:, :length], cos, sin)
         normed = self.norm(hidden)
         main = self._cross_entropy(normed, window[:, 1 : 1 + length])
@@ -143,24 +196,30 @@ class DeepSeekV3(nn.Module):
             mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
         return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
 
-    def _trunk(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def _trunk(
+        self,
+        tokens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         hidden = self.embedding(tokens)
         balances: list[Tensor | None] = []
-        for block in self.blocks:
-            hidden, balance = block(hidden, cos, sin)
+        for i, block in enumerate(self.blocks):
+            hidden, balance = block(hidden, cos, sin, cache.layer(i) if cache is not None else None, start)
             balances.append(balance)
         return hidden, balances
 
-    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= length <= self.config.max_position_embeddings:
+    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if start + count > config.max_position_embeddings:
             raise ValueError(
-                f"DeepSeekV3: the sequence has {length} positions, expected at most "
-                f"max_position_embeddings = {self.config.max_position_embeddings}"
+                f"DeepSeekV3: the sequence has {start + count} positions, expected at most "
+                f"max_position_embeddings = {config.max_position_embeddings}"
             )
-        angles = rope_angles(
-            length, self.config.qk_rope_head_dim, self.config.rope_theta, self.embedding.weight.device
-        )
-        return angles.cos(), angles.sin()
+        positions = torch.arange(start, start + count, device=self.embedding.weight.device)
+        return rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

@@ -1,5 +1,6 @@
 """Drop-in autograd functions and modules over the FP8 ops."""
 
+from dsv3_kernels.nn.deferred import WgradStore, deferred_wgrad
 from dsv3_kernels.nn.linear import (
     Fp8Linear,
     GroupedFp8Linear,
@@ -10,6 +11,7 @@ from dsv3_kernels.nn.linear import (
 )
 from dsv3_kernels.nn.moe import MoECombine, MoEDispatch
 from dsv3_kernels.nn.recipe import BF16, FP8, Fp8Recipe
+from dsv3_kernels.nn.stored import store_fp8_weights
 
 __all__ = [
     "BF16",
@@ -20,7 +22,10 @@ __all__ = [
     "Linear",
     "MoECombine",
     "MoEDispatch",
+    "WgradStore",
+    "deferred_wgrad",
     "fp8_linear",
     "grouped_fp8_linear",
     "set_recipe",
+    "store_fp8_weights",
 ]
