@@ -1,20 +1,21 @@
-// The protocol between ranks. A channel is one stream of tokens from a source rank to a destination rank, written by
-// one warp there and read by one warp here, through memory of the destination that every rank has mapped.
+// The protocol between ranks. A channel is one stream of tokens from a source rank to a destination rank,
+// written by one warp there and read by one warp here, through memory of the destination that every rank has
+// mapped.
 //
 // A rank's workspace holds, for what comes to it from each source s (and its channel c):
-//   ack[s]       epoch that rank s has finished *reading* (s as a destination of this rank)
+//   ack[s]       epoch that rank s has finished reading, as a destination of this rank
 //   tail[s][c]   epoch << 32 | tokens written so far; the epoch alone says that the counts stand
 //   counts[s][c] tokens of each local expert, then the number of tokens and the first slot
 //   slots[s][i]  a token: row | scales | local expert and weight of each of the K choices
 // An epoch is one call; the first is 1. Invariants:
-//   1. A source writes into a destination in epoch n only after ack there >= n - 1, so that nobody still reads.
+//   1. A source writes to a destination in epoch n only after its ack >= n - 1: nobody there still reads.
 //   2. Counts are written before tail = n << 32 is released; slot i before a tail of more than its index is.
 //   3. A destination reads counts or a slot only after it has acquired such a tail. Tails only grow.
-//   4. A rank's epoch advances when its last block ends, which then acknowledges to all: by the acquire of that
-//      block's counter, after every read of this epoch.
-// There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a reader:
-// waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
-// Every wait has a deadline. One that passes it records what it waited for and ends its block.
+//   4. A rank's epoch advances when its last block ends. That block, which by the counter of ended blocks has
+//      acquired the end of all others, and so of every read of this epoch, then acknowledges to all.
+// There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
+// reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle. Every
+// wait has a deadline. One that passes it records what it waited for and ends its block.
 #pragma once
 
 #include "ptx.cuh"
@@ -41,8 +42,10 @@ struct Workspace {
         return first + (source * kMaxChannels + channel) * (local_experts + 2);
     }
     __device__ __forceinline__ u8* slot(u32 source, u32 index) const {
-        const u64 control = 8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * (local_experts + 2);
-        return base + ((control + 15) & ~15ull) + (static_cast<u64>(source) * max_tokens + index) * slot_bytes;
+        const u64 control =
+            8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * (local_experts + 2);
+        return base + ((control + 15) & ~15ull) +
+               (static_cast<u64>(source) * max_tokens + index) * slot_bytes;
     }
 };
 
@@ -55,8 +58,10 @@ struct Deadline {
     Failure* failure;
     u64 nanoseconds;  // a wait may last
 
-    // One lane: until the word at `address` is at least `expected`. Gives what it saw, or less than that in vain.
-    __device__ __forceinline__ u64 wait(const u64* address, u64 expected, Role role, u32 peer, u32 channel) const {
+    // One lane: until the word at `address` is at least `expected`. Gives what it saw, or less than that in
+    // vain.
+    __device__ __forceinline__ u64 wait(const u64* address, u64 expected, Role role, u32 peer,
+                                        u32 channel) const {
         u64 seen = ptx::load_acquire_system(address);
         if (seen >= expected) return seen;
         const u64 start = ptx::global_timer();

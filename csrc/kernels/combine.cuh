@@ -1,12 +1,14 @@
-// Combine within a node: what the experts of a token returned, added up on each rank and then on the token's own.
+// Combine within a node: what the experts of a token returned, added up on each rank and then on the token's
+// own.
 //
-// The streams are those of the dispatch, backwards: what came from rank s in its channel i goes back there in channel
-// i, a token in the slot it had. An even block adds the rows of each token (a warp for each home rank) and sends one
-// BF16 row; an odd block waits for a token's ranks and adds them. All sums start at +0 and run in FP32, experts
-// ascending, then ranks ascending, each rounded to BF16: bits do not depend on the timing. The protocol is in
-// channel.cuh; a workspace here has no counts, for the dispatch has told them.
+// The streams are those of the dispatch, backwards: what came from rank s in its channel i goes back there in
+// channel i, a token in the slot it had. An even block adds the rows of each token (a warp for each home
+// rank) and sends one BF16 row; an odd block waits for a token's ranks and adds them. All sums start at +0
+// and run in FP32, experts ascending, then ranks ascending, each rounded to BF16: bits do not depend on the
+// timing. The protocol is in channel.cuh; a workspace here has no counts, for the dispatch has told them.
 //
-// Bytes: a (token, expert): a row read; a (token, rank): a row written over NVLink and read; a token: a row written.
+// Bytes: a (token, expert): a row read; a (token, rank): a row written over NVLink and read; a token: a row
+// written.
 #pragma once
 
 #include "channel.cuh"
@@ -34,17 +36,18 @@ __device__ __forceinline__ U32x4 round(const float (&sum)[kColumns]) {
 
 // What the experts of this rank returned.
 struct Rows {
-    const u8* y;              // BF16 [rows, hidden]
-    const float* weights;     // [rows], or null
-    const float* gradients;   // [rows], or null: travel home as they are
-    const i32* rows;          // [ranks, max_tokens, topk], by ascending expert, then -1
-    const i32* ranges;        // [ranks, channels, 2]
+    const u8* y;             // BF16 [rows, hidden]
+    const float* weights;    // [rows], or null
+    const float* gradients;  // [rows], or null: travel home as they are
+    const i32* rows;         // [ranks, max_tokens, topk], by ascending expert, then -1
+    const i32* ranges;       // [ranks, channels, 2]
     u32 hidden, topk;
 };
 
 // One warp: the tokens of one home rank's channel.
-__device__ __forceinline__ bool send(const Rows& from, Workspace home, const Workspace& mine, u32 rank, u32 peer,
-                                     u32 channel, u32 channels, u64 epoch, const Deadline& deadline) {
+__device__ __forceinline__ bool send(const Rows& from, Workspace home, const Workspace& mine, u32 rank,
+                                     u32 peer, u32 channel, u32 channels, u64 epoch,
+                                     const Deadline& deadline) {
     const u32 lane = threadIdx.x % 32;
     const u32 first = from.ranges[2 * (peer * channels + channel)];
     const u32 total = from.ranges[2 * (peer * channels + channel) + 1];
@@ -62,7 +65,8 @@ __device__ __forceinline__ bool send(const Rows& from, Workspace home, const Wor
                 const i64 r = __shfl_sync(kFullWarp, row, k);
                 const float w = __shfl_sync(kFullWarp, weight, k);
                 if (column < from.hidden)
-                    add(sum, ptx::load_global_nc(from.y + 2 * (r * from.hidden + column)), w, from.weights != nullptr);
+                    add(sum, ptx::load_global_nc(from.y + 2 * (r * from.hidden + column)), w,
+                        from.weights != nullptr);
             }
             if (column < from.hidden) ptx::store_global(slot + 2 * column, round(sum));
         }
@@ -75,11 +79,11 @@ __device__ __forceinline__ bool send(const Rows& from, Workspace home, const Wor
 
 // The tokens of this rank, and where each one went.
 struct Home {
-    const i64* topk_idx;    // [tokens, topk]
-    const i32* sent_slot;   // [tokens, ranks], or -1
-    const u8* bias;         // BF16 [tokens, hidden], or null
-    u8* out;                // BF16 [tokens, hidden]
-    float* gradients;       // [tokens, topk], or null
+    const i64* topk_idx;   // [tokens, topk]
+    const i32* sent_slot;  // [tokens, ranks], or -1
+    const u8* bias;        // BF16 [tokens, hidden], or null
+    u8* out;               // BF16 [tokens, hidden]
+    float* gradients;      // [tokens, topk], or null
     u32 tokens, hidden, topk;
 };
 
@@ -105,8 +109,8 @@ __device__ __forceinline__ void bring_gradients(const Home& to, const Workspace&
 }
 
 // One warp: every `stride`th token of a channel.
-__device__ __forceinline__ bool receive(const Home& to, const Workspace& mine, u32 channel, u32 channels, u32 offset,
-                                        u32 stride, u64 epoch, const Deadline& deadline) {
+__device__ __forceinline__ bool receive(const Home& to, const Workspace& mine, u32 channel, u32 channels,
+                                        u32 offset, u32 stride, u64 epoch, const Deadline& deadline) {
     const u32 lane = threadIdx.x % 32;
     const u32 share = (to.tokens + channels - 1) / channels;
     const u32 first = min(channel * share, to.tokens);
@@ -118,7 +122,8 @@ __device__ __forceinline__ bool receive(const Home& to, const Workspace& mine, u
         bool arrived = true;
         if (slot >= 0) {
             const u64 expected = epoch << 32 | (slot - first + 1);
-            arrived = deadline.wait(mine.tail(lane, channel), expected, Role::kReceive, lane, channel) >= expected;
+            arrived =
+                deadline.wait(mine.tail(lane, channel), expected, Role::kReceive, lane, channel) >= expected;
         }
         if (!__all_sync(kFullWarp, arrived)) return false;
         __syncwarp();
@@ -148,14 +153,14 @@ __device__ __forceinline__ bool receive(const Home& to, const Workspace& mine, u
 
 }  // namespace combine
 
-// Grid: an even number of blocks, all resident; 32 * ranks threads. `channels` is that of the dispatch; blocks take
-// them in turn. hidden is a multiple of 8, topk at most 32.
+// Grid: an even number of blocks, all resident; 32 * ranks threads. `channels` is that of the dispatch;
+// blocks take them in turn. hidden is a multiple of 8, topk at most 32.
 __global__ void __launch_bounds__(256)
     combine_tokens(u8* const* workspaces, Sequence* sequence, Failure* failure, const u8* y,
                    const float* row_weights, const float* row_gradients, const i32* rows, const i32* ranges,
-                   const i64* topk_idx, const i32* sent_slot, const u8* bias, u8* out, float* gradients, u32 rank,
-                   u32 ranks, u32 tokens, u32 max_tokens, u32 hidden, u32 topk, u32 local_experts, u32 channels,
-                   u64 slot_bytes, u64 timeout) {
+                   const i64* topk_idx, const i32* sent_slot, const u8* bias, u8* out, float* gradients,
+                   u32 rank, u32 ranks, u32 tokens, u32 max_tokens, u32 hidden, u32 topk, u32 local_experts,
+                   u32 channels, u64 slot_bytes, u64 timeout) {
     const combine::Rows from{y, row_weights, row_gradients, rows, ranges, hidden, topk};
     const combine::Home to{topk_idx, sent_slot, bias, out, gradients, tokens, hidden, topk};
     const Workspace mine{workspaces[rank], ranks, local_experts, max_tokens, slot_bytes};

@@ -1,11 +1,11 @@
-// Dispatch within a node: every token once to each rank that holds one of its experts, there into expert order.
+// Dispatch within a node: every token once to each rank that holds one of its experts, into expert order there.
 //
-// Two blocks a channel: the even one sends a contiguous share of this rank's tokens, a warp for each destination; the
-// odd one receives that channel, a warp for each source. Senders count first; from the counts of all sources and
-// channels a receiver knows the final row of every (token, expert) before any token arrives: the order is by
-// expert, source, token, whatever the timing. The protocol is in channel.cuh.
+// Two blocks a channel: the even one sends a contiguous share of this rank's tokens, a warp for each
+// destination; the odd one receives that channel, a warp for each source. Senders count first; from the
+// counts of all sources and channels a receiver knows the final row of every (token, expert) before any token
+// arrives: the order is by expert, source, token, whatever the timing. The protocol is in channel.cuh.
 //
-// Bytes: a token and destination: row + scales + 8·K written over NVLink and read once there; a (token, expert):
+// Bytes: a (token, rank): row + scales + 8 K written over NVLink, and read once there; a (token, expert):
 // row + scales written.
 #pragma once
 
@@ -19,23 +19,23 @@ constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
 
 // The tokens to move, and where they go.
 struct Tokens {
-    const u8* data;  // [tokens, row_bytes]
+    const u8* data;       // [tokens, row_bytes]
     const float* scales;  // [tokens, tiles] of any strides, or null
     i64 scale_row_stride, scale_tile_stride;
-    const i64* topk_idx;  // [tokens, topk]
+    const i64* topk_idx;        // [tokens, topk]
     const float* topk_weights;  // [tokens, topk], or null
     u32 count, row_bytes, tiles, topk;
 };
 
 struct Received {
-    u8* data;  // [max_rows, row_bytes]
+    u8* data;       // [max_rows, row_bytes]
     float* scales;  // [tiles, scale_stride], MN-major
     i64 scale_stride;
-    i64* topk_idx;  // [max_rows]
+    i64* topk_idx;        // [max_rows]
     float* topk_weights;  // [max_rows], or null
-    i32* group_offsets;  // [local_experts + 1]
-    i32* rows;  // [ranks, max_tokens, topk]: rows of each slot's token by ascending expert, then -1
-    i32* ranges;  // [ranks, channels, 2]: first slot and number of tokens
+    i32* group_offsets;   // [local_experts + 1]
+    i32* rows;            // [ranks, max_tokens, topk]: rows of each slot's token by ascending expert, then -1
+    i32* ranges;          // [ranks, channels, 2]: first slot and number of tokens
     u32 max_rows;
 };
 
@@ -55,8 +55,8 @@ __device__ __forceinline__ i32 choice(const Tokens& tokens, u32 token, u32 lane,
 
 // One warp: its tokens for one destination. `counts` is shared memory of this warp, [local_experts].
 __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, const Workspace& mine, u32 rank,
-                                     u32 peer, u32 channel, u32 channels, u64 epoch, u32* counts, i32* sent_slot,
-                                     u32* error, const Deadline& deadline) {
+                                     u32 peer, u32 channel, u32 channels, u64 epoch, u32* counts,
+                                     i32* sent_slot, u32* error, const Deadline& deadline) {
     const u32 lane = threadIdx.x % 32;
     const u32 share = (tokens.count + channels - 1) / channels;
     const u32 first = min(channel * share, tokens.count);
@@ -100,7 +100,8 @@ __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, con
             scales[i] = tokens.scales[token * tokens.scale_row_stride + i * tokens.scale_tile_stride];
         if (lane < tokens.topk) {
             float weight = 0.0f;
-            if (tokens.topk_weights) weight = tokens.topk_weights[static_cast<i64>(token) * tokens.topk + lane];
+            if (tokens.topk_weights)
+                weight = tokens.topk_weights[static_cast<i64>(token) * tokens.topk + lane];
             scales[tokens.tiles + 2 * lane] = __int_as_float(here ? local : -1);
             scales[tokens.tiles + 2 * lane + 1] = weight;
         }
@@ -109,10 +110,10 @@ __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, con
     return true;
 }
 
-// One warp: the tokens of one source, in order. `next` is shared memory of this warp: the row that the next token of
-// each local expert takes.
-__device__ __forceinline__ bool receive(const Tokens& shape, const Received& out, const Workspace& mine, u32 source,
-                                        u32 channel, u32 channels, u64 epoch, u32* next,
+// One warp: the tokens of one source, in order. `next` is shared memory of this warp: the row that the next
+// token of each local expert takes.
+__device__ __forceinline__ bool receive(const Tokens& shape, const Received& out, const Workspace& mine,
+                                        u32 source, u32 channel, u32 channels, u64 epoch, u32* next,
                                         const Deadline& deadline) {
     const u32 lane = threadIdx.x % 32;
     const u32* counts = mine.counts(source, channel);
@@ -173,9 +174,10 @@ __device__ __forceinline__ bool receive(const Tokens& shape, const Received& out
     return true;
 }
 
-// One block, after all counts have come: the first row of each (source, expert) of this channel, into next[source][e].
-__device__ __forceinline__ void plan(const Received& out, const Workspace& mine, u32 channel, u32 channels, u32* next,
-                                     u32* starts, u32* error) {
+// One block, after all counts have come: the first row of each (source, expert) of this channel, into
+// next[source][e].
+__device__ __forceinline__ void plan(const Received& out, const Workspace& mine, u32 channel, u32 channels,
+                                     u32* next, u32* starts, u32* error) {
     for (u32 e = threadIdx.x; e < mine.local_experts; e += blockDim.x) {
         u32 running = 0;
         for (u32 source = 0; source < mine.ranks; ++source)
@@ -207,18 +209,19 @@ __device__ __forceinline__ void plan(const Received& out, const Workspace& mine,
 
 }  // namespace dispatch
 
-// Grid: 2 * channels blocks, all resident; 32 * ranks threads. Dynamic shared memory: 4 * (ranks + 1) * local_experts
-// bytes. row_bytes is a multiple of 16, topk at most 32.
+// Grid: 2 * channels blocks, all resident; 32 * ranks threads. Dynamic shared memory: 4 * (ranks + 1) *
+// local_experts bytes. row_bytes is a multiple of 16, topk at most 32.
 __global__ void __launch_bounds__(256)
     dispatch_tokens(u8* const* workspaces, Sequence* sequence, Failure* failure, u32* error, const u8* x,
                     const float* scales, i64 scale_row_stride, i64 scale_tile_stride, const i64* topk_idx,
                     const float* topk_weights, u8* out, float* out_scales, i64 out_scale_stride, i64* out_idx,
                     float* out_weights, i32* group_offsets, i32* sent_slot, i32* rows, i32* ranges, u32 rank,
-                    u32 ranks, u32 tokens, u32 max_tokens, u32 row_bytes, u32 tiles, u32 topk, u32 local_experts,
-                    u32 max_rows, u64 slot_bytes, u64 timeout) {
+                    u32 ranks, u32 tokens, u32 max_tokens, u32 row_bytes, u32 tiles, u32 topk,
+                    u32 local_experts, u32 max_rows, u64 slot_bytes, u64 timeout) {
     extern __shared__ u32 shared[];
-    const dispatch::Tokens from{x,      scales,    scale_row_stride, scale_tile_stride, topk_idx, topk_weights,
-                                tokens, row_bytes, tiles,            topk};
+    const dispatch::Tokens from{x,        scales,       scale_row_stride, scale_tile_stride,
+                                topk_idx, topk_weights, tokens,           row_bytes,
+                                tiles,    topk};
     const dispatch::Received to{out,           out_scales, out_scale_stride, out_idx, out_weights,
                                 group_offsets, rows,       ranges,           max_rows};
     const Workspace mine{workspaces[rank], ranks, local_experts, max_tokens, slot_bytes};
@@ -232,11 +235,12 @@ __global__ void __launch_bounds__(256)
     if (blockIdx.x % 2 == 0) {
         Workspace theirs = mine;
         theirs.base = workspaces[peer];
-        kept = dispatch::send(from, theirs, mine, rank, peer, channel, channels, epoch, per_peer, sent_slot, error,
-                              deadline);
+        kept = dispatch::send(from, theirs, mine, rank, peer, channel, channels, epoch, per_peer, sent_slot,
+                              error, deadline);
     } else {
+        const u64 counted = epoch << 32;
         if (lane < channels)
-            kept = deadline.wait(mine.tail(peer, lane), epoch << 32, Role::kReceive, peer, lane) >= epoch << 32;
+            kept = deadline.wait(mine.tail(peer, lane), counted, Role::kReceive, peer, lane) >= counted;
         if (__syncthreads_or(!kept)) return;
         dispatch::plan(to, mine, channel, channels, shared, shared + ranks * local_experts, error);
         kept = dispatch::receive(from, to, mine, peer, channel, channels, epoch, per_peer, deadline);

@@ -54,7 +54,7 @@ __device__ __forceinline__ float abs(float a) {
 // No instruction; but what was computed from v before is not kept in registers for use after it.
 __device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
-// 16 bytes that another GPU or block may have written during this kernel; they are read once and stay out of L1.
+// 16 bytes that another GPU or block may have written during this kernel; they stay out of L1.
 __device__ __forceinline__ U32x4 load_global(const void* address) {
     U32x4 v;
     asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

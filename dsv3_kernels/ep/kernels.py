@@ -25,13 +25,11 @@ class Workspace:
     """Bytes of a rank's memory that its peers write to, laid out as in csrc/kernels/channel.cuh."""
 
     shape: Shape
-    row_bytes: int
-    tiles: int
 
     @property
     def slot_bytes(self) -> int:
-        """Of a token on the wire: row, scales, and at most 8 bytes a choice."""
-        return round_up(self.row_bytes + 4 * self.tiles + 8 * self.shape.num_topk, 16)
+        """Of a token on the wire: a row in BF16, or in FP8 with its scales, and at most 8 bytes a choice."""
+        return round_up(2 * self.shape.hidden + 8 * self.shape.num_topk, 16)
 
     @property
     def size(self) -> int:
@@ -103,8 +101,8 @@ def dispatch_arguments(
         shape.topology.size,
         data.shape[0],
         shape.max_tokens_per_rank,
-        workspace.row_bytes,
-        workspace.tiles,
+        data.shape[1] * data.element_size(),
+        0 if scales is None else scales.shape[1],
         shape.num_topk,
         shape.local_experts,
         out_data.shape[0],
@@ -155,14 +153,11 @@ def combine_arguments(
     )
 
 
-def grid(shape: Shape, num_sms: int) -> dict[str, object]:
-    """Grid, block and shared memory of a launch."""
+def shape_of_launch(shape: Shape, num_sms: int) -> tuple[launch.Dim3, launch.Dim3, int]:
+    """Grid, block and bytes of shared memory."""
     ranks = shape.topology.size
-    return {
-        "grid": (num_sms, 1, 1),
-        "block": (32 * ranks, 1, 1),
-        "shared_bytes": max(4 * (ranks + 1) * shape.local_experts, OWN_SM),
-    }
+    needed = 4 * (ranks + 1) * shape.local_experts
+    return (num_sms, 1, 1), (32 * ranks, 1, 1), max(needed, OWN_SM)
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:

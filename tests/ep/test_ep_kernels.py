@@ -3,17 +3,23 @@
 import random
 
 import pytest
+import test_ep
 import torch
 from cases import ROUTINGS, Case, bits, draw, results
 from fp8_helpers import fresh_generator
+from test_ep import exchange
 
-from dsv3_kernels import emulator, jit
+from dsv3_kernels import emulator, ep, jit
 from dsv3_kernels.device_error import ErrorCode
 from dsv3_kernels.ep import Topology, kernels, reference
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import ROW, QuantizedTensor, empty_mn_major
 
 SECONDS = 1e-3  # of virtual time, a wait's limit
+
+
+def launch_of(shape, num_sms):
+    return dict(zip(("grid", "block", "shared_bytes"), kernels.shape_of_launch(shape, num_sms), strict=True))
 
 
 class Node:
@@ -24,16 +30,13 @@ class Node:
         self.cluster = emulator.VirtualCluster(1, self.size, seed, num_sms=num_sms, **options)
         self.num_sms, self.back_sms = num_sms, 2 if num_sms == 4 and seed % 2 else num_sms
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, case.topology)
-        tiles = -(-case.hidden // 128) if case.fp8 else 0
-        row_bytes = case.hidden * (1 if case.fp8 else 2)
-        self.workspace = kernels.Workspace(self.shape, row_bytes, tiles)
-        self.home = kernels.Workspace(self.shape, 2 * case.hidden, 0)
-        self.memory, self.peers = self.connect(self.workspace)
-        self.home_memory, self.home_peers = self.connect(self.home)
+        self.workspace = kernels.Workspace(self.shape)
+        self.memory, self.peers = self.connect()
+        self.home_memory, self.home_peers = self.connect()
         self.error = [torch.zeros(1, dtype=torch.int32) for _ in range(self.size)]
 
-    def connect(self, workspace):
-        memory = [torch.zeros(workspace.size, dtype=torch.uint8) for _ in range(self.size)]
+    def connect(self):
+        memory = [torch.zeros(self.workspace.size, dtype=torch.uint8) for _ in range(self.size)]
         table = torch.tensor([self.cluster.address_of(m, r) for r, m in enumerate(memory)])
         return memory, [kernels.empty_state(rank, table.clone()) for rank in range(self.size)]
 
@@ -44,7 +47,7 @@ class Node:
         """Poisoned."""
         case = self.case
         if case.fp8:
-            scales = empty_mn_major((rows, self.workspace.tiles), torch.device("cpu")).fill_(torch.nan)
+            scales = empty_mn_major((rows, -(-case.hidden // 128)), torch.device("cpu")).fill_(torch.nan)
             data = torch.full((rows, case.hidden), 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn)
             x = QuantizedTensor(data, scales, ROW)
         else:
@@ -70,8 +73,8 @@ class Node:
         else:
             text = jit.compile_ptx(source, lineinfo=True)
             there, back = (text, "dispatch_tokens"), (text, "combine_tokens")
-        shape = kernels.grid(self.shape, self.num_sms)
-        back_shape = kernels.grid(self.shape, self.back_sms)
+        shape = launch_of(self.shape, self.num_sms)
+        back_shape = launch_of(self.shape, self.back_sms)
         out = [
             [self.outputs(rows[i][r], inputs.topk_idx[r].shape[0]) for r in range(self.size)]
             for i, inputs in enumerate(rounds)
@@ -96,6 +99,8 @@ class Node:
                 emulator.current().launch(
                     *back, args=self.combine(rank, i, inputs, out[i][rank]), **back_shape
                 )
+                if self.home_peers[rank].failure.any():
+                    return
 
         self.cluster.run(program)
         return out
@@ -108,7 +113,7 @@ class Node:
         came.home_gradients = torch.full(inputs.topk_idx[rank].shape, torch.nan)
         came.kept = y, gradients  # no launch keeps its arguments alive
         return kernels.combine_arguments(
-            self.home,
+            self.workspace,
             self.home_peers[rank],
             y,
             inputs.topk_idx[rank],
@@ -274,3 +279,53 @@ def test_bad_experts_and_overflow_stay_inside():
     assert out.group_offsets.tolist() == want[1].group_offsets.clamp(max=rows[1]).tolist()
     assert torch.equal(out.topk_idx, want[1].topk_idx[: rows[1]])
     assert torch.equal(out.x, want[1].x[: rows[1]])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_buffer_in_the_emulator(size):
+    """The same program and check as of the portable transport: ep.Buffer finds the kernels by its group."""
+    seed = fresh_generator().initial_seed() % (1 << 30)
+    chance = random.Random(seed)
+    for fp8 in (False, True):
+        case = Case(
+            Topology(1, size),
+            chance.choice(ROUTINGS),
+            fp8,
+            local_experts=2,
+            hidden=144,
+            tokens=4,
+            seed=seed + fp8,
+        )
+        cluster = emulator.VirtualCluster(1, size, seed, num_sms=20)
+
+        def program(rank, group, case=case):
+            buffer = ep.Buffer(
+                group, case.num_experts, case.hidden, case.tokens, case.topk, gpus_per_node=group.size()
+            )
+            got = [exchange(buffer, case, round_, random.Random(rank), 4) for round_ in range(2)]
+            assert buffer.status().transport == "emulator" and buffer.status().dispatches == 6
+            return got
+
+        by_rank = cluster.run(program)
+        for round_ in range(2):
+            test_ep.check(case, round_, [got[round_] for got in by_rank])
+
+
+def test_the_buffer_names_a_killed_rank():
+    case = Case(Topology(1, 2), local_experts=2, hidden=32, num_topk=2, tokens=8, seed=3)
+    inputs = draw(case)
+    cluster = emulator.VirtualCluster(1, 2, num_sms=2)
+    cluster.kill(1)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, 4, 32, 8, 2, gpus_per_node=2, timeout=SECONDS)
+        if rank == 1:
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+            return
+        with pytest.raises(ep.TimeoutError, match=r"dispatch: rank 0 \(receive, channel 0\) .* for rank 1"):
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+        with pytest.raises(ep.TimeoutError):
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+        assert "rank 1" in buffer.status().failure
+
+    cluster.run(program)
