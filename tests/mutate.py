@@ -5,9 +5,10 @@ import re
 from dsv3_kernels.jit.compile import kernel_dir
 
 
-def source(file: str, old: str | re.Pattern[str] = "", new: str = "") -> str:
-    """The kernel `file` and what it includes as one text, the one place of `old` replaced by `new`."""
-    text, seen = f'#include "{file}"\n', set[str]()
+def source(files: str, old: str | re.Pattern[str] = "", new: str = "", *, places: int = 1) -> str:
+    """The kernel files (names apart by spaces) and what they include as one text, the one place of `old`, or
+    all its `places`, replaced by `new`."""
+    text, seen = "".join(f'#include "{file}"\n' for file in files.split()), set[str]()
     while match := re.search(r'^#include "(\w+\.cuh)"\n', text, re.MULTILINE):
         name = match[1]
         body = "" if name in seen else (kernel_dir() / name).read_text().replace("#pragma once\n", "")
@@ -16,5 +17,5 @@ def source(file: str, old: str | re.Pattern[str] = "", new: str = "") -> str:
     if not old:
         return text
     found = len(old.findall(text)) if isinstance(old, re.Pattern) else text.count(old)
-    assert found == 1, f"{old!r} occurs {found} times in the kernel: mend this table"
+    assert found == places, f"{old!r} occurs {found} times in the kernel: mend this table"
     return old.sub(new, text) if isinstance(old, re.Pattern) else text.replace(old, new)
