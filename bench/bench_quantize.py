@@ -55,6 +55,16 @@ def test_quantize_128x128(against, dtype, shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_requantize_1x128_t(against, shape):
+    q = dk.quantize_1x128(torch.randn(shape), power_of_2_scales=True)
+    name = f"requantize_1x128_t {shape[0]}x{shape[1]}"
+    op = dk.requantize_1x128_t
+    against(
+        name, lambda: op(q, power_of_2_scales=True), "q.data.t(), copied", lambda: q.data.t().contiguous()
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dequantize(against, shape):
     q = dk.quantize_1x128(torch.randn(shape))
     against(

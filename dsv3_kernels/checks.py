@@ -150,6 +150,18 @@ def offsets(op: str, value: object, first_name: str, first: Tensor, groups: int 
     return vector
 
 
+def transposed_groups(op: str, group_offsets: object, transpose: bool, x: Tensor) -> None:
+    """`group_offsets` of an op whose transposed result alone has groups."""
+    if group_offsets is None:
+        return
+    offsets(op, group_offsets, "x", x)
+    if not transpose:
+        raise ValueError(
+            f"{op}: group_offsets is given with transpose=False, expected None: only the transposed form has "
+            "groups; pass transpose=True"
+        )
+
+
 def read_offsets(op: str, group_offsets: Tensor, rows: int | None = None, of: str = "") -> list[int]:
     """The values of a CPU `group_offsets`: they start at 0, do not descend, and end within `rows`."""
     values: list[int] = group_offsets.tolist()

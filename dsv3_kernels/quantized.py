@@ -67,9 +67,23 @@ def padded_tokens(tokens: int, groups: int) -> int:
     return TILE * ((tokens + (TILE - 1) * groups) // TILE)
 
 
-_accepted: set[tuple[object, ...]] = (
-    set()
-)  # facts of operands that passed; what they decide, they decide again
+def empty_rows(shape: tuple[int, ...], device: torch.device) -> QuantizedTensor:
+    """Room for `[.., M, K]` in tiles of 1x128."""
+    data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+    return QuantizedTensor(data, empty_mn_major(scales_shape(data.shape, ROW), device), ROW)
+
+
+def empty_transposed(
+    shape: tuple[int, ...], group_offsets: Tensor | None, device: torch.device
+) -> QuantizedTensor:
+    """Room for `[tokens, width]` transposed, in tiles of 128 tokens that restart at each group."""
+    tokens, width = shape
+    groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
+    return empty_rows((width, padded_tokens(tokens, groups)), device)
+
+
+# Facts of operands that passed: what they decide, they decide again.
+_accepted: set[tuple[object, ...]] = set()
 _MOST_ACCEPTED = 4096
 
 

@@ -8,7 +8,7 @@ import torch
 from fp8_helpers import assert_same, fresh_generator, wide
 
 import dsv3_kernels as dk
-from dsv3_kernels import emulator, launch, quantize, reference
+from dsv3_kernels import emulator, launch, quantize, reference, tile
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -190,6 +190,53 @@ def test_both_orientations_of_many_groups_and_of_none():
         check_both(torch.zeros(shape))
 
 
+# ---- 1x128 to 128 tokens
+
+
+def check_requantized(q, offsets=None, power_of_2=False, **gpu):
+    with emulator.virtual_gpu(**gpu):
+        got = dk.requantize_1x128_t(q, offsets, power_of_2_scales=power_of_2)
+    assert_same(got, reference.requantize_1x128_t(q, offsets, power_of_2_scales=power_of_2))
+    return got
+
+
+@powers
+@pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
+def test_requantized(power_of_2, shape):
+    generator = fresh_generator()
+    for x in (torch.randn(shape, generator=generator), wide(generator, *shape)):
+        q = dk.quantize_1x128(x, power_of_2_scales=power_of_2)
+        check_requantized(q, None, power_of_2)
+        row_major = dk.QuantizedTensor(q.data, q.scales.contiguous(), q.block)
+        check_requantized(row_major, None, not power_of_2)
+
+
+@powers
+def test_requantized_groups(power_of_2):
+    x = torch.randn(sum(GROUPS) + 11, 48, generator=fresh_generator())
+    check_requantized(dk.quantize_1x128(x, power_of_2_scales=power_of_2), offsets_of(*GROUPS), power_of_2)
+
+
+@powers
+def test_requantized_codes_of_every_kind_and_scales_of_any(power_of_2):
+    """Every code, NaN too, with subnormal, infinite, huge and NaN scales."""
+    generator = fresh_generator()
+    data = torch.randint(0, 256, (256, 256), dtype=torch.uint8, generator=generator)
+    data[:, :128] &= 0x77  # no NaN on the left
+    scales = torch.ldexp(torch.ones(256, 2), torch.randint(-149, 128, (256, 2), generator=generator))
+    scales[5], scales[200, 1], scales[77, 0] = float("nan"), float("inf"), 0.0
+    q = dk.QuantizedTensor(data.view(torch.float8_e4m3fn), scales, (1, 128))
+    check_requantized(q, None, power_of_2)
+    q = dk.QuantizedTensor(data.view(torch.float8_e4m3fn), torch.ones(256, 2), (1, 128))
+    values = dk.dequantize(check_requantized(q, None, power_of_2))
+    assert values[:128].isfinite().all() and values[128:].isnan().any()
+
+
+def test_requantized_empty():
+    for shape in ((0, 16), (16, 0)):
+        check_requantized(dk.quantize_1x128(torch.zeros(shape)), offsets_of(0, 0, 0))
+
+
 BAD_OFFSETS = [
     [0, 300, 0, 300, 0, 300],
     [-(2**31), -1, 2**31 - 1, -5, 7],
@@ -309,8 +356,16 @@ def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
         dk.quantize_1x128(x, transpose=True)
     counters = gpu.counters
     assert counters["global_bytes_read"] == x.nbytes
-    assert counters["global_bytes_written"] == 2 * (x.numel() + x.numel() // 128 * 4)
+    quantized = x.numel() + x.numel() // 128 * 4
+    assert counters["global_bytes_written"] == 2 * quantized
     assert counters["shared_bytes_written"] >= 2 * x.numel() and counters["bank_conflicts"] == 0
+
+    q = dk.quantize_1x128(x)
+    with emulator.virtual_gpu(checks=False) as gpu:
+        dk.requantize_1x128_t(q)
+    counters = gpu.counters
+    assert counters["global_bytes_read"] == counters["global_bytes_written"] == quantized
+    assert counters["bank_conflicts"] == 0
 
 
 # What to break in tile.cuh, by what, and what then must be seen.
@@ -340,10 +395,10 @@ MUTATIONS = {
 
 def tile_sources(broken, by):
     """quantize_tile.cuh with tile.cuh in it, changed."""
-    tile, kernels = ((kernel_dir() / name).read_text() for name in ("tile.cuh", "quantize_tile.cuh"))
-    tile, count = re.subn(broken if "\\n" in broken else re.escape(broken), by, tile)
+    body, kernels = ((kernel_dir() / name).read_text() for name in ("tile.cuh", "quantize_tile.cuh"))
+    body, count = re.subn(broken if "\\n" in broken else re.escape(broken), by, body)
     assert count == 1
-    return tile + kernels.replace('#include "tile.cuh"', "")
+    return body + kernels.replace('#include "tile.cuh"', "")
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
@@ -394,14 +449,14 @@ def test_tensors_of_more_than_2_to_the_32_elements():
         pytest.skip(f"this machine promises no more memory than it has: {error}")
     scales = torch.empty(128)
     first = 2**17 + 100
-    tile = torch.randn(128, 128, generator=fresh_generator()).half()
-    x[first : first + 128, :128] = tile
+    values = torch.randn(128, 128, generator=fresh_generator()).half()
+    x[first : first + 128, :128] = values
     offsets = torch.tensor([first, first + 128], dtype=torch.int32)
     with emulator.virtual_gpu(checks=False):
         kernel = quantize.kernel_1x128_t(torch.float16, False)
         arguments = (x, offsets, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
         launch.launch(kernel, (1, 1, 1), (128, 1, 1), arguments)
-    want = reference.quantize_1x128_t(tile)
+    want = reference.quantize_1x128_t(values)
     assert torch.equal(data[:, :128], want.data.view(torch.uint8))
     assert torch.equal(scales, want.scales[:, 0])
 
@@ -416,7 +471,7 @@ def test_empty_tensors_launch_nothing():
 
 
 def test_too_many_tiles_are_refused(monkeypatch):
-    monkeypatch.setattr(quantize, "MAX_TILES", 2)
+    monkeypatch.setattr(tile, "MAX_TILES", 2)
     with emulator.virtual_gpu():
         dk.quantize_128x128(torch.zeros(128, 256))
         with pytest.raises(

@@ -249,7 +249,7 @@ def test_a_group_without_tokens_is_left_alone_when_accumulating():
 
 
 def test_subnormal_gradients_are_kept():
-    """The copy engine's own reduce-add would flush them."""
+    """The copy engine's own reduce-add might flush them."""
     dy_t, x_t = operands(128, 8, 8, 1)
     dy_t.scales.fill_(2.0**-100)
     x_t.scales.fill_(2.0**-48)

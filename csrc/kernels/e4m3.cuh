@@ -65,13 +65,13 @@ __device__ __forceinline__ void widen(const Words<kCount>& v, float* out, E4m3) 
     }
 }
 
-// amax / 448, at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
+// amax / largest (the largest code), at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
 // such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product
 // with the scale is NaN.
 template <bool kPowerOf2>
-__device__ __forceinline__ float tile_scale(float amax) {
+__device__ __forceinline__ float tile_scale(float amax, float largest = kE4m3Max) {
     if (amax == 0.0f) return 1.0f;
-    const float scale = ptx::max_nan(ptx::div_rn(amax, kE4m3Max), kSmallestScale);
+    const float scale = ptx::max_nan(ptx::div_rn(amax, largest), kSmallestScale);
     const u32 bits = __float_as_uint(scale);
     if (kPowerOf2 && bits < kInfinity) return __uint_as_float((bits + kMantissa) & ~kMantissa);  // rounded up
     return scale;

@@ -22,6 +22,20 @@ __device__ __forceinline__ float rcp_rn(float a) {
     return d;
 }
 
+// Within the last bits; subnormal operands and results are 0.
+__device__ __forceinline__ float rcp_approx_ftz(float a) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// 2^a, within the last bits; subnormal operands and results are 0.
+__device__ __forceinline__ float ex2_approx_ftz(float a) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
 // NaN if either operand is NaN; plain fmaxf would drop it.
 __device__ __forceinline__ float max_nan(float a, float b) {
     float d;
@@ -46,6 +60,18 @@ __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
     asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+__device__ __forceinline__ u64 load_global_nc_u64(const void* address) {
+    u64 v;
+    asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_global_nc_u32(const void* address) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(address)));
     return v;
 }
 

@@ -9,6 +9,27 @@
 #include "tile.cuh"
 
 namespace dsv3 {
+namespace quantize {
+
+// Codes with the scale of each row: their products are the values.
+struct HeldScaled : Held<E4m3> {
+    float scale[kRows];
+
+    __device__ __forceinline__ void widen_row(u32 r, float (&v)[kColumns]) const {
+        Held<E4m3>::widen_row(r, v);
+#pragma unroll
+        for (u32 i = 0; i < kColumns; ++i) v[i] = __fmul_rn(v[i], scale[r]);
+    }
+};
+
+// The scales of the rows of a tile, spread so that the row groups of a warp read theirs from banks of their own.
+struct RowScales {
+    float scale[kTile + kTile / 32 * 8];
+
+    __device__ __forceinline__ float& at(u32 row) { return scale[row + row / 32 * 8]; }
+};
+
+}  // namespace quantize
 
 // w [batches, n, k] -> q e4m3 of the same shape and scales [batches, ceil(n / 128), ceil(k / 128)], all
 // contiguous; with kTranspose also q_t [batches, k, n] and scales_t [batches, ceil(k / 128), ceil(n / 128)],
@@ -88,6 +109,39 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
     held.load(x + first, width, span.count, width - column);
     quantize_tile<kPowerOf2Scales, kRowWise, true>(
         held, row_stage, row_target(q, scales, scale_stride, width, span, column), column_stage,
+        column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+}
+
+// q e4m3 [tokens, width], contiguous, with scales of strides (row_stride, tile_stride), one for 1x128 ->
+// q_t and scales_t as quantize_1x128_t makes them of the products in FP32. width is a multiple of 16. A block
+// takes a tile. A thread also holds the scales of its rows: 6 blocks of 64 threads leave it 168 registers.
+template <bool kPowerOf2Scales>
+__global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
+    requantize_1x128_t(const E4m3* q, const float* scales, const i32* group_offsets, u8* q_t, float* scales_t,
+                       u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride, i64 tile_stride,
+                       i64 scale_t_stride) {
+    using namespace quantize;
+    using P = PartOf<E4m3>;
+    __shared__ RowScales row_scales;
+    __shared__ RowStage<P::kColumns> unused;
+    __shared__ ColumnStage<P::kColumns> column_stage;
+
+    const u32 across = (width + kTile - 1) / kTile;
+    const u32 tile = blockIdx.x / across, column = blockIdx.x % across * kTile;
+    const Tokens span = tokens_of_tile<false>(group_offsets, groups, tokens, tile);
+
+    HeldScaled held;
+    held.load(q + static_cast<i64>(span.first) * width + column, width, span.count, width - column);
+    for (u32 row = threadIdx.x; row < kTile; row += P::kThreads) {
+        const float* source = scales + (span.first + row) * row_stride + column / kTile * tile_stride;
+        row_scales.at(row) = row < span.count ? ptx::load_global_nc_float(source) : 1.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (u32 r = 0; r < kRows; ++r) held.scale[r] = row_scales.at(P::row() + r);
+
+    quantize_tile<kPowerOf2Scales, false, true>(
+        held, unused, {}, column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
 }
 

@@ -346,6 +346,10 @@ __device__ __forceinline__ void quantize_tile(Values& held, RowStage<Values::kCo
             const float scale = column_stage.scale[Stage::slot(i, P::position())];
             const U32x4 codes = encode_column<kPowerOf2>(held, i, scale);
             column_stage.tile.at(P::column() + i, P::row_group()) = columns.empty ? U32x4{0, 0, 0, 0} : codes;
+            if (i % 2) {  // two columns share a conversion; more would only hold on to registers
+#pragma unroll
+                for (u32 r = 0; r < kRows; ++r) held.forget_widened(r);
+            }
         }
     }
     __syncthreads();
