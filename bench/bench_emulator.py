@@ -26,7 +26,9 @@ def gemm_case(tile: tuple[int, int]) -> Callable[[emulator.VirtualGPU], None]:
     out = torch.empty(m, n, dtype=torch.bfloat16)
     config = gemm.config_of_tile(*tile)
     ptx = config.kernel.ptx()
-    arguments = gemm.arguments(config, a.data, a.scales, b.data, b.scales, out)
+    prepared, tensors = gemm.prepared_call(config, a.data, a.scales, b.data, b.scales, out, None, 2)
+    with emulator.virtual_gpu():
+        arguments = prepared.arguments(tensors)
 
     def launch(gpu: emulator.VirtualGPU) -> None:
         gpu.launch(

@@ -50,13 +50,12 @@ def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def mn_major(scales: Tensor) -> Tensor:
-    """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
+    """Scales `[.., M, K/128]` as kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
     shape = tuple(scales.shape)
     leading = round_up(shape[-2], 4)
     expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
-    fits = all(
-        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
-    )
+    strides = zip(shape, scales.stride(), expected, strict=True)
+    fits = scales.stride() == expected or all(size == 1 or got == want for size, got, want in strides)
     if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
         return scales
     return empty_mn_major(shape, scales.device).copy_(scales)

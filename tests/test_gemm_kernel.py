@@ -206,8 +206,9 @@ def test_dense_call(m, n, k):
 @pytest.mark.parametrize("num_sms", [None, 1, 2, 7, 1000])
 def test_num_sms(num_sms, monkeypatch):
     grids = []
-    launch = gemm.launch.launch
-    monkeypatch.setattr(gemm.launch, "launch", lambda *a, **k: (grids.append(a[1][0]), launch(*a, **k)))
+    launch = emulator.VirtualGPU.launch
+    record = lambda *a, **k: (grids.append(k["grid"][0]), launch(*a, **k))  # noqa: E731
+    monkeypatch.setattr(emulator.VirtualGPU, "launch", record)
     a, b = operands((40, 144), (1040, 144), seed=2)
     weights = dsv3.QuantizedTensor(torch.stack([b.data] * 3), torch.stack([b.scales] * 3), b.block)
     offsets = torch.tensor([0, 13, 13, 40], dtype=torch.int32)

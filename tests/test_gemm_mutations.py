@@ -98,8 +98,8 @@ MUTATIONS = {
     "halves go to one block": breaks(
         "kBothBlocks = 0b11;", "kBothBlocks = 0b01;", HAZARD, DEADLOCK, on=SHARES_A
     ),
-    "halves land in one place": breaks("target + half * kBlockK", "target", HAZARD, on=SHARES_B),
-    "both halves are the first": breaks("k, row + half,", "k, row,", WRONG, on=SHARES_B),
+    "halves land in one place": breaks("target + half * kRowBytes", "target", HAZARD, on=SHARES_B),
+    "both halves are the first": breaks("x, row + half,", "x, row,", WRONG, on=SHARES_B),
     "only the own copies are expected": breaks(
         "acquire(position, L::kStageBytes)",
         "acquire(position, L::kStageBytes - kBlockM * kBlockK / 2)",
@@ -225,13 +225,16 @@ def outcomes(text, p, seeds):
     for seed in range(seeds):
         out = torch.full(expected.shape, POISON, dtype=torch.bfloat16)
         with emulator.virtual_gpu(p.num_sms, seed, schedule_of(seed)) as gpu:
+            prepared, tensors = gemm.prepared_call(
+                p.config, a.data, a.scales, b.data, b.scales, out, group_list, p.num_sms
+            )
             launch = {
                 "ptx": compiled.ptx,
                 "kernel": compiled.names[0],
                 "grid": (p.num_sms, 1, 1),
                 "block": (p.config.threads, 1, 1),
                 "cluster": (p.config.cluster, 1, 1),
-                "args": gemm.arguments(p.config, a.data, a.scales, b.data, b.scales, out, group_list),
+                "args": prepared.arguments(tensors),
                 "shared_bytes": p.config.shared_bytes,
             }
             try:

@@ -165,10 +165,9 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
                 for (u32 k_block = 0; k_block < k_blocks; ++k_block, position.advance()) {
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
-                    load_operand<kSharesA, kBlockM>(shared.a[s], &a_map, full, k_block * kBlockK, tile.row,
-                                                    rank);
-                    load_operand<kSharesB, kBlockN>(shared.b[s], &b_map, full, k_block * kBlockK, b_row,
-                                                    rank);
+                    const u32 x = k_block * kBlockK;
+                    load_rows<kSharesA, kBlockM, kBlockK>(shared.a[s], &a_map, full, x, tile.row, rank);
+                    load_rows<kSharesB, kBlockN, kBlockK>(shared.b[s], &b_map, full, x, b_row, rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, scale_column, scale_row + k_block);
                 }
             }

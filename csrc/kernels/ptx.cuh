@@ -141,17 +141,17 @@ __device__ __forceinline__ Float2 load_shared(const Float2* address) {
     return v;
 }
 
-__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
-                 : "memory");
-}
-
 __device__ __forceinline__ U32x4 load_shared(const U32x4* address) {
     U32x4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(shared_address(address)));
     return v;
+}
+
+__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
+                 : "memory");
 }
 
 // The address of the same variable in the shared memory of another block of the cluster.
@@ -177,15 +177,6 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64
         : "memory");
 }
 
-__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
-                                         u32 z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-        "%4, %5}], [%2];" ::"r"(shared_address(target)),
-        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
-        : "memory");
-}
-
 // One box to the same place in the shared memory of every block of the cluster in `blocks`, a bit a rank;
 // each block's `barrier` completes the bytes that landed there.
 __device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap* map, u64* barrier, u32 x,
@@ -195,6 +186,15 @@ __device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap
         "[%0], "
         "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(target)),
         "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
+                                         u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4, %5}], [%2];" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 
