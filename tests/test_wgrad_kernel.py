@@ -1,6 +1,7 @@
 """wgrad.cuh: its configurations, its machine code, and its results in the emulator, bit for bit."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_machine_code(config):
     # What a thread is launched with; setmaxnreg then gives the math warpgroups 232 and the others 40.
     assert resources.registers <= 65536 // wgrad.THREADS
     assert sass.registers <= 232
+    helpers = re.search(r"USETMAXREG\.DEALLOC.*EXIT", sass.text, re.DOTALL)
+    assert max(int(number) for number in re.findall(r"\bR(\d+)\b", helpers[0])) < 40
     # A product of scales and an FMA an accumulator: the promotion, and nothing beside it.
     assert sass.count("FFMA") == sass.count("FMUL") == config.block_n // 2
     # Two scales of B at a time, and the output in pairs, each read only to add to it.
