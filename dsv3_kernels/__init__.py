@@ -28,7 +28,7 @@ _API = {
     "synchronize": "launch",
     "warmup": "compile_ahead",
 }
-_MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
+_MODULES = ("doctor", "emulator", "ep", "jit", "model", "nn", "reference", "train")
 
 __all__ = [*_API, *_MODULES]
 

@@ -1,4 +1,4 @@
-"""Training steps of FP8 layers on kernels alone, in the emulator: bit for bit those of the reference."""
+"""Steps of FP8 layers, every quantiser and GEMM a kernel in the emulator: the bits of the reference."""
 
 import functools
 import re

@@ -35,6 +35,7 @@ int distance(const Warp& w, const Published& p) {
     const Cta& cta = *w.cta;
     return p.cta == cta.id ? 0 : p.cluster == cta.cluster->id ? 1 : p.device == static_cast<uint32_t>(cta.launch->device) ? 2 : 3;
 }
+bool synchronises(const Target& t) { return t.region && t.region->synchronises; }
 int reach(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 
 Warp::Fences& fences(Warp& w) {
@@ -163,7 +164,7 @@ Flow store(Context& c, const Inst& i) {
         if (tracked && !twin) c.check_write(targets[l], bytes, access, l);
         std::memcpy(targets[l].data, value, bytes);
         if (!same) c.changed(targets[l], bytes);
-        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, l), false);
+        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, targets[l], l), false);
     }
     if (first.cta || first.region) count(c, targets, bytes, true);
     return op.order != Order::Weak ? Flow::Yield : Flow::Next;
@@ -214,7 +215,8 @@ enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, f
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (!c.checks) return Flow::Yield;
+    if (i.imm == fence_memory) memory_fence(c, static_cast<Scope>(i.flags));
+    if (!c.checks || i.imm == fence_memory) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -223,16 +225,6 @@ Flow fence(Context& c, const Inst& i) {
         Clock own = k.generic;
         own.add(w.agent, bit, now);
         switch (i.imm) {
-            case fence_memory: {
-                Warp::Fences& f = fences(w);
-                Scope scope = static_cast<Scope>(i.flags);
-                size_t s = static_cast<size_t>(l);
-                for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][s]);
-                f.released[s] = k;
-                f.time[s] = now;
-                f.scope[s] = scope;
-                break;
-            }
             case fence_proxy_async: k.proxy.join(own); break;
             case fence_mbarrier_init: k.init.join(own); break;
             case fence_map_release: k.map_released.join(own); break;
@@ -288,12 +280,26 @@ void decode_fence(Decode& d, bool membar) {
 
 }  // namespace
 
+void memory_fence(Context& c, Scope scope) {
+    if (!c.checks) return;
+    uint32_t now = c.w.now++;
+    Warp::Fences& f = fences(c.w);
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        size_t l = static_cast<size_t>(__builtin_ctz(rest));
+        Knowledge& k = c.w.known[l];
+        for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][l]);
+        f.released[l] = k;
+        f.time[l] = now;
+        f.scope[l] = scope;
+    }
+}
+
 void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_t bytes) {
     if (!c.checks) return;
-    bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel;
     uint32_t left = c.mask;
     while (left) {
         const Target& t = targets[__builtin_ctz(left)];
+        bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel || synchronises(t);
         uint32_t same = 0;
         for (uint32_t rest = left; rest; rest &= rest - 1)
             if (targets[__builtin_ctz(rest)].data == t.data) same |= rest & -rest;
@@ -315,14 +321,14 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
     }
 }
 
-Published release_of(Context& c, const MemoryOp& op, int lane) {
+Published release_of(Context& c, const MemoryOp& op, const Target& target, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
     const Cta& cta = *c.w.cta;
     p.cta = cta.id;
     p.cluster = cta.cluster->id;
     p.device = static_cast<uint32_t>(cta.launch->device);
-    if (op.order == Order::Release || op.order == Order::AcqRel) {
+    if (op.order == Order::Release || op.order == Order::AcqRel || synchronises(target)) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;
     } else if (c.w.fences && c.w.fences->time[static_cast<size_t>(lane)]) {

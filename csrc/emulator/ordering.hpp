@@ -25,6 +25,8 @@ void take_cache_hints(Decode& d, const Operand** policy_from = nullptr);
 
 /// Release and acquire of lanes at addresses. `lanes` and `targets` of the active lanes of one instruction.
 void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_t bytes);
-Published release_of(Context& c, const MemoryOp& op, int lane);
+Published release_of(Context& c, const MemoryOp& op, const Target& target, int lane);
+/// fence.acq_rel of the active lanes: also what functions do that the machine provides.
+void memory_fence(Context& c, Scope scope);
 
 }  // namespace dsv3::emulator

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dsv3_kernels.gemm import fp8_gemm, grouped_fp8_gemm
 from dsv3_kernels.nn.deferred import active_store
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.nn.stored import StoresFp8
 from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, quantize_128x128
 from dsv3_kernels.quantized import ROW, SQUARE, QuantizedTensor
 from dsv3_kernels.wgrad import fp8_wgrad
@@ -138,6 +139,14 @@ def grouped_fp8_linear(
     return y.to(x.dtype)
 
 
+def _with_stored(
+    x: Tensor, weight: QuantizedTensor, group_offsets: Tensor | None, recipe: Fp8Recipe
+) -> Tensor:
+    """The forward GEMM with a weight that is kept in FP8. It has no backward."""
+    rows = quantize_1x128(x.reshape(-1, x.shape[-1]).contiguous(), power_of_2_scales=recipe.power_of_2_scales)
+    return _gemm(rows, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
+
+
 @functools.cache
 def _slow_bf16_cpu() -> bool:
     """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
@@ -175,7 +184,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class Fp8Linear(Linear):
+class Fp8Linear(Linear, StoresFp8):
     """A drop-in for `nn.Linear(in_features, out_features, bias=False)` that computes as its `recipe` says."""
 
     def __init__(
@@ -186,14 +195,17 @@ class Fp8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe.precision == "bf16":
-            return linear(x, self.weight)
+            return linear(x, self.dequantized_weight().to(x.dtype))
+        stored = self.quantized_weight()
+        if stored is not None:
+            return _with_stored(x, stored, None, self.recipe)
         return fp8_linear(x, self.weight, power_of_2_scales=self.recipe.power_of_2_scales)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
 
 
-class GroupedFp8Linear(nn.Module):
+class GroupedFp8Linear(StoresFp8):
     """One linear layer an expert, rows sorted by expert: weight [num_groups, out_features, in_features]."""
 
     def __init__(
@@ -218,7 +230,10 @@ class GroupedFp8Linear(nn.Module):
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """x: [T, in_features]; group_offsets: int32 [num_groups + 1]. Returns [T, out_features]."""
         if self.recipe.precision == "bf16":
-            return grouped_linear(x, self.weight, group_offsets)
+            return grouped_linear(x, self.dequantized_weight().to(x.dtype), group_offsets)
+        stored = self.quantized_weight()
+        if stored is not None:
+            return _with_stored(x, stored, group_offsets, self.recipe)
         return grouped_fp8_linear(
             x, self.weight, group_offsets, power_of_2_scales=self.recipe.power_of_2_scales
         )
@@ -231,7 +246,7 @@ class GroupedFp8Linear(nn.Module):
 
 
 def set_recipe(model: nn.Module, recipe: Fp8Recipe) -> None:
-    """Makes every Fp8Linear and GroupedFp8Linear of the model compute as the recipe says from now on."""
+    """Makes every layer of the model that has a recipe compute, and send, as this one says from now on."""
     for module in model.modules():
-        if isinstance(module, (Fp8Linear, GroupedFp8Linear)):
-            module.recipe = recipe
+        if isinstance(getattr(module, "recipe", None), Fp8Recipe):
+            setattr(module, "recipe", recipe)  # noqa: B010
