@@ -26,9 +26,8 @@ def gemm_case(tile: tuple[int, int]) -> Callable[[emulator.VirtualGPU], None]:
     out = torch.empty(m, n, dtype=torch.bfloat16)
     config = gemm.config_of_tile(*tile)
     ptx = config.kernel.ptx()
-    prepared, tensors = gemm.prepared_call(config, a.data, a.scales, b.data, b.scales, out, None, 2)
-    with emulator.virtual_gpu():
-        arguments = prepared.arguments(tensors)
+    prepared = gemm.prepare(config, m, k, n, groups=1, num_sms=2)
+    arguments = prepared.arguments(gemm.operands(a.data, a.scales, b.data, b.scales, out, None))
 
     def launch(gpu: emulator.VirtualGPU) -> None:
         gpu.launch(

@@ -148,6 +148,16 @@ def configs(grouping: Grouping) -> tuple[GemmConfig, ...]:
     )
 
 
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    ops: dict[str, Grouping] = {
+        "fp8_gemm": "none",
+        "grouped_fp8_gemm": "offsets",
+        "masked_grouped_fp8_gemm": "counts",
+    }
+    return {op: [config.kernel for config in configs(grouping)] for op, grouping in ops.items()}
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_config(grouping: Grouping, m: int, n: int, groups: int, num_sms: int) -> GemmConfig:
     """The one of `configs` with the least estimated time on `num_sms` SMs, for `[m, n]` or groups of it.
@@ -183,16 +193,6 @@ def choose_config(grouping: Grouping, m: int, n: int, groups: int, num_sms: int)
     rows, columns = best.unit
     strip = min((8, 16), key=lambda width: width * columns + ceil_div(num_sms, best.cluster * width) * rows)
     return replace(best, strip=strip)
-
-
-def kernels() -> dict[str, list[Kernel]]:
-    """Every instance that the ops here may launch, for `warmup`."""
-    ops: dict[str, Grouping] = {
-        "fp8_gemm": "none",
-        "grouped_fp8_gemm": "offsets",
-        "masked_grouped_fp8_gemm": "counts",
-    }
-    return {op: [config.kernel for config in configs(grouping)] for op, grouping in ops.items()}
 
 
 def _operands(
@@ -324,64 +324,43 @@ def _run(
         return out.zero_()
     sms = launch.num_sms(a, num_sms)
     groups = 1 if grouping == "none" else b.shape[0]
-    config = choose_config(grouping, a.shape[-2], b.shape[-2], groups, sms)
-    run_config(config, a, a_scales, b, b_scales, out, group_list, sms)
+    run = _prepare_best(grouping, a.shape[-2], a.shape[-1], b.shape[-2], groups, sms)
+    run(*operands(a, a_scales, b, b_scales, out, group_list))
     return out
 
 
-def run_config(
-    config: GemmConfig,
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    out: Tensor,
-    group_list: Tensor | None,
-    num_sms: int,
-) -> None:
-    """Launch one instance of the kernel on at most `num_sms` SMs."""
-    prepared, tensors = prepared_call(config, a, a_scales, b, b_scales, out, group_list, num_sms)
-    prepared(*tensors)
+@functools.lru_cache(maxsize=1024)
+def _prepare_best(grouping: Grouping, m: int, k: int, n: int, groups: int, num_sms: int) -> launch.Prepared:
+    return prepare(choose_config(grouping, m, n, groups, num_sms), m, k, n, groups, num_sms)
 
 
-def prepared_call(
-    config: GemmConfig,
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    out: Tensor,
-    group_list: Tensor | None,
-    num_sms: int,
-) -> tuple[launch.Prepared, tuple[Tensor, ...]]:
-    """The launch for operands of these shapes, and the tensors that it takes."""
-    groups = b.shape[0] if b.ndim == 3 else 1
-    prepared = _prepare(config, a.shape[-2], b.shape[-2], a.shape[-1], groups, num_sms)
+def operands(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, group_list: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors of a launch, in the kernel's order."""
     lists = () if group_list is None else (group_list,)
-    return prepared, (a, b, mn_major(a_scales), out, b_scales.contiguous(), out, *lists)
+    return a, b, mn_major(a_scales), out, b_scales.contiguous(), out, *lists
 
 
-@functools.lru_cache(maxsize=4096)
-def _prepare(config: GemmConfig, m: int, n: int, k: int, groups: int, num_sms: int) -> launch.Prepared:
-    """The parameters are the kernel's, in its order."""
+def prepare(config: GemmConfig, m: int, k: int, n: int, groups: int, num_sms: int) -> launch.Prepared:
+    """The launch for A of `[m, k]`, or with counts groups of it, and weights `[n, k]`; takes `operands`."""
     counted = groups if config.grouping == "counts" else 1
-    fp8, k_blocks = torch.float8_e4m3fn, ceil_div(k, TILE)
     box_a = config.block_m // 2 if config.multicast == "a" else config.block_m
     box_b = config.block_n // 2 if config.multicast == "b" else config.block_n
-    scales = (counted * k_blocks, m), (round_up(m, 4), 1)
+    e4m3, scale_rows = torch.float8_e4m3fn, counted * ceil_div(k, TILE)
+    grouped = config.grouping != "none"
     return launch.Prepared(
         config.kernel,
         (_blocks(config, m, n, groups, num_sms), 1, 1),
         (config.threads, 1, 1),
         (
-            MapLayout(fp8, (box_a, TILE), (counted * m, k), (k, 1)),
-            MapLayout(fp8, (box_b, TILE), (groups * n, k), (k, 1)),
-            MapLayout(torch.float32, (1, config.block_m), *scales, swizzle=0),
+            MapLayout(e4m3, (box_a, TILE), (counted * m, k), (k, 1)),
+            MapLayout(e4m3, (box_b, TILE), (groups * n, k), (k, 1)),
+            MapLayout(torch.float32, (1, config.block_m), (scale_rows, m), (round_up(m, 4), 1), swizzle=0),
             MapLayout(torch.bfloat16, config.panel, (counted * m, n), (n, 1), swizzle=2 * config.panel[1]),
-            launch.Slot.ADDRESS,
-            launch.Slot.ADDRESS,
-            0 if config.grouping == "none" else launch.Slot.ADDRESS,
-            launch.Slot.ERROR_WORD,
+            *(launch.Slot.ADDRESS, launch.Slot.ADDRESS),
+            launch.Slot.ADDRESS if grouped else 0,
+            launch.Slot.ERROR_WORD if grouped else 0,
             *(m, n, k, groups, config.strip),
         ),
         cluster=(config.cluster, 1, 1),

@@ -1,4 +1,4 @@
-"""Steps of FP8 layers, every quantiser and GEMM a kernel in the emulator: the bits of the reference."""
+"""Training steps of FP8 layers, every quantiser and GEMM a kernel in the emulator, against the reference."""
 
 import functools
 import re

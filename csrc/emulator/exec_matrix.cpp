@@ -16,6 +16,7 @@ Flow matrix(Context& c, const Inst& i) {
     const MatrixOp& op = *static_cast<const MatrixOp*>(i.extra);
     const uint32_t* base = c.src(i.a[1]);
     uint32_t access = c.checks ? c.m.log_access(c.w, i, false, Scope::None) : 0;
+    Context::Arrival arrival{};
     for (int k = 0; k < op.matrices; k++) {
         uint8_t rows[8][16];
         uint32_t regs[32];
@@ -41,8 +42,12 @@ Flow matrix(Context& c, const Inst& i) {
                 c.changed(t[r], 16);
             }
         }
-        (op.is_load ? c.m.counts.shared_read : c.m.counts.shared_write) += 128;
+        Context eight = c;
+        eight.mask = 0xFF;
+        arrival = eight.access(t, 16, op.is_load, !op.is_load);
     }
+    if (op.is_load)
+        for (int k = 0; k < op.matrices; k++) c.m.expect_result(c.w, i.list[k], arrival.back, i);
     return Flow::Next;
 }
 

@@ -75,17 +75,17 @@ struct Ring {
     }
 };
 
-// kRows rows of kRowBytes from `row` on. Those that both blocks of a cluster of 2 need come in halves: this
-// block, of `rank`, brings one of them into both. The map's boxes then have half the rows.
-template <bool kShared, u32 kRows, u32 kRowBytes>
-__device__ __forceinline__ void load_rows(u8* target, const TensorMap* map, u64* full, u32 x, u32 row,
-                                          u32 rank) {
+// kRows rows from `row` on of a K-major operand, 128 of K wide, into a stage. Where a cluster of 2 shares
+// them: this block's half, into both.
+template <bool kShared, u32 kRows>
+__device__ __forceinline__ void load_operand(u8* target, const TensorMap* map, u64* full, u32 k, u32 row,
+                                             u32 rank) {
     if constexpr (kShared) {
         constexpr u16 kBothBlocks = 0b11;
         const u32 half = rank * (kRows / 2);
-        ptx::tma_load_multicast(target + half * kRowBytes, map, full, x, row + half, kBothBlocks);
+        ptx::tma_load_multicast(target + half * 128, map, full, k, row + half, kBothBlocks);
     } else {
-        ptx::tma_load(target, map, full, x, row);
+        ptx::tma_load(target, map, full, k, row);
     }
 }
 

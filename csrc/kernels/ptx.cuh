@@ -54,6 +54,16 @@ __device__ __forceinline__ float abs(float a) {
 // No instruction; but what was computed from v before is not kept in registers for use after it.
 __device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
+// 16 bytes that another GPU or block may have written during this kernel; they stay out of L1.
+__device__ __forceinline__ U32x4 load_global(const void* address) {
+    U32x4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return v;
+}
+
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
     U32x4 v;
@@ -79,6 +89,10 @@ __device__ __forceinline__ void store_global(void* address, U32x4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                  "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+__device__ __forceinline__ void store_global(u8* address, u32 v) {
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void store_global(float* address, float v) {
@@ -141,17 +155,17 @@ __device__ __forceinline__ Float2 load_shared(const Float2* address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
+                 : "memory");
+}
+
 __device__ __forceinline__ U32x4 load_shared(const U32x4* address) {
     U32x4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(shared_address(address)));
     return v;
-}
-
-__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
-                 : "memory");
 }
 
 // The address of the same variable in the shared memory of another block of the cluster.
@@ -177,6 +191,15 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64
         : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
+                                         u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4, %5}], [%2];" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
 // One box to the same place in the shared memory of every block of the cluster in `blocks`, a bit a rank;
 // each block's `barrier` completes the bytes that landed there.
 __device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap* map, u64* barrier, u32 x,
@@ -186,15 +209,6 @@ __device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap
         "[%0], "
         "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(target)),
         "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
-        : "memory");
-}
-
-__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
-                                         u32 z) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
-        "%4, %5}], [%2];" ::"r"(shared_address(target)),
-        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 
@@ -267,6 +281,39 @@ __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepco
 // The dependent grid may start once every block has come here or ended.
 __device__ __forceinline__ void launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// What other GPUs wrote before they released this value is visible to this thread after it.
+__device__ __forceinline__ u64 load_acquire_system(const u64* address) {
+    u64 v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];"
+                 : "=l"(v)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return v;
+}
+
+// What this thread wrote before, or saw by a barrier, is visible to whoever acquires this value.
+__device__ __forceinline__ void store_release_system(u64* address, u64 v) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "l"(v)
+                 : "memory");
+}
+
+// The value before; orders this thread's accesses among the blocks of the GPU, both ways.
+__device__ __forceinline__ u64 fetch_add_device(u64* address, u64 v) {
+    u64 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(before)
+                 : "l"(__cvta_generic_to_global(address)), "l"(v)
+                 : "memory");
+    return before;
+}
+
+// Nanoseconds.
+__device__ __forceinline__ u64 global_timer() {
+    u64 d;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(d));
+    return d;
 }
 
 // True for one lane of the calling warp, all of whose lanes must call.

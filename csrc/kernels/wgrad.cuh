@@ -236,8 +236,8 @@ __global__ void __launch_bounds__(wgrad::kThreads, 1)
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
                     ptx::tma_load(shared.a[s], &a_map, full, t * kTokens, tile.row);
-                    load_rows<kCluster == 2, kBlockN, kTokens>(shared.b[s], &b_map, full, t * kTokens,
-                                                               tile.column, rank);
+                    load_operand<kCluster == 2, kBlockN>(shared.b[s], &b_map, full, t * kTokens, tile.column,
+                                                         rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, tile.row, t);
                     ptx::tma_load(shared.b_scales[s], &b_scales_map, full, tile.column, t);
                 }
