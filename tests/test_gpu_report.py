@@ -34,9 +34,9 @@ def test_names_tell_cases_and_workloads_apart():
 
 
 def test_every_kernel_has_a_case():
-    from dsv3_kernels import gemm, quantize
+    from dsv3_kernels import gemm, quantize, wgrad
 
-    assert set(FIRST) >= {*gemm.kernels(), *quantize.kernels()}
+    assert set(FIRST) >= {*gemm.kernels(), *quantize.kernels(), *wgrad.kernels()}
 
 
 def test_a_sample_has_the_first_and_the_last_of_every_op():

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 import dsv3_kernels as dsv3
-from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu
+from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu, wgrad
 from dsv3_kernels.jit import CompileError, Kernel, cache, kernel
 
 
@@ -38,7 +38,7 @@ def test_what_cannot_be_compiled_is_said_with_the_compilers_words():
 
 
 def test_the_list_of_an_op_holds_what_it_launches():
-    for module in (gemm, quantize, swiglu, permute, e5m6):
+    for module in (gemm, quantize, swiglu, permute, e5m6, wgrad):
         for kernels in module.kernels().values():
             assert len(set(kernels)) == len(kernels) > 0
             assert all(isinstance(k, Kernel) for k in kernels)
@@ -46,6 +46,7 @@ def test_the_list_of_an_op_holds_what_it_launches():
     for m, n in itertools.product((1, 17, 64, 200, 4096, 8192), (8, 392, 2112, 24576)):
         config = gemm.choose_config("none", m, n, 1, 132)
         assert config.kernel in listed, config
+        assert wgrad.choose_config(1, m, n, 132).kernel in wgrad.kernels()["fp8_wgrad"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """wgrad.cuh: its configurations, its machine code, and its results in the emulator, bit for bit."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_machine_code(config):
     # What a thread is launched with; setmaxnreg then gives the math warpgroups 232 and the others 40.
     assert resources.registers <= 65536 // wgrad.THREADS
     assert sass.registers <= 232
+    helpers = re.search(r"USETMAXREG\.DEALLOC.*EXIT", sass.text, re.DOTALL)
+    assert max(int(number) for number in re.findall(r"\bR(\d+)\b", helpers[0])) < 40
     # A product of scales and an FMA an accumulator: the promotion, and nothing beside it.
     assert sass.count("FFMA") == sass.count("FMUL") == config.block_n // 2
     # Two scales of B at a time, and the output in pairs, each read only to add to it.
@@ -249,7 +252,7 @@ def test_a_group_without_tokens_is_left_alone_when_accumulating():
 
 
 def test_subnormal_gradients_are_kept():
-    """The copy engine's own reduce-add would flush them."""
+    """The copy engine's own reduce-add might flush them."""
     dy_t, x_t = operands(128, 8, 8, 1)
     dy_t.scales.fill_(2.0**-100)
     x_t.scales.fill_(2.0**-48)

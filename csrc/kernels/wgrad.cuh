@@ -7,8 +7,9 @@
 // warpgroup's half of the tile holds already while the products are computed, and takes the result away
 // during the next tile.
 //
-// Accumulating is load, add, store, not the copy engine's reduce-add, which flushes subnormals. Every element
-// of D belongs to one tile, so nothing else touches it in between and the result is the same on every run.
+// Accumulating is load, add, store: the copy engine's reduce-add may flush subnormals, as red.add.f32 does.
+// Every element of D belongs to one tile, so nothing else touches it in between and the result is the same on
+// every run.
 //
 // In a cluster of 2 the blocks take tiles one below the other, of the same group: each loads half of the x
 // that both need, into both.
