@@ -129,7 +129,8 @@ void Copy::read_chunk(Machine& m, size_t i, uint8_t* into, bool* poison) {
         if (conflict.found) fail(m, ErrorKind::Hazard, m.describe_race(conflict, t, false));
         *poison = t.poison && t.poison->any(t.offset, chunk.bytes);
     }
-    std::memcpy(into, t.data, chunk.bytes);
+    if (t.region) m.view(*t.region, t.offset, chunk.bytes, warp_.cta->locality(), 0, 0, into);
+    else std::memcpy(into, t.data, chunk.bytes);
 }
 
 void Copy::write_shared(Machine& m, const Chunk& chunk, const Destination& d, const uint8_t* data) {
@@ -164,6 +165,7 @@ void Copy::write_global(Machine& m, const Chunk& chunk, const uint8_t* data) {
     uint64_t at = chunk.global - r->base;
     Target t{r->host + at, at, &r->shadow, r->poison.get(), nullptr, nullptr, r};
     m.counts.copy_write += chunk.bytes;
+    m.settle(*r, at, chunk.bytes);
     if (r->rank != warp_.cta->launch->device) m.counts.peer += chunk.bytes;
     if (m.options.checks) {
         Accessor by{{&knowledge}, 1, write_access_, lane_};

@@ -147,6 +147,7 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     w.cluster_arrivals++;
     w.effects++;
     c.m.progress++;
+    if (!(i.flags & relaxed)) c.make_visible(c.mask, Scope::Cluster);
     if (c.checks && !(i.flags & relaxed)) w.cta->cluster->arriving.join(w.release(c.mask));
     cluster_complete(c);
     return Flow::Yield;

@@ -138,6 +138,7 @@ Flow arrive_on(Context& c, const Inst& i) {
         left &= ~same;
         Mbarrier& b = t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second;
         uint32_t phase = b.phase;
+        if (op.order != Order::Relaxed && t.cta != c.w.cta) c.make_visible(same, Scope::Cluster);
         if (c.checks && op.order != Order::Relaxed) b.arriving.join(c.w.release(same));
         for (uint32_t rest = same; rest; rest &= rest - 1) {
             int l = __builtin_ctz(rest);

@@ -31,10 +31,6 @@ void take_cache_hints(Decode& d, const Operand** policy) {
 
 namespace {
 
-int distance(const Warp& w, const Published& p) {
-    const Cta& cta = *w.cta;
-    return p.cta == cta.id ? 0 : p.cluster == cta.cluster->id ? 1 : p.device == static_cast<uint32_t>(cta.launch->device) ? 2 : 3;
-}
 int reach(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 
 Warp::Fences& fences(Warp& w) {
@@ -78,11 +74,17 @@ Flow load(Context& c, const Inst& i) {
     uint32_t size = static_cast<uint32_t>(size_of(op.type)), bytes = size * static_cast<uint32_t>(op.vector);
     const uint32_t* base = c.src(i.a[1]);
     Target targets[32];
+    uint8_t seen[32][32];  // where others' stores may still be on their way
     uint64_t hash = 0;
     bool strong = op.order != Order::Weak;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
-        targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
+        Target& t = targets[l];
+        t = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
+        if (t.region && !t.region->late.empty()) {
+            c.m.view(*t.region, t.offset, bytes, c.locality(), c.w.agent, l, seen[l]);
+            t.data = seen[l];
+        }
         if (!strong) continue;
         uint64_t v = 0;
         std::memcpy(&v, targets[l].data, std::min(bytes, 8u));
@@ -153,6 +155,13 @@ Flow store(Context& c, const Inst& i) {
             uint64_t v = op.wide_value ? get<uint64_t>(c.src(i.list[k]), l) : c.src(i.list[k])[l];
             std::memcpy(value + static_cast<uint32_t>(k) * size, &v, size);
         }
+        if (op.order == Order::Release) c.make_visible(1u << l, op.scope);
+        Published released = release_of(c, op, l);
+        if (Region* r = targets[l].region) {
+            // A weak store that another block could see too early is a race, which the checks report.
+            if (op.order != Order::Weak || !c.checks) c.delay(targets[l], bytes, l);
+            else if (!r->late.empty()) c.m.settle(*r, targets[l].offset, bytes);
+        }
         bool same = std::memcmp(targets[l].data, value, bytes) == 0;
         // Lanes of one store that agree on the value may share an address.
         bool twin = false;
@@ -163,7 +172,7 @@ Flow store(Context& c, const Inst& i) {
         if (tracked && !twin) c.check_write(targets[l], bytes, access, l);
         std::memcpy(targets[l].data, value, bytes);
         if (!same) c.changed(targets[l], bytes);
-        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, l), false);
+        if (targets[l].published) c.publish(targets[l], bytes, std::move(released), false);
     }
     if (first.cta || first.region) count(c, targets, bytes, true);
     return op.order != Order::Weak ? Flow::Yield : Flow::Next;
@@ -214,7 +223,10 @@ enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, f
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (!c.checks) return Flow::Yield;
+    if (!c.checks) {
+        if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags));
+        return Flow::Yield;
+    }
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -240,6 +252,7 @@ Flow fence(Context& c, const Inst& i) {
             default: break;
         }
     }
+    if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags));
     return Flow::Yield;
 }
 
@@ -298,12 +311,12 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
         for (uint32_t rest = left; rest; rest &= rest - 1)
             if (targets[__builtin_ctz(rest)].data == t.data) same |= rest & -rest;
         left &= ~same;
-        if (!t.published || t.published->empty()) continue;
+        if (!t.published || (t.published->empty() && !(t.region && !t.region->late.empty()))) continue;
         for (uint64_t word = t.offset / 4; word <= (t.offset + bytes - 1) / 4; word++) {
-            auto it = t.published->find(word);
-            if (it == t.published->end()) continue;
-            const Published& p = it->second;
-            int d = distance(c.w, p);
+            const Published* found = c.published_at(t, word);
+            if (!found) continue;
+            const Published& p = *found;
+            int d = c.locality().distance(p.from);
             if (reach(p.scope) < d) continue;
             if (acquires && reach(op.scope) >= d) {
                 c.w.acquire(same, p.knowledge);
@@ -318,10 +331,7 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
 Published release_of(Context& c, const MemoryOp& op, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
-    const Cta& cta = *c.w.cta;
-    p.cta = cta.id;
-    p.cluster = cta.cluster->id;
-    p.device = static_cast<uint32_t>(cta.launch->device);
+    p.from = c.locality();
     if (op.order == Order::Release || op.order == Order::AcqRel) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;

@@ -352,6 +352,7 @@ void Machine::finish_launch(Launch& l) {
     Device& d = devices[static_cast<size_t>(l.device)];
     l.finished = true;
     progress++;
+    make_all_visible(static_cast<uint32_t>(l.device));
     Clock done = d.done.generic;
     for (Agent a : l.agents) done.add(a, ~0u, in_flight - 1);
     d.done = everything(done);

@@ -168,6 +168,7 @@ struct Cta {
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<Warpgroup> warpgroups;
     int operations = 0;     ///< asynchronous, that use its shared memory
+    Locality locality() const;
 };
 
 /// A kernel on its way through a device.
@@ -194,6 +195,8 @@ struct Launch {
     std::vector<std::unique_ptr<Cluster>> cluster_list;
     std::vector<std::unique_ptr<Cta>> ctas;
 };
+
+inline Locality Cta::locality() const { return {id, cluster->id, static_cast<uint32_t>(launch->device)}; }
 
 struct Device {
     struct Sm { uint32_t ctas = 0, threads = 0, shared = 0; };
@@ -277,6 +280,15 @@ struct Context {
     /// After memory changed: wakes those that poll it.
     void changed(const Target& t, uint32_t bytes) const;
     void publish(const Target& t, uint32_t bytes, Published p, bool keep) const;
+
+    // Late writes; see late.hpp.
+    Locality locality() const { return w.cta->locality(); }
+    /// Before a store to global memory: others shall see it later.
+    void delay(const Target& t, uint32_t bytes, int lane) const;
+    /// These lanes release at this scope: what they know of or have seen becomes visible that far.
+    void make_visible(uint32_t lanes, Scope scope) const;
+    /// What a released value at this word publishes to this warp, as it sees the word; null if nothing.
+    const Published* published_at(const Target& t, uint64_t word) const;
 };
 
 /// The PTX machine: one or more devices in one address space, run by one thread from a seed.
@@ -312,6 +324,10 @@ class Machine {
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
     void wake_watchers(uint64_t low, uint64_t high);
+    /// Copies global memory as a block sees it. `agent` and `lane`: of the thread that reads, 0 for an engine.
+    void view(Region& region, uint64_t offset, uint32_t bytes, const Locality& to, Agent agent, int lane, uint8_t* out);
+    /// What lies here becomes visible to all: before something that all see at once changes it.
+    void settle(Region& region, uint64_t offset, uint64_t bytes);
     void queue(Warp& w);
     void start(std::unique_ptr<Operation> op);
     Agent new_agent(Launch& launch) {
@@ -338,6 +354,8 @@ class Machine {
     uint32_t slice_length();
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
+    void arrive_late(size_t i);
+    void make_all_visible(uint32_t device);
     void nothing_moves();
     [[noreturn]] void deadlock();
     void abandon();
@@ -356,6 +374,7 @@ class Machine {
     size_t turn_ = 0;
     std::vector<uint64_t> priorities_;   ///< "pct": by warp
     std::vector<uint64_t> change_points_;
+    std::vector<std::shared_ptr<LateWrite>> late_;
     friend struct Context;
 };
 
