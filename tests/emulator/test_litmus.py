@@ -16,8 +16,8 @@ SCHEDULES = ["random", "round_robin", "pct"]
 MACROS = """
 #define ST(p, v) asm volatile("st.relaxed.SCOPE.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory")
 #define ST_RELEASE(p, v) asm volatile("st.release.SCOPE.global.u32 [%0], %1;" :: "l"(p), "r"(v) : "memory")
-#define LD(p) ({ u32 v; asm volatile("ld.relaxed.SCOPE.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); v; })
-#define LD_ACQUIRE(p) ({ u32 v; asm volatile("ld.acquire.SCOPE.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory"); v; })
+#define LD(p) [](const u32* q) { u32 v; asm volatile("ld.relaxed.SCOPE.global.u32 %0, [%1];" : "=r"(v) : "l"(q) : "memory"); return v; }(p)
+#define LD_ACQUIRE(p) [](const u32* q) { u32 v; asm volatile("ld.acquire.SCOPE.global.u32 %0, [%1];" : "=r"(v) : "l"(q) : "memory"); return v; }(p)
 #define FENCE asm volatile("fence.sc.SCOPE;" ::: "memory")
 """
 
