@@ -1,5 +1,7 @@
 """Quantisers of the CPU backend against PyTorch's bare cast to FP8 (no scales, no transpose), and back."""
 
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +45,7 @@ def test_dequantize(against, shape):
         "q.data.float()",
         lambda: q.data.float(),
     )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -2,17 +2,14 @@
 
 Two numbers answer two questions. The same weights computed both ways tell what FP8 does to the loss of a
 model: that is sharp, since nothing else differs. The trained losses tell whether training in FP8 ends
-elsewhere: there the smallest rounding sends a run another way, so single runs differ by about 1 % whatever the
+elsewhere: there the smallest rounding sends a run another way, so single runs differ by about 1 % in any
 precision, and only the paired difference over several seeds, with its spread, says anything.
 """
 
 import argparse
-import os
 import statistics
 from dataclasses import replace
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in dsv3_kernels/train/__main__.py
 
 from report import Report
 from torch import Tensor

@@ -233,10 +233,22 @@ def summary(findings: Iterable[Finding]) -> list[str]:
     ]
 
 
+def _print_lines(findings: list[Finding]) -> None:
+    for finding in findings:
+        print(f"{finding.status:8}{finding.name}: {finding.found}")
+        if finding.status != "ok":
+            print(f"        needed for {finding.needed_for}\n        mend: {finding.mend}")
+    print(*summary(findings), sep="\n")
+
+
 def _print_table(findings: list[Finding]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Column, Table
+    try:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Column, Table
+    except ImportError:
+        print("dsv3_kernels doctor (no table, for want of rich; the trainer needs it too: pip install rich)")
+        return _print_lines(findings)
 
     marks = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "broken": "[red]broken[/]"}
     console = Console()

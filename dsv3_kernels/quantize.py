@@ -26,6 +26,8 @@ ROWS_PER_WARP = 32
 MAX_TASKS = 2**31
 MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
 
+MAX_TILES = 2**31 - 1  # blocks of csrc/kernels/quantize_tile.cuh, one a tile of 128x128: the largest grid
+
 
 def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
@@ -105,7 +107,34 @@ def quantize_1x128_t(
 def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
         return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
-    launch.no_kernel("quantize_1x128_t")
+    data, scales = _fake_1x128_t(x, group_offsets, power_of_2_scales)
+    (tokens, width), token_tiles = x.shape, scales.shape[1]
+    groups = 0 if group_offsets is None else group_offsets.shape[0] - 1
+    offsets = 0 if group_offsets is None else group_offsets
+    arguments = (x, offsets, data, scales, tokens, width, groups, token_tiles, scales.stride(1))
+    tiles = token_tiles * checks.ceil_div(width, TILE)
+    _launch_tiles("quantize_1x128_t", "x", kernel_1x128_t(x.dtype, power_of_2_scales), tiles, x, arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+@functools.cache
+def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
+    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (_INPUT[dtype], power_of_2_scales))
+
+
+def _launch_tiles(
+    op: str, name: str, kernel: Kernel, tiles: int, x: Tensor, arguments: tuple[launch.Argument, ...]
+) -> None:
+    """Run a kernel of csrc/kernels/quantize_tile.cuh: a block a tile, a thread 16 loads of 16 bytes."""
+    if tiles > MAX_TILES:
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(x.shape)} has {tiles} tiles of {TILE}x{TILE}, "
+            f"expected at most {MAX_TILES}; split it"
+        )
+    if tiles:
+        threads = TILE * TILE * x.element_size() // (16 * 16)
+        launch.launch(kernel, (tiles, 1, 1), (threads, 1, 1), arguments)
 
 
 @overload
@@ -137,8 +166,8 @@ def quantize_128x128(
     checks.contiguous(op, "w", w)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
     if not torch.compiler.is_compiling():
-        q = _quantize_128x128(w, power_of_2_scales)
-        return (q, reference.transpose(q)) if transpose else q
+        both = _quantize_128x128(w, power_of_2_scales, transpose)
+        return both if transpose else both[0]
     if not transpose:
         data, scales = torch.ops.dsv3_kernels.quantize_128x128(w, power_of_2_scales)
         return QuantizedTensor(data, scales, SQUARE)
@@ -146,10 +175,25 @@ def quantize_128x128(
     return QuantizedTensor(data, scales, SQUARE), QuantizedTensor(data_t, scales_t, SQUARE)
 
 
-def _quantize_128x128(w: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
+def _quantize_128x128(
+    w: Tensor, power_of_2_scales: bool, transpose: bool
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """`q` and its transpose, which is `q` itself where it was not asked for."""
     if launch.world(w) == "reference":
-        return reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales)
-    launch.no_kernel("quantize_128x128")
+        q = reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales)
+        return q, reference.transpose(q) if transpose else q
+    q = QuantizedTensor(*_fake_128x128(w, power_of_2_scales), SQUARE)
+    q_t = QuantizedTensor(*_fake_128x128(w.mT, power_of_2_scales), SQUARE) if transpose else q
+    arguments = (w, q.data, q.scales, q_t.data, q_t.scales, *w.shape[-2:])
+    kernel = kernel_128x128(w.dtype, power_of_2_scales, transpose)
+    _launch_tiles("quantize_128x128", "w", kernel, q.scales.numel(), w, arguments)
+    return q, q_t
+
+
+@functools.cache
+def kernel_128x128(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
+    return Kernel("quantize_tile.cuh", "quantize_128x128", (_INPUT[dtype], power_of_2_scales, transpose))
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -185,13 +229,12 @@ def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
 
 
 def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q = _quantize_128x128(w, power_of_2_scales)
+    q, _ = _quantize_128x128(w, power_of_2_scales, False)
     return q.data, q.scales
 
 
 def _op_128x128_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q = _quantize_128x128(w, power_of_2_scales)
-    q_t = reference.transpose(q)
+    q, q_t = _quantize_128x128(w, power_of_2_scales, True)
     return q.data, q.scales, q_t.data, q_t.scales
 
 

@@ -1,3 +1,8 @@
+import os
+
+# Before any test loads torch: OpenMP threads that spin while they wait slow a busy machine down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 
 

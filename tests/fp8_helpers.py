@@ -74,6 +74,27 @@ def exact_values(q) -> torch.Tensor:
     return codes * scales
 
 
+def assert_same(got, want) -> None:
+    """Equal codes and scales; of a NaN neither the sign nor the payload counts."""
+    got_codes, want_codes = (q.data.view(torch.uint8) for q in (got, want))
+    both_nan = (got_codes & 0x7F == 0x7F) & (want_codes & 0x7F == 0x7F)
+    wrong = (got_codes != want_codes) & ~both_nan
+    assert not wrong.any(), f"codes differ at {wrong.nonzero()[:5].tolist()}"
+    assert got.scales.shape == want.scales.shape and got.scales.stride() == want.scales.stride()
+    wrong = (got.scales != want.scales) & ~(got.scales.isnan() & want.scales.isnan())
+    assert not wrong.any(), f"scales differ at {wrong.nonzero()[:5].tolist()}"
+    assert got.block == want.block
+
+
+def wide(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Rows from subnormal to nearly overflowing, with zeros of both signs."""
+    exponents = torch.randint(-149, 126, (*shape[:-1], 1), generator=generator)
+    x = torch.ldexp(torch.randn(shape, generator=generator), exponents)
+    x.view(-1)[::7] = 0.0
+    x.view(-1)[3::11] = -0.0
+    return x
+
+
 def round_to_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
     """float64 rounded to `bits` significant bits, ties to even (normal range)."""
     fraction, exponent = torch.frexp(x)

@@ -316,8 +316,6 @@ def test_gradients_are_refused_only_where_they_would_be_lost():
 
 
 NO_KERNEL = [
-    "quantize_1x128_t",
-    "quantize_128x128",
     "grouped_fp8_gemm",
     "masked_grouped_fp8_gemm",
     "fp8_wgrad",

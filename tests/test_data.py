@@ -120,14 +120,18 @@ def test_names_that_are_not_utf8(tmp_path):
 
 
 def test_an_epoch_takes_every_window_once():
-    text = torch.arange(250, dtype=torch.uint8)
+    text = torch.arange(252, dtype=torch.uint8)
     batches = Batches(text, window=7, batch_size=5, seed=3)
     assert batches.windows == 35
-    for epoch in range(3):
+    orders = []
+    for epoch in range(4):
         starts = [int(row[0]) for step in range(7) for row in batches.batch(epoch * 7 + step)]
         assert len(set(starts)) == 35
         assert len({s % 7 for s in starts}) == 1  # none overlap
         assert starts != sorted(starts)
+        orders.append(starts)
+    assert len({tuple(s // 7 for s in starts) for starts in orders}) == 4
+    assert len({starts[0] % 7 for starts in orders}) > 1
     rows = batches.batch(0)
     assert rows.dtype == torch.int64
     assert torch.equal(rows, rows[:, :1] + torch.arange(7))

@@ -176,3 +176,12 @@ def test_every_mend_is_a_command_for_this_package():
     assert set(toolchain.MEND) == {"cuda-python", "nvrtc", "nvjitlink", "nvdisasm", "nvshmem"}
     for mend in toolchain.MEND.values():
         assert mend.startswith("pip install ")
+
+
+def test_without_rich_the_report_is_plain_lines(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    doctor.main([])
+    out = capsys.readouterr().out
+    assert "pip install rich" in out
+    for finding in doctor.examine():
+        assert f"{finding.name}: {finding.found.split()[0] if finding.found else ''}" in out

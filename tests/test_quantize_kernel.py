@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_helpers import fresh_generator
+from fp8_helpers import assert_same, fresh_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, reference
@@ -16,27 +16,6 @@ def on_kernel(x, power_of_2=False):
     with emulator.virtual_gpu():
         assert launch.world(x) == "emulator"
         return dk.quantize_1x128(x, power_of_2_scales=power_of_2)
-
-
-def assert_same(got, want):
-    """Equal codes and scales; of a NaN neither the sign nor the payload counts."""
-    got_codes, want_codes = (q.data.view(torch.uint8) for q in (got, want))
-    both_nan = (got_codes & 0x7F == 0x7F) & (want_codes & 0x7F == 0x7F)
-    wrong = (got_codes != want_codes) & ~both_nan
-    assert not wrong.any(), f"codes differ at {wrong.nonzero()[:5].tolist()}"
-    assert got.scales.shape == want.scales.shape and got.scales.stride() == want.scales.stride()
-    wrong = (got.scales != want.scales) & ~(got.scales.isnan() & want.scales.isnan())
-    assert not wrong.any(), f"scales differ at {wrong.nonzero()[:5].tolist()}"
-    assert got.block == want.block
-
-
-def wide(generator, *shape):
-    """Rows from subnormal to nearly overflowing, with zeros of both signs."""
-    exponents = torch.randint(-149, 126, (*shape[:-1], 1), generator=generator)
-    x = torch.ldexp(torch.randn(shape, generator=generator), exponents)
-    x.view(-1)[::7] = 0.0
-    x.view(-1)[3::11] = -0.0
-    return x
 
 
 @each_dtype

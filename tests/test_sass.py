@@ -10,6 +10,8 @@ from dsv3_kernels.jit.disassemble import Sass, disassemble
 
 # Registers a thread: three blocks of 256 threads share an SM's 65,536.
 QUANTIZE_REGISTERS = 80
+# Four blocks of 128 threads, or two of 256, share an SM.
+QUANTIZE_TILE_REGISTERS = 128
 QUANTIZE = list(itertools.product(("Bf16", "Fp16", "float"), (False, True)))
 
 
@@ -36,6 +38,43 @@ def test_quantize_1x128(input_type, power_of_2):
     assert sass.registers <= cubin.resources.registers <= QUANTIZE_REGISTERS
     resources = cubin.resources
     assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+
+
+def check_quantize_tile(kernel, input_type, power_of_2, orientations):
+    """What the kernels of quantize_tile.cuh share; a thread holds 16 rows of 16 bytes."""
+    cubin = kernel.cubin()
+    sass, columns = disassemble(cubin.image), 4 if input_type == "float" else 8
+    assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 16
+    assert sass.widths("STG") == {128: columns * orientations, 32: orientations}
+    assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8, "a value is encoded once, whatever its places"
+    assert sass.count("FCHK") == 1
+    corrections = 0 if power_of_2 else 4 * 16 * columns
+    assert corrections <= sass.count("FFMA") <= corrections + 48
+    assert sass.local_memory == 0
+    assert sass.registers <= cubin.resources.registers <= QUANTIZE_TILE_REGISTERS
+    resources = cubin.resources
+    assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+    return sass, columns
+
+
+@pytest.mark.parametrize(("input_type", "power_of_2"), QUANTIZE)
+def test_quantize_1x128_t(input_type, power_of_2):
+    kernel = Kernel("quantize_tile.cuh", "quantize_1x128_t", (input_type, power_of_2))
+    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, orientations=1)
+    assert sass.widths("LDG") == {128: 16, 32: 2}, "beside x, a group's two offsets"
+    assert sass.widths("STS") == {128: columns, 32: columns + 1}
+    assert sass.count("BAR.SYNC") == 3
+
+
+@pytest.mark.parametrize("transpose", [False, True], ids=["one_orientation", "both"])
+@pytest.mark.parametrize(("input_type", "power_of_2"), QUANTIZE)
+def test_quantize_128x128(input_type, power_of_2, transpose):
+    kernel = Kernel("quantize_tile.cuh", "quantize_128x128", (input_type, power_of_2, transpose))
+    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, orientations=1 + transpose)
+    assert sass.widths("LDG") == {128: 16}
+    stores = sass.widths("STS")
+    assert stores[128] == columns * transpose and stores[64] == (16 if columns == 8 else 0)
+    assert sass.count("BAR.SYNC") == 2
 
 
 def sass_of(body):

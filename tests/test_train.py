@@ -214,8 +214,8 @@ def test_evaluation_changes_nothing(text):
     windows = run.corpus.validation[: 18 * 5].view(5, 18).long()
     steps_to(run, 2)
     fp8, bf16 = run.evaluate(windows), run.evaluate(windows, "bf16")
-    assert fp8 == run.evaluate(windows, "fp8")
     assert fp8 != bf16
+    assert fp8 == run.evaluate(windows)  # it went back to its own precision
     assert fp8 == pytest.approx(bf16, rel=0.01)
     losses = [run.model.next_token_loss(row[None, :17]).item() for row in windows]
     assert fp8 == pytest.approx(sum(losses) / 5, rel=1e-3)
@@ -376,6 +376,8 @@ def test_entropies():
 # The command line
 
 FAST = ["--batch-size", "1", "--seq-len", "24", "--validation-windows", "2", "--sample-bytes", "6"]
+PATIENCE = 600
+"""Seconds until a process counts as hung; on a busy machine a short run takes minutes."""
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
@@ -384,10 +386,24 @@ def command(*arguments, **options):
         [sys.executable, "-m", "dsv3_kernels.train", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         env=ENVIRONMENT,
         **options,
     )
+
+
+@pytest.fixture
+def inside(capsys):
+    """The command in this process, which saves the start of another."""
+
+    def run(*arguments):
+        from dsv3_kernels.train.cli import main
+
+        code = main([*map(str, arguments)])
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run
 
 
 def rows_of(folder):
@@ -401,9 +417,9 @@ def final_tensors(folder, precision):
 
 @pytest.fixture(scope="module")
 def whole_run(text, tmp_path_factory):
-    """Twelve steps of the tiny preset in both precisions, uninterrupted."""
+    """Eight steps of the tiny preset in both precisions, uninterrupted."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = command(*FAST, "--steps", 12, "--data", text, "--out", folder, "--validate-every", 6)
+    done = command(*FAST, "--steps", 8, "--data", text, "--out", folder, "--validate-every", 4)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -418,23 +434,23 @@ def test_a_run_from_end_to_end(whole_run):
         "trained in BF16",
         "A sample of the weights trained in FP8",
         "def ",
-        "step 12/12",
+        "step 8/8",
         "tokens/s",
     ):
         assert words in done.stdout
     rows = rows_of(folder)
     assert [(r["step"], r["precision"]) for r in rows] == [
-        (s, p) for s in range(1, 13) for p in ("fp8", "bf16")
+        (s, p) for s in range(1, 9) for p in ("fp8", "bf16")
     ]
     fields = {f.name for f in dataclasses.fields(StepMetrics)} | {"validation_loss"}
     for row in rows:
         assert row.keys() == fields
         assert row["loss"] > 0
         assert row["tokens_per_second"] == pytest.approx(24 / row["seconds"])
-        assert (row["validation_loss"] is not None) == (row["step"] in (6, 12))
+        assert (row["validation_loss"] is not None) == (row["step"] in (4, 8))
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     config = from_json(RunConfig, json.loads((folder / "config.json").read_text()), "config.json")
-    assert (config.train.steps, config.train.batch_size, config.preset) == (12, 1, "tiny")
+    assert (config.train.steps, config.train.batch_size, config.preset) == (8, 1, "tiny")
     summary = json.loads((folder / "summary.json").read_text())
     assert [s["weights"] for s in summary["same_weights"]] == [
         "at the start",
@@ -463,7 +479,7 @@ def start(*arguments):
 
 
 def wait_for_rows(process, folder, count):
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
         if (folder / "metrics.jsonl").exists() and len(rows_of(folder)) >= count:
             return
@@ -475,25 +491,14 @@ def without_times(rows):
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_stopped_and_resumed_equals_uninterrupted(whole_run, text, tmp_path, number):
     folder = tmp_path / "run"
-    arguments = [
-        "--steps",
-        12,
-        "--data",
-        text,
-        "--out",
-        folder,
-        "--validate-every",
-        6,
-        "--checkpoint-every",
-        4,
-    ]
-    process = start(*FAST, *arguments)
-    wait_for_rows(process, folder, 11)  # past the first checkpoint
+    options = ["--steps", 8, "--data", text, "--validate-every", 4, "--checkpoint-every", 3]
+    process = start(*FAST, *options, "--out", folder)
+    wait_for_rows(process, folder, 8)  # past the first checkpoint
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=100)
+    stdout, stderr = process.communicate(timeout=PATIENCE)
     assert stderr == ""
     if number == signal.SIGKILL:
         assert process.returncode == -9
@@ -517,16 +522,16 @@ def copy_of(whole_run, tmp_path):
     return Path(shutil.copytree(whole_run[0], tmp_path / "copy"))
 
 
-def test_a_finished_run_can_be_prolonged(whole_run, tmp_path):
+def test_a_finished_run_can_be_prolonged(whole_run, tmp_path, inside):
     folder = copy_of(whole_run, tmp_path)
-    done = command("--resume", folder, "--steps", 14, "--sample-bytes", 0, "--validate-every", 50)
+    done = inside("--resume", folder, "--steps", 10, "--sample-bytes", 0, "--validate-every", 50)
     assert done.returncode == 0, done.stderr
-    assert [r["step"] for r in rows_of(folder)] == sorted([*range(1, 15)] * 2)
-    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
-    done = command("--resume", folder, "--steps", 13)
+    assert [r["step"] for r in rows_of(folder)] == sorted([*range(1, 11)] * 2)
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 10
+    done = inside("--resume", folder, "--steps", 9)
     assert done.returncode == 1
-    assert "at step 14 already" in done.stderr
-    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 14
+    assert "at step 10 already" in done.stderr
+    assert json.loads((folder / "config.json").read_text())["train"]["steps"] == 10
 
 
 def assert_one_line(done, *words):
@@ -537,14 +542,14 @@ def assert_one_line(done, *words):
         assert word in done.stderr
 
 
-def test_damaged_checkpoint(whole_run, tmp_path):
+def test_damaged_checkpoint(whole_run, tmp_path, inside):
     folder = copy_of(whole_run, tmp_path)
-    path = folder / "checkpoints" / "bf16" / "step-000012" / "tensors.safetensors"
+    path = folder / "checkpoints" / "bf16" / "step-000008" / "tensors.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     before = rows_of(folder)
-    assert_one_line(command("--resume", folder), "step-000012 is damaged", "SHA256SUMS")
+    assert_one_line(inside("--resume", folder), "step-000008 is damaged", "SHA256SUMS")
     assert rows_of(folder) == before
 
 
@@ -553,8 +558,9 @@ def test_full_disk(whole_run, text, tmp_path):
     folder = tmp_path / "run"
     process = start(*FAST, "--steps", 40, "--data", text, "--out", folder, "--precision", "bf16")
     wait_for_rows(process, folder, 2)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=100)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 128 + signal.SIGTERM
     pointer = (folder / "checkpoints" / "bf16" / "latest").read_text()
     tensors = final_tensors(folder, "bf16")
 
@@ -568,16 +574,13 @@ def test_full_disk(whole_run, text, tmp_path):
     assert not list((folder / "checkpoints" / "bf16").glob(".writing-*"))
 
 
-def test_diverging_run_stops_at_its_step(text, tmp_path):
+def test_diverging_run_stops_at_its_step(text, tmp_path, inside):
     arguments = ["--steps", 9, "--lr", 1e30, "--warmup-steps", 0, "--precision", "bf16", "--data", text]
-    done = command(*FAST, *arguments, "--out", tmp_path / "run")
+    done = inside(*FAST, *arguments, "--out", tmp_path / "run")
     assert_one_line(done, "bf16: the ", " of step 2 is nan", "Mend:")
 
 
-def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch):
-    """In this process, since none of them gets as far as training."""
-    from dsv3_kernels.train.cli import main
-
+def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch, inside):
     monkeypatch.chdir(tmp_path)
     empty, binary = tmp_path / "empty", tmp_path / "binary"
     empty.mkdir()
@@ -609,13 +612,10 @@ def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch):
         (["--resume", whole_run[0], "--precision", "fp8"], "--precision cannot be given with --resume"),
     ]
     for arguments, message in cases:
-        assert main([*map(str, arguments)]) == 1, arguments
-        printed = capsys.readouterr().err
-        assert message in printed, (arguments, printed)
-        assert printed.count("\n") == 1
+        assert_one_line(inside(*arguments), message)
     for arguments in (["--preset", "v3"], ["--precision", "fp4"], ["--steps", "many"], ["--unknown"]):
         with pytest.raises(SystemExit) as caught:
-            main(arguments)
+            inside(*arguments)
         assert caught.value.code == 2
         assert arguments[0] in capsys.readouterr().err
 

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "machine.hpp"
+#include "network.hpp"
 #include "tensor_map.hpp"
 
 namespace dsv3 {
@@ -96,6 +96,16 @@ py::dict counters(const Machine& m) {
     d["bank_conflicts"] = c.bank_conflicts;
     d["barrier_waits"] = c.barrier_waits;
     d["nanoseconds"] = m.time;
+    py::dict links;
+    for (auto& [link, count] : m.network->counts) {
+        py::dict one;
+        one["kind"] = link.first == link.second ? "local" : m.network->same_node(link.first, link.second) ? "NVLink" : "IB";
+        one["messages"] = count.messages;
+        one["bytes"] = count.bytes;
+        one["lost"] = count.lost;
+        links[py::make_tuple(link.first, link.second)] = one;
+    }
+    d["links"] = links;
     return d;
 }
 
@@ -199,6 +209,17 @@ void bind_machine(py::module_& m) {
                           const std::vector<uint32_t>& block, const std::vector<uint32_t>& cluster, uint32_t shared_bytes, const py::bytes& params, bool dependent) {
             return m.submit(make_launch(p, kernel, device, grid, block, cluster, shared_bytes, params, dependent));
         })
+        .def("map_symmetric", [](Machine& m, uint64_t host, uint64_t size, const std::string& name, int rank, uint64_t offset) {
+            uint64_t at = Network::heap_base + static_cast<uint64_t>(rank) * Network::heap_stride + offset;
+            return m.memory.map(reinterpret_cast<uint8_t*>(host), size, name, rank, at).base;
+        })
+        .def("set_network", [](Machine& m, int per_node, std::pair<uint64_t, double> nvlink, std::pair<uint64_t, double> infiniband) {
+            m.network = std::make_unique<Network>(m.options.devices, per_node, LinkModel{nvlink.first, nvlink.second},
+                                                  LinkModel{infiniband.first, infiniband.second});
+        })
+        .def("stall_link", [](Machine& m, int from, int to, uint64_t until) { m.network->stall(from, to, until); })
+        .def("drop_message", [](Machine& m, int from, int to, uint64_t message) { m.network->drop(from, to, message); })
+        .def("kill_device", [](Machine& m, int device, uint64_t step) { m.deaths[step] = device; })
         .def("run", &Machine::run, py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("choice_widths", [](const Machine& m) { return m.choice_widths; })
         .def_property_readonly("time", [](const Machine& m) { return m.time; })

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "machine.hpp"
+#include "network.hpp"
 
 namespace dsv3::emulator {
 namespace {
@@ -50,6 +50,7 @@ Knowledge everything(const Clock& clock) { return {clock, clock, clock, clock, c
 Machine::Machine(Options o) : options(std::move(o)), random(options.seed) {
     devices.resize(static_cast<size_t>(options.devices));
     for (Device& d : devices) d.sms.resize(static_cast<size_t>(options.num_sms));
+    network = std::make_unique<Network>(options.devices, options.devices, LinkModel{700, 450}, LinkModel{2500, 50});
     if (options.schedule == "pct") {
         for (int i = 0; i < 6; i++) change_points_.push_back(random.below(1u << (8 + 2 * random.below(6))));
         std::sort(change_points_.begin(), change_points_.end());
@@ -76,6 +77,7 @@ uint64_t Machine::module_variable(int device, const std::shared_ptr<const Progra
         for (size_t i = 0; i < addresses.size(); i++) {
             const Variable& v = program->variables[i];
             if (!addresses[i]) continue;
+            if (v.name == "nvshmemi_device_state_d") network->fill_device_state(*this, device, *memory.find(addresses[i]));
             for (const Variable::Initial& item : v.initial) {
                 uint64_t bits = item.bits;
                 if (!item.symbol.empty()) {
@@ -111,7 +113,7 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
             std::memcpy(&l.constants[patch.word + lane * static_cast<uint32_t>(patch.size) / 4], &at, static_cast<size_t>(patch.size));
     }
     for (const std::string& name : p.externals)
-        if (!externs.count(name)) {
+        if (!externs.count(name) && !network_call(name)) {
             Place place;
             place.kernel = f.name;
             throw Error(ErrorKind::Unsupported, "calls '" + name + "', which is not defined in the PTX and bound to no handler", place);
@@ -122,7 +124,9 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
     l.program_index = static_cast<uint32_t>(known - programs_.begin());
     if (known == programs_.end()) programs_.push_back(l.program);
     counters["launches"]++;
-    devices[static_cast<size_t>(l.device)].queue.push_back(launch);
+    Device& device = devices[static_cast<size_t>(l.device)];
+    if (device.dead) l.finished = true;
+    else device.queue.push_back(launch);
     return launch;
 }
 
@@ -361,6 +365,10 @@ void Machine::finish_launch(Launch& l) {
         for (auto& w : cta->warps) warps_by_id[w->id] = nullptr;
     if (d.queue.size() == 1 && std::all_of(devices.begin(), devices.end(), [&](const Device& x) { return &x == &d || x.queue.empty(); })) {
         // Nothing else runs: whatever comes is ordered behind all of this, and the records can go.
+        // Operations that are left belong to dead devices.
+        operations_.clear();
+        dead_launches_.clear();
+        network->forget_order();
         memory.forget_order();
         log.clear();
         for (Device& x : devices) x.done = {};

@@ -19,11 +19,12 @@
 namespace dsv3::emulator {
 
 class Machine;
+class Network;
 struct Cta;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
-enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency };
+enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network };
 
 /// Lanes of a warp that stand at one instruction.
 struct Group {
@@ -199,6 +200,7 @@ struct Launch {
 inline Locality Cta::locality() const { return {id, cluster->id, static_cast<uint32_t>(launch->device)}; }
 
 struct Device {
+    bool dead = false;           ///< a fault: nothing of it moves any more
     struct Sm { uint32_t ctas = 0, threads = 0, shared = 0; };
     std::vector<Sm> sms;
     std::deque<std::shared_ptr<Launch>> queue;  ///< in stream order; the first runs
@@ -313,6 +315,8 @@ class Machine {
     std::map<std::string, uint64_t> counters;
     std::array<uint64_t, static_cast<size_t>(Class::Count)> executed{};
     std::map<std::string, ExternHandler> externs;
+    std::unique_ptr<Network> network;
+    std::map<uint64_t, int> deaths;  ///< by instruction of the run: the device that dies before it
     std::vector<Device> devices;
     std::vector<uint32_t> choice_widths;  ///< "exhaustive": how many ways each decision had
     Counts counts;
@@ -343,8 +347,10 @@ class Machine {
     const Inst& inst(uint32_t program, uint32_t code) const { return programs_[program]->code[code]; }
     std::vector<const Warp*> warps_by_id;
     uint32_t choose(uint32_t n);
+    bool only_operations() const { return runnable_.empty(); }
 
   private:
+    void kill(int device);
     void admit();
     bool admit_cluster(Launch& launch);
     void start_warp(Warp& w);
@@ -363,6 +369,7 @@ class Machine {
     void slow_checks_after(Context& c, const Inst& inst);
 
     std::vector<Warp*> runnable_;
+    std::vector<std::shared_ptr<Launch>> dead_launches_;  ///< kept while others may refer to their warps
     std::vector<std::unique_ptr<Operation>> operations_;
     std::vector<std::shared_ptr<const Program>> programs_;
     std::map<std::pair<Wait, uint64_t>, std::vector<Warp*>> waiters_;

@@ -4,10 +4,10 @@
 
 namespace dsv3::emulator {
 
-Region& GlobalMemory::map(uint8_t* host, uint64_t size, std::string name, int rank) {
-    uint64_t base = next_;
+Region& GlobalMemory::map(uint8_t* host, uint64_t size, std::string name, int rank, uint64_t at) {
+    uint64_t base = at ? at : next_;
     // A guard of at least 64 KB lies between allocations: an overrun never lands in a neighbour.
-    next_ += (size + 511) / 512 * 512 + 65536;
+    if (!at) next_ += (size + 511) / 512 * 512 + 65536;
     auto region = std::make_unique<Region>(base, size, host, std::move(name));
     region->rank = rank;
     if (!host) {

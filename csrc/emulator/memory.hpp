@@ -31,8 +31,8 @@ struct Region {
 
 class GlobalMemory {
   public:
-    /// Maps host bytes, or bytes of its own (zeroed) if `host` is null. The base is aligned to 512 bytes.
-    Region& map(uint8_t* host, uint64_t size, std::string name, int rank);
+    /// Maps host bytes, or bytes of its own (zeroed) if `host` is null. The base is aligned to 512 bytes; `at` chooses it.
+    Region& map(uint8_t* host, uint64_t size, std::string name, int rank, uint64_t at = 0);
     void release(uint64_t base);
     Region* find(uint64_t address);      ///< null between allocations
     void forget_order();                 ///< nothing runs: all accesses so far are ordered before what comes

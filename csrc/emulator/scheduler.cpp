@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "machine.hpp"
+#include "network.hpp"
 
 namespace dsv3::emulator {
 namespace {
@@ -92,6 +92,10 @@ uint32_t Machine::slice_length() {
 void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
     try {
         for (;;) {
+            while (!deaths.empty() && deaths.begin()->first <= steps) {
+                kill(deaths.begin()->second);
+                deaths.erase(deaths.begin());
+            }
             admit();
             if (until.empty() ? idle() : std::any_of(until.begin(), until.end(), [](auto& l) { return l->finished; })) return;
             if (runnable_.empty() && operations_.empty() && late_.empty()) {
@@ -266,13 +270,36 @@ void Machine::deadlock() {
                                 ": waits for " + g.waiting_for;
                     }
     if (blocked > max_listed) text += "\n  and " + std::to_string(blocked - max_listed) + " more";
-    throw Error(ErrorKind::Deadlock, text, place);
+    throw Error(ErrorKind::Deadlock, text + network->troubles(), place);
+}
+
+/// A fault: the device stops where it is. What its copy engines have begun still ends; what it sends is lost.
+void Machine::kill(int device) {
+    Device& d = devices[static_cast<size_t>(device)];
+    d.dead = true;
+    network->kill(device);
+    auto of_device = [&](const Warp* w) { return w->cta->launch->device == device; };
+    runnable_.erase(std::remove_if(runnable_.begin(), runnable_.end(), of_device), runnable_.end());
+    for (auto& launch : d.queue) {
+        launch->finished = true;
+        for (auto& cta : launch->ctas)
+            for (auto& w : cta->warps) {
+                for (const Group& g : w->groups) spinners -= g.wait == Wait::Spin;
+                w->groups.clear();
+                w->live = 0;
+            }
+        dead_launches_.push_back(launch);
+    }
+    d.queue.clear();
+    progress++;
 }
 
 /// After a failure: drop everything that ran, so that the machine can be used again.
 void Machine::abandon() {
     operations_.clear();
     late_.clear();
+    network->reset();
+    dead_launches_.clear();
     runnable_.clear();
     waiters_.clear();
     sleepers_.clear();

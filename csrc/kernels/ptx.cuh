@@ -60,6 +60,11 @@ __device__ __forceinline__ float abs(float a) {
 
 // ---- Data movement and conversion instructions
 
+// No instruction; but what was computed from v before is not kept in registers for use after it.
+__device__ __forceinline__ void forget_derived(U32x4& v) {
+    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+}
+
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
     U32x4 v;

@@ -11,7 +11,7 @@ depends on nothing but its inputs and its seed: a tensor passed as an argument b
 """
 
 from ..tensor_map import TensorMap
-from .cluster import Group, VirtualCluster
+from .cluster import IB, NVLINK, Group, Link, VirtualCluster
 from .errors import (
     DeadlockError,
     EmulationError,
@@ -22,10 +22,13 @@ from .errors import (
 from .gpu import VirtualGPU, current, explore, virtual_gpu
 
 __all__ = [
+    "IB",
+    "NVLINK",
     "DeadlockError",
     "EmulationError",
     "Group",
     "HazardError",
+    "Link",
     "MemoryAccessError",
     "TensorMap",
     "UnsupportedInstructionError",

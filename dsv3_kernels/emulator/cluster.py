@@ -2,14 +2,33 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .errors import DeadlockError, EmulationError
 from .gpu import VirtualGPU, _active
 from .machine import Argument, Dim3, Machine
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a message takes in virtual time: latency in nanoseconds, bandwidth in GB/s one way."""
+
+    latency: int
+    bandwidth: float
+
+    def __post_init__(self) -> None:
+        if self.latency < 0 or not self.bandwidth > 0:
+            raise ValueError(f"Link: got {self}, expected latency >= 0 ns and bandwidth > 0 GB/s")
+
+
+# Orders of magnitude to compare protocols with: NVLink 4 and one 400 Gbit/s NIC a GPU.
+NVLINK = Link(latency=700, bandwidth=450.0)
+IB = Link(latency=2500, bandwidth=50.0)
 
 
 class Group:
@@ -57,7 +76,13 @@ class _RankGPU(VirtualGPU):
 
 
 class VirtualCluster:
-    """`nodes` x `gpus_per_node` virtual GPUs whose memories are one address space, as with NVLink peers."""
+    """`nodes` x `gpus_per_node` virtual GPUs whose memories are one address space, as with NVLink peers.
+
+    NVSHMEM's device functions run on a virtual network between them: a message on a queue pair arrives
+    behind the earlier ones of that queue pair, late, in pieces, and in no order with any other. Remote
+    memory is named by tensors of `symmetric`. nvlink (inside a node) and ib (between nodes): what messages
+    take in virtual time.
+    """
 
     def __init__(
         self,
@@ -70,10 +95,17 @@ class VirtualCluster:
         checks: bool = True,
         exact_accumulate: bool = False,
         max_steps: int = 2**40,
+        nvlink: Link = NVLINK,
+        ib: Link = IB,
     ) -> None:
+        if nodes < 1 or gpus_per_node < 1:
+            raise ValueError(f"nodes is {nodes}, gpus_per_node is {gpus_per_node}, expected 1 or more")
         self.nodes, self.gpus_per_node = nodes, gpus_per_node
         self.size = nodes * gpus_per_node
         self._machine = Machine(self.size, num_sms, seed, schedule, checks, exact_accumulate, max_steps, ())
+        self._machine.core.set_network(
+            gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
+        )
 
     def launch(
         self,
@@ -103,8 +135,36 @@ class VirtualCluster:
     def address_of(self, tensor: Tensor, rank: int) -> int:
         return self._machine.memory.address(tensor, rank)
 
+    def symmetric(self, shape: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """One zeroed tensor a rank, at the same place of every rank's symmetric heap (nvshmem_calloc)."""
+        return self._machine.memory.symmetric(shape, dtype, self.size)
+
+    def stall(self, source: int, destination: int, until: int | None = None) -> None:
+        """A fault: the link between two ranks delivers nothing before virtual time `until` (ns), or ever."""
+        self._check_ranks(source, destination)
+        self._machine.core.stall_link(source, destination, 2**64 - 1 if until is None else until)
+
+    def drop(self, source: int, destination: int, message: int) -> None:
+        """A fault: the link loses its message of this number (from 0; a put with signal is two messages).
+
+        As on a reliable connection, nothing behind it on its queue pair arrives either.
+        """
+        self._check_ranks(source, destination)
+        self._machine.core.drop_message(source, destination, message)
+
+    def kill(self, rank: int, step: int = 0) -> None:
+        """A fault: the rank dies once the cluster has executed `step` instructions; it never runs again."""
+        self._check_ranks(rank)
+        self._machine.core.kill_device(rank, step)
+
+    def _check_ranks(self, *ranks: int) -> None:
+        for rank in ranks:
+            if not 0 <= rank < self.size:
+                raise ValueError(f"rank {rank} is not among the {self.size} of this cluster")
+
     @property
     def counters(self) -> dict[str, Any]:
+        """As `VirtualGPU.counters`; `["links"][source, destination]` holds messages, bytes, lost and kind."""
         return self._machine.core.counters()
 
     def trace(self, path: str | Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..tensor_map import TensorMap
@@ -33,6 +34,7 @@ class _Memory:
     def __init__(self, machine: Any) -> None:
         self._machine = machine
         self._bases: dict[int, tuple[int, int]] = {}  # host address -> (virtual address, bytes)
+        self._heap_used = 0
 
     def address(self, tensor: Tensor, rank: int) -> int:
         if tensor.device.type != "cpu":
@@ -48,6 +50,25 @@ class _Memory:
             self._bases[host] = (base, size)
             weakref.finalize(storage, self._release, host, base)
         return self._bases[host][0] + tensor.data_ptr() - host
+
+    def symmetric(self, shape: Sequence[int], dtype: torch.dtype, ranks: int) -> list[Tensor]:
+        """A zeroed tensor a rank, at one offset in every rank's symmetric heap."""
+        tensors = [torch.zeros(tuple(shape), dtype=dtype) for _ in range(ranks)]
+        offset, size = self._heap_used, tensors[0].untyped_storage().nbytes()
+        # Never reused, and apart by a guard: an overrun hits no neighbour.
+        self._heap_used += -(-size // 512) * 512 + 65536
+        if not size or self._heap_used > 2**36:
+            raise ValueError(f"symmetric: shape {tuple(shape)} takes {size} bytes, expected 1 up to the rest")
+        name = f"symmetric {str(dtype).removeprefix('torch.')}{list(tensors[0].shape)}"
+        for rank, tensor in enumerate(tensors):
+            storage = tensor.untyped_storage()
+            host = storage.data_ptr()
+            if host in self._bases:
+                self._release(host, self._bases[host][0])
+            base = self._machine.map_symmetric(host, size, f"{name} of rank {rank}", rank, offset)
+            self._bases[host] = (base, size)
+            weakref.finalize(storage, self._release, host, base)
+        return tensors
 
     def _release(self, host: int, base: int) -> None:
         if self._bases.get(host, (None,))[0] == base:

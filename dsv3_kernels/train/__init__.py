@@ -1,1 +1,1 @@
-"""The trainer: python -m dsv3_kernels.train. (Imports nothing, so that __main__ runs before torch.)"""
+"""The trainer: python -m dsv3_kernels.train."""

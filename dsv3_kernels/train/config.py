@@ -17,7 +17,7 @@ T = TypeVar("T")
 class TrainConfig:
     """Everything the weights after a step depend on, beside the model's sizes and the text."""
 
-    steps: int = 200
+    steps: int = 120
     batch_size: int = 8
     seq_len: int = 128
     seed: int = 0

@@ -139,7 +139,8 @@ class Batches:
 
     def __init__(self, text: Tensor, window: int, batch_size: int, seed: int) -> None:
         self.text, self.window, self.batch_size, self.seed = text, window, batch_size, seed
-        self.windows = (text.numel() - window) // window + 1
+        # One fewer than fit, which leaves room to begin anywhere within the first.
+        self.windows = max(1, text.numel() // window - 1)
         self._epoch = -1
         self._starts = torch.empty(0, dtype=torch.int64)
 

@@ -180,5 +180,5 @@ def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
 
 
 def _windows(count: int) -> list[tuple[int, int]]:
-    """(low, high) of the trailing window of AVERAGED steps that ends at each step."""
-    return [(max(0, high - AVERAGED), high) for high in range(1, count + 1)]
+    """(low, high) of the window around each step: 4 steps either side, fewer at the ends of the run."""
+    return [(i - min(i, 4), min(count, i + min(i, 4) + 1)) for i in range(count)]

@@ -1,0 +1,329 @@
+"""The quantisers that transpose, their PTX run by the emulator: bit for bit what the reference computes."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from fp8_helpers import assert_same, fresh_generator, wide
+
+import dsv3_kernels as dk
+from dsv3_kernels import emulator, launch, quantize, reference
+from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
+powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
+GROUPS = (0, 128, 1, 300, 0)
+
+
+def offsets_of(*sizes):
+    return torch.tensor([0, *sizes]).cumsum(0).int()
+
+
+def check_128x128(w, power_of_2=False, transpose=False, **gpu):
+    with emulator.virtual_gpu(**gpu):
+        got = dk.quantize_128x128(w, power_of_2_scales=power_of_2, transpose=transpose)
+    q = got[0] if transpose else got
+    want = reference.quantize_128x128(w, power_of_2_scales=power_of_2)
+    assert_same(q, want)
+    if transpose:
+        assert_same(got[1], reference.transpose(want))
+        assert got[1].data.data_ptr() != q.data.data_ptr() or not w.numel()
+    return got
+
+
+def check_1x128_t(x, offsets=None, power_of_2=False, **gpu):
+    with emulator.virtual_gpu(**gpu):
+        q = dk.quantize_1x128_t(x, offsets, power_of_2_scales=power_of_2)
+    assert_same(q, reference.quantize_1x128_t(x, offsets, power_of_2_scales=power_of_2))
+    return q
+
+
+# ---- 128x128
+
+
+@each_dtype
+@powers
+@pytest.mark.parametrize("shape", [(1, 16), (129, 272), (2, 37, 144)])
+def test_blocks(dtype, power_of_2, shape):
+    check_128x128(wide(fresh_generator(), *shape).to(dtype), power_of_2)
+
+
+@each_dtype
+@powers
+@pytest.mark.parametrize("shape", [(16, 16), (144, 272), (2, 48, 144)])
+def test_blocks_with_their_transpose(dtype, power_of_2, shape):
+    generator = fresh_generator()
+    w = torch.randn(shape, generator=generator)
+    w[..., ::3, :] *= torch.randn(w[..., ::3, :].shape, generator=generator).exp2()
+    check_128x128(w.to(dtype), power_of_2, transpose=True)
+
+
+@each_dtype
+@powers
+def test_blocks_with_nan_infinity_zeros_and_subnormals(dtype, power_of_2):
+    w = torch.randn(128, 6 * 128, generator=fresh_generator()).to(dtype)
+    w[127, 127] = float("nan")
+    w[5, 128] = float("inf")
+    w[0, 256], w[1, 256] = float("-inf"), float("nan")
+    w[:, 384:512], w[3, 400] = 0.0, -0.0
+    w[:, 512:640] *= torch.finfo(dtype).smallest_normal / 8
+    q, q_t = check_128x128(w, power_of_2, transpose=True)
+    for values in (dk.dequantize(q), dk.dequantize(q_t).mT):
+        assert values[:, :384].isnan().all() and values[:, 384:].isfinite().all()
+    assert q.scales[0, 3] == 1
+
+
+# ---- 1x128 transposed
+
+
+@each_dtype
+@powers
+@pytest.mark.parametrize("shape", [(1, 8), (128, 128), (300, 136)])
+def test_transposed(dtype, power_of_2, shape):
+    generator = fresh_generator()
+    check_1x128_t(torch.randn(shape, generator=generator).to(dtype), None, power_of_2)
+    x = wide(generator, *shape[::-1]).t().contiguous()  # features from subnormal to nearly overflowing
+    check_1x128_t(x.to(dtype), None, power_of_2)
+
+
+@each_dtype
+@powers
+def test_tiles_restart_at_each_group(dtype, power_of_2):
+    tokens = sum(GROUPS) + 11  # the last rows are of no group
+    x = torch.randn(tokens, 24, generator=fresh_generator()).to(dtype)
+    q = check_1x128_t(x, offsets_of(*GROUPS), power_of_2)
+    assert q.shape[1] == 128 * ((tokens + 127 * 5) // 128)
+    codes = q.data.view(torch.uint8)
+    assert (codes[:, 129:256] == 0).all() and (codes[:, 640:] == 0).all()
+    assert (q.scales[:, 5:] == 1).all() and (q.scales[:, :5] != 1).all()
+
+
+def test_groups_of_every_count():
+    """The search for a tile's group takes 32 groups at a time."""
+    generator = fresh_generator()
+    for groups in (1, 31, 32, 33, 70):
+        sizes = torch.randint(0, 6, (groups,), generator=generator) ** 3
+        sizes[torch.rand(groups, generator=generator) < 0.5] = 0
+        x = torch.randn(int(sizes.sum()), 8, generator=generator)
+        check_1x128_t(x, offsets_of(*sizes.tolist()), checks=False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "offsets"),
+    [(0, [0, 0, 0, 0]), (0, [0, 0]), (5, [0, 0, 0]), (300, [0]), (128, [0, 128]), (129, [0, 0, 129])],
+)
+def test_empty_groups_and_empty_tensors(tokens, offsets):
+    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    check_1x128_t(x, torch.tensor(offsets, dtype=torch.int32))
+
+
+@each_dtype
+@powers
+def test_transposed_with_nan_infinity_and_zeros(dtype, power_of_2):
+    x = torch.randn(130, 16, generator=fresh_generator()).to(dtype)
+    x[127, 0] = float("nan")
+    x[0, 1] = float("inf")
+    x[3, 2], x[64, 2] = float("-inf"), float("nan")
+    x[:, 3] = 0.0
+    x[:128, 4] = -0.0
+    x[129, 15] = float("nan")
+    values = dk.dequantize(check_1x128_t(x, None, power_of_2))
+    assert values[:3, :128].isnan().all() and values[3:, :128].isfinite().all()
+    assert values[15, 128:].isnan().all() and values[:15, 128:].isfinite().all()
+
+
+BAD_OFFSETS = [
+    [0, 300, 0, 300, 0, 300],
+    [-(2**31), -1, 2**31 - 1, -5, 7],
+    [2**31 - 1, 0],
+    [250, 260],
+    [-40, 20, 400],
+    [0, 2**31 - 1] * 40,
+]
+
+
+@pytest.mark.parametrize("offsets", BAD_OFFSETS, ids=lambda o: str(o[:4]))
+def test_offsets_on_a_gpu_are_clamped(offsets):
+    """Nobody reads them back there, and none makes the kernel read or write outside its arguments."""
+    tokens = 257
+    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    with emulator.virtual_gpu():
+        q = dk.quantize_1x128_t(x, torch.tensor(offsets, dtype=torch.int32))
+    columns = []
+    clamped = [min(max(o, 0), tokens) for o in offsets]
+    for low, high in itertools.pairwise(clamped):
+        for start in range(low, high, 128):
+            part = x[start : min(start + 128, high)]
+            columns.append(torch.nn.functional.pad(part, (0, 0, 0, 128 - part.shape[0])))
+    columns.append(torch.zeros(q.shape[1], 16, dtype=x.dtype))
+    want = reference.quantize_1x128_t(torch.cat(columns)[: q.shape[1]].contiguous())
+    assert_same(q, want)
+
+
+# ---- Both
+
+
+@each_dtype
+def test_nothing_is_written_outside_the_outputs(dtype):
+    """Straight to the kernels: outputs poisoned, with guards around them."""
+    generator = fresh_generator()
+
+    def guarded(elements, dtype, poison):
+        memory = torch.full((elements + 512,), poison, dtype=dtype)
+        return memory, memory[256:-256]
+
+    def guards_are_whole(*memories):
+        for memory in memories:
+            guard = torch.cat([memory[:256], memory[-256:]])
+            assert torch.equal(
+                guard.nan_to_num(-1), torch.full_like(guard, -1 if guard.is_floating_point() else 0x55)
+            )
+
+    threads = 64 * dtype.itemsize
+    g, n, k = 2, 144, 176
+    w = torch.randn(g, n, k, generator=generator).to(dtype)
+    want = reference.quantize_128x128(w)
+    want_t = reference.transpose(want)
+    codes, codes_t = (guarded(g * n * k, torch.uint8, 0x55) for _ in range(2))
+    scales, scales_t = (guarded(g * 2 * 2, torch.float32, torch.nan) for _ in range(2))
+    with emulator.virtual_gpu():
+        arguments = (w, codes[1], scales[1], codes_t[1], scales_t[1], n, k)
+        kernel = quantize.kernel_128x128(dtype, False, True)
+        launch.launch(kernel, (g * 4, 1, 1), (threads, 1, 1), arguments)
+    guards_are_whole(codes[0], codes_t[0], scales[0], scales_t[0])
+    assert torch.equal(codes[1], want.data.view(torch.uint8).view(-1))
+    assert torch.equal(codes_t[1], want_t.data.view(torch.uint8).view(-1))
+    assert torch.equal(scales[1], want.scales.view(-1)) and torch.equal(scales_t[1], want_t.scales.view(-1))
+
+    x = torch.randn(140, 136, generator=generator).to(dtype)
+    offsets = offsets_of(0, 3, 130, 0)
+    want = reference.quantize_1x128_t(x, offsets)
+    tiles, leading = want.scales.shape[1], 160  # more than the width: what lies between stays as it was
+    codes, scales = (
+        guarded(136 * tiles * 128, torch.uint8, 0x55),
+        guarded(tiles * leading, torch.float32, torch.nan),
+    )
+    with emulator.virtual_gpu():
+        arguments = (x, offsets, codes[1], scales[1], 140, 136, 4, tiles, leading)
+        kernel = quantize.kernel_1x128_t(dtype, False)
+        launch.launch(kernel, (tiles * 2, 1, 1), (threads, 1, 1), arguments)
+    guards_are_whole(codes[0], scales[0])
+    assert torch.equal(codes[1], want.data.view(torch.uint8).view(-1))
+    rows = scales[1].view(tiles, leading)
+    assert torch.equal(rows[:, :136].mT, want.scales) and rows[:, 136:].isnan().all()
+
+
+@each_dtype
+def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
+    x = torch.randn(256, 384, generator=fresh_generator()).to(dtype)
+    with emulator.virtual_gpu(checks=False) as gpu:
+        dk.quantize_128x128(x, transpose=True)
+    counters = gpu.counters
+    assert counters["global_bytes_read"] == x.nbytes
+    assert counters["global_bytes_written"] == 2 * (x.numel() + 6 * 4)
+    assert counters["shared_bytes_written"] >= 2 * x.numel() and counters["bank_conflicts"] == 0
+
+    with emulator.virtual_gpu(checks=False) as gpu:
+        dk.quantize_1x128_t(x)
+    counters = gpu.counters
+    assert counters["global_bytes_read"] == x.nbytes
+    assert counters["global_bytes_written"] == x.numel() + x.numel() // 128 * 4
+    assert counters["shared_bytes_written"] >= x.numel() and counters["bank_conflicts"] == 0
+
+
+# What to break in quantize_tile.cuh, by what, and what then must be seen.
+MUTATIONS = {
+    "chunks are not spread over the banks": (
+        "(chunk ^ line / Part<Input>::kColumns % kChunks)",
+        "chunk",
+        "conflicts",
+    ),
+    "columns are not spread over the banks": ("+ P::kPositions / 4;", ";", "conflicts"),
+    "row groups share banks": ("kStep + 16]", "kStep]", "conflicts"),
+    "maxima are read before all are there": (r"\n    __syncthreads\(\);(?=\n\n    if)", "", "HazardError"),
+    "scales are read before all are there": (r"    __syncthreads\(\);(?=\n\n#pragma)", "", "HazardError"),
+    "the tile is read before all is there": (
+        r"    __syncthreads\(\);(?=\n\n    const i64 line)",
+        "",
+        "HazardError",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name):
+    broken, by, sign = MUTATIONS[name]
+    text = (kernel_dir() / "quantize_tile.cuh").read_text()
+    text, count = re.subn(broken if broken.startswith(("\\", " ")) else re.escape(broken), by, text)
+    assert count == 1
+    expression = "dsv3::quantize_1x128_t<dsv3::Bf16, false>"
+    compiled = compile_source(text, (expression,), source_options())
+    x = torch.randn(128, 128, generator=fresh_generator()).bfloat16()
+    codes, scales = torch.empty(128, 128, dtype=torch.uint8), torch.empty(128)
+    seen = set()
+    for seed in range(5):
+        gpu = emulator.VirtualGPU(seed=seed)
+        arguments = (x, 0, codes, scales, 128, 128, 0, 1, 128)
+        try:
+            gpu.launch(compiled.ptx, compiled.names[0], grid=(1, 1, 1), block=(128, 1, 1), args=arguments)
+        except emulator.EmulationError as error:
+            seen.add(type(error).__name__)
+        if gpu.counters["bank_conflicts"]:
+            seen.add("conflicts")
+    assert sign in seen
+
+
+@pytest.mark.parametrize("schedule", ["random", "round_robin", "pct"])
+def test_any_order_of_the_warps(schedule):
+    generator = fresh_generator()
+    seed = int(torch.randint(2**31, (), generator=generator))
+    x = torch.randn(144, 144, generator=generator).bfloat16()
+    check_128x128(x, transpose=True, seed=seed, schedule=schedule, num_sms=1)
+    check_1x128_t(x, offsets_of(3, 0, 141), seed=seed, schedule=schedule, num_sms=3)
+
+
+def test_tensors_of_more_than_2_to_the_32_elements():
+    """Untouched memory costs nothing: x and q_t span 8 and 4 GiB, and one tile of them is real."""
+    tokens, width, tiles = 2**17 + 256, 2**15, 2**18
+    try:
+        x = torch.empty(tokens, width, dtype=torch.float16)
+        data = torch.empty(128, tiles * 128, dtype=torch.uint8)
+    except RuntimeError as error:
+        pytest.skip(f"this machine promises no more memory than it has: {error}")
+    scales = torch.empty(128)
+    first = 2**17 + 100
+    tile = torch.randn(128, 128, generator=fresh_generator()).half()
+    x[first : first + 128, :128] = tile
+    offsets = torch.tensor([first, first + 128], dtype=torch.int32)
+    with emulator.virtual_gpu(checks=False):
+        kernel = quantize.kernel_1x128_t(torch.float16, False)
+        arguments = (x, offsets, data, scales, tokens, width, 1, tiles, 128)
+        launch.launch(kernel, (1, 1, 1), (128, 1, 1), arguments)
+    want = reference.quantize_1x128_t(tile)
+    assert torch.equal(data[:, :128], want.data.view(torch.uint8))
+    assert torch.equal(scales, want.scales[:, 0])
+
+
+def test_empty_tensors_launch_nothing():
+    for shape in ((0, 128), (16, 0), (0, 16, 128), (2, 0, 16)):
+        check_128x128(torch.zeros(shape), transpose=True)
+        check_128x128(torch.zeros(shape))
+    for shape in ((0, 128), (16, 0)):
+        check_1x128_t(torch.zeros(shape))
+
+
+def test_too_many_tiles_are_refused(monkeypatch):
+    monkeypatch.setattr(quantize, "MAX_TILES", 2)
+    with emulator.virtual_gpu():
+        dk.quantize_128x128(torch.zeros(128, 256))
+        with pytest.raises(
+            ValueError,
+            match=r"quantize_128x128: w of shape \(128, 272\) has 3 tiles of 128x128, expected at most 2",
+        ):
+            dk.quantize_128x128(torch.zeros(128, 272))
+        with pytest.raises(
+            ValueError, match=r"quantize_1x128_t: x of shape \(129, 136\) has 4 tiles of 128x128"
+        ):
+            dk.quantize_1x128_t(torch.zeros(129, 136))
