@@ -129,8 +129,7 @@ void Copy::read_chunk(Machine& m, size_t i, uint8_t* into, bool* poison) {
         if (conflict.found) fail(m, ErrorKind::Hazard, m.describe_race(conflict, t, false));
         *poison = t.poison && t.poison->any(t.offset, chunk.bytes);
     }
-    if (t.region) m.view(*t.region, t.offset, chunk.bytes, warp_.cta->locality(), 0, 0, into);
-    else std::memcpy(into, t.data, chunk.bytes);
+    std::memcpy(into, t.data, chunk.bytes);
 }
 
 void Copy::write_shared(Machine& m, const Chunk& chunk, const Destination& d, const uint8_t* data) {

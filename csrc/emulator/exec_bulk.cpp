@@ -139,7 +139,7 @@ class SmallCopy : public Operation {
                 m.fail(ErrorKind::MemoryAccess, "reads outside all allocations", warp, inst, lane);
             Target t{r->host + (from - r->base), from - r->base, r->constant ? nullptr : &r->shadow, r->poison.get(), nullptr, nullptr, r};
             check(t, false, source_bytes);
-            m.view(*r, t.offset, source_bytes, warp.cta->locality(), 0, 0, data);
+            std::memcpy(data, t.data, source_bytes);
         }
         Cta& cta = *warp.cta;
         Target t{cta.shared.data() + to, to, cta.shadow.get(), cta.poison.get(), nullptr, &cta, nullptr};

@@ -31,8 +31,6 @@ void take_cache_hints(Decode& d, const Operand** policy) {
 
 namespace {
 
-int reach(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
-
 Warp::Fences& fences(Warp& w) {
     if (!w.fences) w.fences = std::make_unique<Warp::Fences>();
     return *w.fences;
@@ -42,6 +40,12 @@ uint64_t address_of(const MemoryOp& op, const uint32_t* base, int l) {
     uint64_t a = op.wide ? get<uint64_t>(base, l) : base[l];
     a += static_cast<uint64_t>(op.offset);
     return op.wide || op.space == Space::Generic ? a : static_cast<uint32_t>(a);
+}
+
+Target element(Target t, uint32_t at) {
+    t.data += at;
+    t.offset += at;
+    return t;
 }
 
 void count(Context& c, const Target* t, uint32_t bytes, bool write) {
@@ -81,11 +85,11 @@ Flow load(Context& c, const Inst& i) {
         int l = __builtin_ctz(rest);
         Target& t = targets[l];
         t = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
+        if (!strong) continue;
         if (t.region && !t.region->late.empty()) {
-            c.m.view(*t.region, t.offset, bytes, c.locality(), c.w.agent, l, seen[l]);
+            c.see(t, bytes, l, seen[l]);
             t.data = seen[l];
         }
-        if (!strong) continue;
         uint64_t v = 0;
         std::memcpy(&v, targets[l].data, std::min(bytes, 8u));
         hash = (hash ^ v ^ targets[l].watch()) * 0x9E3779B97F4A7C15;
@@ -158,9 +162,9 @@ Flow store(Context& c, const Inst& i) {
         if (op.order == Order::Release) c.make_visible(1u << l, op.scope);
         Published released = release_of(c, op, l);
         if (Region* r = targets[l].region) {
-            // A weak store that another block could see too early is a race, which the checks report.
-            if (op.order != Order::Weak || !c.checks) c.delay(targets[l], bytes, l);
-            else if (!r->late.empty()) c.m.settle(*r, targets[l].offset, bytes);
+            // A plain store that another thread could see too early is a race, which the checks report.
+            if (op.order == Order::Weak) c.m.settle(*r, targets[l].offset, bytes);
+            else for (uint32_t k = 0; k < bytes; k += size) c.delay(element(targets[l], k), size, l);
         }
         bool same = std::memcmp(targets[l].data, value, bytes) == 0;
         // Lanes of one store that agree on the value may share an address.
@@ -220,13 +224,12 @@ void decode_access(Decode& d, bool is_load) {
 
 // ---- fences
 enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, fence_map_acquire, fence_mbarrier_init, fence_none };
+constexpr uint32_t sequential = 8;  ///< fence.sc; beside the scope in `flags`
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (!c.checks) {
-        if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags));
-        return Flow::Yield;
-    }
+    if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags & 7), i.flags & sequential);
+    if (!c.checks) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -237,9 +240,9 @@ Flow fence(Context& c, const Inst& i) {
         switch (i.imm) {
             case fence_memory: {
                 Warp::Fences& f = fences(w);
-                Scope scope = static_cast<Scope>(i.flags);
+                Scope scope = static_cast<Scope>(i.flags & 7);
                 size_t s = static_cast<size_t>(l);
-                for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][s]);
+                for (int at = 0; at <= reach_of(scope); at++) k.join(f.pending[at][s]);
                 f.released[s] = k;
                 f.time[s] = now;
                 f.scope[s] = scope;
@@ -252,7 +255,6 @@ Flow fence(Context& c, const Inst& i) {
             default: break;
         }
     }
-    if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags));
     return Flow::Yield;
 }
 
@@ -292,9 +294,10 @@ void decode_fence(Decode& d, bool membar) {
         if (!d.take("release") || !d.take("cluster")) d.unsupported("of this form");
         d.inst.imm = fence_mbarrier_init;
     } else {
-        for (const char* m : {"sc", "acq_rel", "acquire", "release"})
-            if (d.take(m)) break;
-        d.inst.flags = static_cast<uint32_t>(scope());
+        bool strongest = d.take("sc") || membar;  // membar is fence.sc's older name
+        for (const char* m : {"acq_rel", "acquire", "release"})
+            if (!strongest && d.take(m)) break;
+        d.inst.flags = static_cast<uint32_t>(scope()) | (strongest ? sequential : 0);
     }
     d.finish(fence, Class::Barrier);
 }
@@ -313,12 +316,12 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
         left &= ~same;
         if (!t.published || (t.published->empty() && !(t.region && !t.region->late.empty()))) continue;
         for (uint64_t word = t.offset / 4; word <= (t.offset + bytes - 1) / 4; word++) {
-            const Published* found = c.published_at(t, word);
-            if (!found) continue;
+            const Published* found = c.published_at(t, word, __builtin_ctz(same));
+            if (!found || found->scope == Scope::None) continue;
             const Published& p = *found;
-            int d = c.locality().distance(p.from);
-            if (reach(p.scope) < d) continue;
-            if (acquires && reach(op.scope) >= d) {
+            int d = c.w.cta->locality().distance(p.from);
+            if (reach_of(p.scope) < d) continue;
+            if (acquires && reach_of(op.scope) >= d) {
                 c.w.acquire(same, p.knowledge);
             } else if (!acquires) {
                 for (uint32_t rest = same; rest; rest &= rest - 1)
@@ -331,7 +334,7 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
 Published release_of(Context& c, const MemoryOp& op, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
-    p.from = c.locality();
+    p.from = c.w.cta->locality();
     if (op.order == Order::Release || op.order == Order::AcqRel) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;

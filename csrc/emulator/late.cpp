@@ -1,4 +1,14 @@
-// Stores that other blocks see late, each at a moment of its own, unless a release makes them visible.
+// Strong stores to global memory that other blocks and ranks see late.
+//
+// Memory always holds the newest value; beside it, each word keeps the stores that have not reached everybody, in
+// coherence order, with the bytes that they replaced. A thread sees the last of them that is visible to it:
+//   - its block's own, at once (an SM's threads share an L1);
+//   - those that have arrived: the scheduler lets each arrive at a moment of its own, at its device and then at others;
+//   - those that happened before the read: the reader's vector clock knows them, by whatever release, fence or barrier.
+// All three only grow, so nobody goes back to an older value. What a thread has merely seen is in no clock; its releases
+// and fences make that visible as far as their scope. fence.sc does so for all that it orders, which is what forbids
+// store buffering. A read-modify-write, an engine's write, a plain store and the host act on the newest value, which
+// then is everybody's.
 
 #include <algorithm>
 #include <cstring>
@@ -8,47 +18,31 @@
 namespace dsv3::emulator {
 namespace {
 
+constexpr uint32_t usual_delay = 32, long_delay = 2048;  // instructions, of all warps
+
 uint64_t last_word(uint64_t offset, uint64_t bytes) { return (offset + bytes - 1) / 4; }
 
-/// The oldest write of a word that is hidden from this place, null if none.
-LateWord* first_hidden(std::vector<LateWord>& list, const Locality& to) {
+/// The list's first entry behind all that this reader sees; its end if it sees the newest.
+size_t hidden_from(const std::vector<LateWord>& list, const Locality& to, const Knowledge* known) {
     size_t next = list.size();
-    while (next > 0 && !list[next - 1].write->visible(to)) next--;
-    return next < list.size() ? &list[next] : nullptr;
+    while (next > 0 && !list[next - 1].write->visible(to, known)) next--;
+    return next;
 }
 
-/// The write becomes visible to all, and with it those that it replaced.
-void forget(const std::shared_ptr<LateWrite>& write) {
-    LateWords& late = write->region->late;
-    for (uint64_t word = write->offset / 4; word <= last_word(write->offset, write->bytes); word++) {
+/// The write is visible to all, and so are those that it followed.
+void forget(const LateWrite& write) {
+    LateWords& late = write.region->late;
+    for (uint64_t word = write.offset / 4; word <= last_word(write.offset, write.bytes); word++) {
         auto it = late.find(word);
         if (it == late.end()) continue;
         std::vector<LateWord>& list = it->second;
-        auto at = std::find_if(list.begin(), list.end(), [&](const LateWord& x) { return x.write == write; });
+        auto at = std::find_if(list.begin(), list.end(), [&](const LateWord& x) { return x.write.get() == &write; });
         if (at != list.end()) list.erase(list.begin(), at + 1);
         if (list.empty()) late.erase(it);
     }
 }
 
 }  // namespace
-
-void Machine::view(Region& region, uint64_t offset, uint32_t bytes, const Locality& to, Agent agent, int lane, uint8_t* out) {
-    std::memcpy(out, region.host + offset, bytes);
-    if (region.late.empty() || bytes == 0) return;
-    for (uint64_t word = offset / 4; word <= last_word(offset, bytes); word++) {
-        auto it = region.late.find(word);
-        if (it == region.late.end()) continue;
-        LateWord* hidden = first_hidden(it->second, to);
-        LateWord* seen = hidden ? hidden : it->second.data() + it->second.size();
-        if (seen != it->second.data()) {
-            LateWrite& write = *(seen - 1)->write;
-            write.observed |= write.agent != agent || write.lane != lane;
-        }
-        if (!hidden) continue;
-        uint64_t low = std::max(offset, word * 4), high = std::min(offset + bytes, word * 4 + 4);
-        std::memcpy(out + (low - offset), hidden->before + (low - word * 4), high - low);
-    }
-}
 
 void Machine::settle(Region& region, uint64_t offset, uint64_t bytes) {
     if (region.late.empty() || bytes == 0) return;
@@ -59,72 +53,94 @@ void Machine::settle(Region& region, uint64_t offset, uint64_t bytes) {
     if (spinners) wake_watchers(region.base + offset, region.base + offset + bytes);
 }
 
-/// A late write arrives, now.
 void Machine::arrive_late(size_t i) {
-    std::shared_ptr<LateWrite> write = std::move(late_[i]);
-    late_.erase(late_.begin() + static_cast<std::ptrdiff_t>(i));
-    progress++;
+    const LateWrite* write = late_[i].get();
+    if (write->due > steps && !runnable_.empty()) return;
     time++;
-    forget(write);
-    uint64_t at = write->region->base + write->offset;
-    if (spinners) wake_watchers(at, at + write->bytes);
+    // Other devices, if there are any, may see it later than its own.
+    int distance = devices.size() > 1 && write->reach < same_device && choose(2) ? same_device : everywhere;
+    spread_late([=](const LateWrite& w) { return &w == write ? distance : w.reach; });
 }
 
-void Machine::make_all_visible(uint32_t device) {
-    for (size_t i = late_.size(); i-- > 0;)
-        if (late_[i]->from.device == device) arrive_late(i);
+void Machine::spread_late(const std::function<int(const LateWrite&)>& distance) {
+    if (late_.empty()) return;
+    for (const std::shared_ptr<LateWrite>& write : late_) {
+        int reach = distance(*write);
+        if (reach <= write->reach) continue;
+        write->reach = reach >= same_device && devices.size() == 1 ? everywhere : reach;
+        if (write->reach == everywhere) forget(*write);
+        progress++;
+        uint64_t at = write->region->base + write->offset;
+        if (spinners) wake_watchers(at, at + write->bytes);
+    }
+    auto arrived = [](const auto& write) { return write->reach == everywhere; };
+    late_.erase(std::remove_if(late_.begin(), late_.end(), arrived), late_.end());
 }
 
 void Context::delay(const Target& t, uint32_t bytes, int lane) const {
-    std::shared_ptr<LateWrite> write;
-    LateWrite fresh{t.region, t.offset, bytes, w.agent, lane, w.now, locality(), 0, false, m.steps, 0};
-    if (m.options.schedule == "pct") fresh.priority = m.random.next() >> 1;
-    write = std::make_shared<LateWrite>(fresh);
+    Region& region = *t.region;
+    // Some arrive soon and some long after: with one rate for all, hardly two would change places.
+    uint64_t due = m.options.schedule == "random" ? m.steps + m.random.below(m.random.one_in(2) ? usual_delay : long_delay) : 0;
+    uint64_t priority = m.options.schedule == "pct" ? m.random.next() >> 1 : 0;
+    auto write = std::make_shared<LateWrite>(
+        LateWrite{&region, t.offset, bytes, w.agent, lane, w.now, w.cta->locality(), m.steps, due, priority});
     for (uint64_t word = t.offset / 4; word <= last_word(t.offset, bytes); word++) {
-        LateWord late{write, {}, {}};
-        std::memcpy(late.before, t.region->host + word * 4, std::min<uint64_t>(4, t.region->size - word * 4));
-        auto it = t.region->published.find(word);
-        if (it != t.region->published.end()) late.published = it->second;
-        t.region->late[word].push_back(std::move(late));
+        LateWord late{write, {}, 0, {}};
+        for (uint64_t b = std::max(word * 4, t.offset); b < std::min(word * 4 + 4, t.offset + bytes); b++) {
+            late.before[b % 4] = region.host[b];
+            late.mask |= static_cast<uint8_t>(1 << b % 4);
+        }
+        auto it = region.published.find(word);
+        if (it != region.published.end()) late.published = it->second;
+        region.late[word].push_back(std::move(late));
     }
     m.late_.push_back(std::move(write));
 }
 
-void Context::make_visible(uint32_t lanes, Scope scope) const {
-    if (m.late_.empty() || scope <= Scope::Cta) return;
-    Locality here = locality();
-    int reach = static_cast<int>(scope) - static_cast<int>(Scope::Cta);
-    auto releases = [&](const LateWrite& write) {
-        if (!write.visible(here) || write.reach >= reach) return false;
-        if (!checks || write.observed || (write.agent == w.agent && (lanes >> write.lane & 1))) return true;
-        for (uint32_t rest = lanes; rest; rest &= rest - 1)
-            if (w.known[static_cast<size_t>(__builtin_ctz(rest))].generic.knows(write.agent, write.lane, write.time)) return true;
-        return false;
-    };
-    bool everywhere = scope == Scope::Sys || (scope == Scope::Gpu && m.devices.size() == 1);
-    for (size_t i = m.late_.size(); i-- > 0;) {
-        LateWrite& write = *m.late_[i];
-        if (!releases(write)) continue;
-        if (everywhere) {
-            m.arrive_late(i);
-            continue;
+void Context::see(const Target& t, uint32_t bytes, int lane, uint8_t* out) const {
+    Locality here = w.cta->locality();
+    const Knowledge* known = checks ? &w.known[static_cast<size_t>(lane)] : nullptr;
+    std::memcpy(out, t.data, bytes);
+    for (uint64_t word = t.offset / 4; word <= last_word(t.offset, bytes); word++) {
+        auto it = t.region->late.find(word);
+        if (it == t.region->late.end()) continue;
+        const std::vector<LateWord>& list = it->second;
+        size_t hidden = hidden_from(list, here, known);
+        if (hidden > 0) {
+            LateWrite& seen = *list[hidden - 1].write;
+            bool own = seen.agent == w.agent && seen.lane == lane;
+            seen.observed |= !own && !(known && known->generic.knows(seen.agent, seen.lane, seen.time));
         }
-        write.reach = reach;
-        m.progress++;
-        uint64_t at = write.region->base + write.offset;
-        if (m.spinners) m.wake_watchers(at, at + write.bytes);
+        for (size_t i = list.size(); i-- > hidden;)
+            for (uint64_t b = std::max(word * 4, t.offset); b < std::min(word * 4 + 4, t.offset + bytes); b++)
+                if (list[i].mask >> b % 4 & 1) out[b - t.offset] = list[i].before[b % 4];
     }
 }
 
-const Published* Context::published_at(const Target& t, uint64_t word) const {
+const Published* Context::published_at(const Target& t, uint64_t word, int lane) const {
     if (t.region && !t.region->late.empty()) {
         auto late = t.region->late.find(word);
-        if (late != t.region->late.end())
-            if (const LateWord* hidden = first_hidden(late->second, locality()))
-                return hidden->published.scope == Scope::None ? nullptr : &hidden->published;
+        if (late != t.region->late.end()) {
+            size_t hidden = hidden_from(late->second, w.cta->locality(), &w.known[static_cast<size_t>(lane)]);
+            if (hidden < late->second.size()) return &late->second[hidden].published;
+        }
     }
     auto it = t.published->find(word);
     return it == t.published->end() ? nullptr : &it->second;
+}
+
+void Context::make_visible(uint32_t lanes, Scope scope, bool sequential) const {
+    if (m.late_.empty() || scope <= Scope::Cta) return;
+    Locality here = w.cta->locality();
+    m.spread_late([&](const LateWrite& write) {
+        bool carries = write.from.distance(here) <= write.reach && (write.observed || !checks);
+        if (sequential && !carries) {
+            carries = write.agent == w.agent && (lanes >> write.lane & 1);
+            for (uint32_t rest = lanes; rest && !carries; rest &= rest - 1)
+                carries = w.known[static_cast<size_t>(__builtin_ctz(rest))].generic.knows(write.agent, write.lane, write.time);
+        }
+        return carries ? std::max(reach_of(scope), write.from.distance(here)) : write.reach;
+    });
 }
 
 }  // namespace dsv3::emulator

@@ -18,6 +18,8 @@ struct Locality {
         return cta == o.cta ? 0 : cluster == o.cluster ? 1 : device == o.device ? 2 : 3;
     }
 };
+constexpr int same_block = 0, same_device = 2, everywhere = 3;
+inline int reach_of(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 
 /// What a released value publishes to those that acquire it.
 struct Published {
@@ -27,28 +29,30 @@ struct Published {
 };
 using PublishedMap = std::unordered_map<uint64_t, Published>;  ///< by byte offset / 4; never iterated
 
-/// A store whose value has not reached everybody. Memory holds the newest value; who may not see this store yet
-/// reads the bytes it replaced.
+/// A strong store to global memory on its way to those who do not see it yet: they read the bytes that it replaced.
 struct LateWrite {
     Region* region;
     uint64_t offset;
     uint32_t bytes;
     Agent agent;
     int lane;
-    uint32_t time;         ///< of the agent
+    uint32_t time;          ///< of the agent
     Locality from;
-    int reach = 0;         ///< distance up to which it is visible
-    bool observed = false; ///< another thread has read it: that thread's releases carry it along
-    uint64_t step = 0, priority = 0;
-    bool visible(const Locality& to) const { return from.distance(to) <= reach; }
+    uint64_t step;          ///< when it was executed
+    uint64_t due;           ///< "random": the step before which it does not arrive while a warp can run
+    uint64_t priority;      ///< "pct"
+    int reach = same_block; ///< how far away it is visible
+    bool observed = false;  ///< another thread has read it: that thread's releases carry it along
+    bool visible(const Locality& to, const Knowledge* known) const {
+        return from.distance(to) <= reach || (known && known->generic.knows(agent, lane, time));
+    }
 };
 
-/// One word of a late write: what was there before it. A word's list is in coherence order, and a reader sees the last
-/// one that is visible to it: visibility only grows, so no reader ever goes back to an older value.
+/// What a late write replaced in one word. A word's list is in coherence order.
 struct LateWord {
     std::shared_ptr<LateWrite> write;
-    uint8_t before[4];
-    Published published;
+    uint8_t before[4], mask;  ///< mask: the bytes that were written, a bit each
+    Published published;      ///< by the value that was there before
 };
 using LateWords = std::unordered_map<uint64_t, std::vector<LateWord>>;  ///< by byte offset / 4; never iterated
 

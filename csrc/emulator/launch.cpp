@@ -124,6 +124,8 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
     l.program_index = static_cast<uint32_t>(known - programs_.begin());
     if (known == programs_.end()) programs_.push_back(l.program);
     counters["launches"]++;
+    // What the host may have written since then is newer.
+    spread_late([&](const LateWrite& w) { return w.region->rank == l.device ? everywhere : w.reach; });
     Device& device = devices[static_cast<size_t>(l.device)];
     if (device.dead) l.finished = true;
     else device.queue.push_back(launch);
@@ -356,7 +358,7 @@ void Machine::finish_launch(Launch& l) {
     Device& d = devices[static_cast<size_t>(l.device)];
     l.finished = true;
     progress++;
-    make_all_visible(static_cast<uint32_t>(l.device));
+    spread_late([&](const LateWrite& w) { return w.from.device == static_cast<uint32_t>(l.device) ? same_device : w.reach; });
     Clock done = d.done.generic;
     for (Agent a : l.agents) done.add(a, ~0u, in_flight - 1);
     d.done = everything(done);
@@ -370,6 +372,7 @@ void Machine::finish_launch(Launch& l) {
         dead_launches_.clear();
         network->forget_order();
         memory.forget_order();
+        late_.clear();
         log.clear();
         for (Device& x : devices) x.done = {};
         warps_by_id.clear();

@@ -283,14 +283,16 @@ struct Context {
     void changed(const Target& t, uint32_t bytes) const;
     void publish(const Target& t, uint32_t bytes, Published p, bool keep) const;
 
-    // Late writes; see late.hpp.
-    Locality locality() const { return w.cta->locality(); }
-    /// Before a store to global memory: others shall see it later.
+    // Late writes; see late.cpp.
+    /// Before a store to global memory: other blocks shall see it later.
     void delay(const Target& t, uint32_t bytes, int lane) const;
-    /// These lanes release at this scope: what they know of or have seen becomes visible that far.
-    void make_visible(uint32_t lanes, Scope scope) const;
-    /// What a released value at this word publishes to this warp, as it sees the word; null if nothing.
-    const Published* published_at(const Target& t, uint64_t word) const;
+    /// Copies global memory as this lane sees it.
+    void see(const Target& t, uint32_t bytes, int lane, uint8_t* out) const;
+    /// What the value that this lane sees at a word publishes; null if nothing.
+    const Published* published_at(const Target& t, uint64_t word, int lane) const;
+    /// These lanes release at this scope: others' writes that they have seen become visible that far; of a fence.sc
+    /// (`sequential`), all that it orders.
+    void make_visible(uint32_t lanes, Scope scope, bool sequential = false) const;
 };
 
 /// The PTX machine: one or more devices in one address space, run by one thread from a seed.
@@ -328,8 +330,6 @@ class Machine {
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
     void wake_watchers(uint64_t low, uint64_t high);
-    /// Copies global memory as a block sees it. `agent` and `lane`: of the thread that reads, 0 for an engine.
-    void view(Region& region, uint64_t offset, uint32_t bytes, const Locality& to, Agent agent, int lane, uint8_t* out);
     /// What lies here becomes visible to all: before something that all see at once changes it.
     void settle(Region& region, uint64_t offset, uint64_t bytes);
     void queue(Warp& w);
@@ -361,7 +361,8 @@ class Machine {
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
     void arrive_late(size_t i);
-    void make_all_visible(uint32_t device);
+    /// Makes each late write visible as far as `distance` says.
+    void spread_late(const std::function<int(const LateWrite&)>& distance);
     void nothing_moves();
     [[noreturn]] void deadlock();
     void abandon();

@@ -78,6 +78,7 @@ void Network::post(Context& c, const Inst& inst, int lane, int rank, int queue_p
         qp.reads = m.new_agent(launch);
         qp.writes = m.new_agent(launch);
     }
+    c.make_visible(c.mask, Scope::Sys);
     Request& r = *request;
     r.warp = &c.w;
     r.inst = &inst;
@@ -190,6 +191,7 @@ void Network::move_piece(Machine& m, QueuePair&, Request& r, uint64_t first, uin
     if (to.poison) to.poison->set(to.offset, bytes, false);
     if (from.poison && from.poison->any(from.offset, bytes))
         m.fail(ErrorKind::Hazard, "sends bytes of '" + from.region->name + "' that nobody wrote", *r.warp, *r.inst, r.lane);
+    m.settle(*to.region, to.offset, bytes);
     std::memmove(to.data, from.data, bytes);
     for (uint64_t word = to.offset / 4; word <= (to.offset + bytes - 1) / 4; word++) to.published->erase(word);
     m.progress++;
@@ -200,6 +202,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     Target t = target(m, r, r.to, r.bytes, true);
     check(m, r, t, r.bytes, r.write_access, true);
     if (t.poison) t.poison->set(t.offset, r.bytes, false);
+    m.settle(*t.region, t.offset, r.bytes);
     uint64_t old = 0, value = r.atomic.value;
     std::memcpy(&old, t.data, r.bytes);
     switch (r.atomic.op) {
@@ -222,8 +225,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
             if (sets) at = {};
             at.knowledge.join(k);
             at.scope = Scope::Sys;
-            at.cta = at.cluster = UINT32_MAX;
-            at.device = static_cast<uint32_t>(qp.from);
+            at.from = {UINT32_MAX, UINT32_MAX, static_cast<uint32_t>(qp.from)};
         }
     }
     m.progress++;
