@@ -101,6 +101,7 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
     uint32_t dynamic = (f.static_shared + f.dynamic_align - 1) / f.dynamic_align * f.dynamic_align;
     l.shared_total = dynamic + l.shared_bytes;
     check_launch(l);
+    l.registers = registers_at_entry(f);
     l.constants = p.constants;
     for (const ConstantPatch& patch : p.patches) {
         const Variable* v = patch.variable < 0 ? &p.variables[static_cast<size_t>(~patch.variable)] : nullptr;
@@ -235,6 +236,7 @@ void Machine::start_warp(Warp& w) {
     warps_by_id.push_back(&w);
     priorities_.push_back(1024 + (random.next() >> 1));
     w.agent = new_agent(l);
+    w.register_limit = l.registers;
     w.known.fill(everything(l.before.generic));
     w.registers.assign(p.register_words, 0);
     w.local.assign(p.local_bytes * 32, 0);
@@ -326,6 +328,7 @@ void Machine::cta_may_finish(Cta& cta) {
     if (cta.exited || cta.live_threads) return;
     Launch& l = *cta.launch;
     cta.exited = true;
+    check_register_changes(*this, cta);
     l.live_ctas--;
     l.triggered -= cta.triggered;
     if (cta.operations)

@@ -24,7 +24,7 @@ struct Cta;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
-enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network };
+enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Registers };
 
 /// Lanes of a warp that stand at one instruction.
 struct Group {
@@ -131,6 +131,10 @@ struct Warp {
     struct Logged { uint32_t pc = UINT32_MAX, time = 0, access = 0, strength = 0; };
     std::array<Logged, 16> logged;
 
+    uint32_t register_limit = 0;      ///< a thread's, as setmaxnreg left it; 0: fixed for good
+    struct RegisterChange { const Inst* inst; uint32_t time; };
+    std::vector<RegisterChange> register_changes;
+
     WgmmaState wgmma;
     Agent bulk_read_agent = 0, bulk_write_agent = 0, copy_agent = 0;
     std::map<int, BulkState> bulk;    ///< by lane
@@ -160,6 +164,7 @@ struct Cta {
     bool exited = false;
     bool triggered = false;
     uint32_t live_threads = 0;
+    uint32_t free_registers = 0;  ///< given up by setmaxnreg.dec
     std::vector<uint8_t> shared;  ///< by shared address
     std::unique_ptr<Shadow> shadow;
     std::unique_ptr<Poison> poison;
@@ -184,6 +189,7 @@ struct Launch {
     uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
     uint32_t shared_bytes = 0;   ///< dynamic
     uint32_t shared_total = 0;   ///< end of a block's shared memory
+    uint32_t registers = 0;      ///< a thread's at entry, where setmaxnreg counts; else 0
     std::vector<uint8_t> params;
     std::vector<uint32_t> constants;
     uint64_t next_cluster = 0, clusters = 0;
@@ -294,6 +300,10 @@ struct Context {
     /// (`sequential`), all that it orders.
     void make_visible(uint32_t lanes, Scope scope, bool sequential = false) const;
 };
+
+uint32_t registers_at_entry(const Function& f);
+/// At the end of a block: fails if a warp left out a setmaxnreg of its warpgroup.
+void check_register_changes(Machine& m, Cta& cta);
 
 /// The PTX machine: one or more devices in one address space, run by one thread from a seed.
 class Machine {

@@ -128,6 +128,19 @@ CASES = [
         )
     ),
     *(
+        Case("registers.cu", name, DEADLOCK, block=384)
+        for name in ("increase_beyond_the_pool", "increase_before_the_decrease")
+    ),
+    *(
+        Case("registers.cu", name, HAZARD, block=384)
+        for name in (
+            "setmaxnreg_by_one_warp",
+            "setmaxnreg_of_different_counts",
+            "setmaxnreg_twice_without_barrier",
+            "decrease_to_more",
+        )
+    ),
+    *(
         Case("memory.cu", name, ACCESS)
         for name in (
             "read_past_the_end",
