@@ -1,6 +1,6 @@
 // bar, barrier and barrier.cluster.
 
-#include "lanes.hpp"
+#include "ordering.hpp"
 
 namespace dsv3::emulator {
 namespace {
@@ -148,7 +148,7 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     w.effects++;
     c.m.progress++;
     if (!(i.flags & relaxed)) c.make_visible(c.mask, Scope::Cluster);
-    if (c.checks && !(i.flags & relaxed)) w.cta->cluster->arriving.join(w.release(c.mask));
+    if (c.checks) w.cta->cluster->arriving.join(i.flags & relaxed ? fenced_release(c, c.mask, Scope::Cluster) : w.release(c.mask));
     cluster_complete(c);
     return Flow::Yield;
 }

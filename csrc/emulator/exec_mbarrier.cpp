@@ -58,7 +58,7 @@ std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count) {
 bool init_visible(const AccessLog& log, const Mbarrier& b, const Knowledge& k, const Warp* by, int lane, bool async) {
     const Access& a = log[b.init_access];
     if (async) return k.init.knows(a.agent, b.init_lane, a.time) || k.proxy.knows(a.agent, b.init_lane, a.time);
-    return (by && by->agent == a.agent && lane == b.init_lane) || k.generic.knows(a.agent, b.init_lane, a.time);
+    return (by && by->agent == a.agent && lane == b.init_lane) || k.generic.knows(a.agent, b.init_lane, a.time) || k.init.knows(a.agent, b.init_lane, a.time);
 }
 
 Mbarrier& find_mbarrier(const Context& c, const Target& t, int lane) {
@@ -139,7 +139,8 @@ Flow arrive_on(Context& c, const Inst& i) {
         Mbarrier& b = t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second;
         uint32_t phase = b.phase;
         if (op.order != Order::Relaxed && t.cta != c.w.cta) c.make_visible(same, Scope::Cluster);
-        if (c.checks && op.order != Order::Relaxed) b.arriving.join(c.w.release(same));
+        if (c.checks)
+            b.arriving.join(op.order == Order::Relaxed ? fenced_release(c, same, t.cta == c.w.cta ? Scope::Cta : Scope::Cluster) : c.w.release(same));
         for (uint32_t rest = same; rest; rest &= rest - 1) {
             int l = __builtin_ctz(rest);
             uint32_t operand = i.a[2] == no_ref ? 1 : c.src(i.a[2])[l];
@@ -210,13 +211,14 @@ Flow wait(Context& c, const Inst& i) {
     }
     c.group->timed_out = false;
     c.set_pred(i.a[0], done);
-    if (c.checks && op.order != Order::Relaxed) {
+    if (c.checks) {
         for (uint32_t left = done; left;) {
             Target t = barrier_at(c, op, i, __builtin_ctz(left));
             uint32_t same = 0;
             for (uint32_t rest = left; rest; rest &= rest - 1)
                 if (barrier_at(c, op, i, __builtin_ctz(rest)).data == t.data) same |= rest & -rest;
-            c.w.acquire(same, t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second.completed);
+            const Knowledge& completed = t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second.completed;
+            op.order == Order::Relaxed ? acquire_by_fence(c, same, completed) : c.w.acquire(same, completed);
             left &= ~same;
         }
     }

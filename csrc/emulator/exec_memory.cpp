@@ -131,11 +131,7 @@ Flow load(Context& c, const Inst& i) {
             op.wide_value ? put<uint64_t>(d, l, v) : put<uint32_t>(d, l, static_cast<uint32_t>(v));
             if ((poison >> l & 1) && targets[l].poison->any(targets[l].offset + static_cast<uint32_t>(k) * size, size)) unwritten |= 1u << l;
         }
-        if (!c.checks || (!unwritten && !c.w.poisoned)) continue;
-        uint32_t& mark = c.w.poison[(static_cast<size_t>(i.list[k]) - c.w.cta->launch->program->predicate_words) / 32];
-        c.w.poisoned -= mark != 0;
-        mark = (mark & ~c.mask) | unwritten;
-        c.w.poisoned += mark != 0;
+        if (c.checks && (unwritten || c.w.poisoned)) c.mark_unwritten(i.list[k], unwritten);
     }
     return strong ? Flow::Yield : Flow::Next;
 }
@@ -224,6 +220,7 @@ void decode_access(Decode& d, bool is_load) {
 
 // ---- fences
 enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, fence_map_acquire, fence_mbarrier_init, fence_none };
+constexpr uint32_t of_shared = 1, of_global = 2;  ///< fence.proxy.async, in `flags`
 constexpr uint32_t sequential = 8;  ///< fence.sc; beside the scope in `flags`
 
 Flow fence(Context& c, const Inst& i) {
@@ -248,7 +245,10 @@ Flow fence(Context& c, const Inst& i) {
                 f.scope[s] = scope;
                 break;
             }
-            case fence_proxy_async: k.proxy.join(own); break;
+            case fence_proxy_async:
+                if (i.flags & of_shared) k.proxy.join(own);
+                if (i.flags & of_global) k.proxy_global.join(own);
+                break;
             case fence_mbarrier_init: k.init.join(own); break;
             case fence_map_release: k.map_released.join(own); break;
             case fence_map_acquire: k.map_acquired.join(k.map_released); break;
@@ -269,9 +269,9 @@ void decode_fence(Decode& d, bool membar) {
     d.inst.imm = fence_memory;
     if (d.take("proxy")) {
         if (d.take("alias")) d.inst.imm = fence_none;
-        else if (d.take("async") || d.take("async::global") || d.take("async::shared::cta") || d.take("async::shared::cluster")) {
+        else if (d.take("async")) {
             d.inst.imm = fence_proxy_async;
-            for (const char* s : {"global", "shared::cta", "shared::cluster"}) d.take(s);
+            d.inst.flags = d.take("global") ? of_global : d.take("shared::cta") || d.take("shared::cluster") ? of_shared : of_shared | of_global;
         } else if (d.take("tensormap::generic")) {
             if (d.take("release")) {
                 d.inst.imm = fence_map_release;
@@ -346,6 +346,23 @@ Published release_of(Context& c, const MemoryOp& op, int lane) {
         p.scope = std::min(op.scope, c.w.fences->scope[l]);
     }
     return p;
+}
+
+Knowledge fenced_release(const Context& c, uint32_t lanes, Scope scope) {
+    Knowledge k;
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+        size_t l = static_cast<size_t>(__builtin_ctz(rest));
+        k.init.join(c.w.known[l].init);
+        const Warp::Fences* f = c.w.fences.get();
+        if (!f || !f->time[l] || f->scope[l] < scope) continue;
+        k.join(f->released[l]);
+        k.generic.add(c.w.agent, rest & -rest, f->time[l]);
+    }
+    return k;
+}
+
+void acquire_by_fence(Context& c, uint32_t lanes, const Knowledge& k) {
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) fences(c.w).pending[0][static_cast<size_t>(__builtin_ctz(rest))].join(k);
 }
 
 void register_memory(OpTable& t) {

@@ -38,7 +38,7 @@ void check_map(Context& c, Copy& copy, uint64_t address, int l) {
     if (!c.checks) return;
     Target t = c.locate(Space::Generic, address, kTensorMapBytes, 64, l, false);
     if (!t.shadow) return;
-    Accessor by{{&copy.knowledge}, 1, copy.read_access, 0, true};
+    Accessor by{{&copy.knowledge}, 1, copy.read_access, 0, true, true};
     Conflict conflict = t.shadow->read(c.m.log, by, t.offset, kTensorMapBytes);
     if (conflict.found && conflict.missing_fence)
         c.fail(ErrorKind::Hazard, "stale tensor map: it was written by " + c.m.place_of(c.m.log[conflict.other], conflict.other_lane) +

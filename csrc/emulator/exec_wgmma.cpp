@@ -37,6 +37,11 @@ class TensorCore : public Operation {
         cta_.launch->operations--;
         return true;
     }
+    bool uses_shared(const Cta& cta, Issuer& by) const override {
+        if (&cta != &cta_) return false;
+        by = {cta_.warps[index_ * 4].get(), cta_.warpgroups[index_].queue[0].front().inst, -1};
+        return true;
+    }
     static bool ready(const Warpgroup& g) {
         for (const std::deque<WgmmaIssue>& q : g.queue)
             if (q.empty()) return false;

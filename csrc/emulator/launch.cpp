@@ -43,7 +43,7 @@ void check_launch(const Launch& l) {
                std::to_string(max_block_shared) + " are there");
 }
 
-Knowledge everything(const Clock& clock) { return {clock, clock, clock, clock, clock}; }
+Knowledge everything(const Clock& clock) { return {clock, clock, clock, clock, clock, clock}; }
 
 }  // namespace
 
@@ -331,9 +331,10 @@ void Machine::cta_may_finish(Cta& cta) {
     check_register_changes(*this, cta);
     l.live_ctas--;
     l.triggered -= cta.triggered;
-    if (cta.operations)
-        fail(ErrorKind::Hazard, "the block exits while " + std::to_string(cta.operations) +
-             " asynchronous operation(s) still use its shared memory", *cta.warps[0], l.program->code[l.function->last - 1], -1);
+    Operation::Issuer by{};
+    for (auto& op : operations_)
+        if (cta.operations && op->uses_shared(cta, by))
+            fail(ErrorKind::Hazard, "block rank " + std::to_string(cta.rank) + " of the cluster exits while this uses its shared memory", *by.warp, *by.inst, by.lane);
     Cluster& cluster = *cta.cluster;
     if (--cluster.live_ctas) return;
     // The blocks of a cluster leave together, for their shared memory is shared among them.

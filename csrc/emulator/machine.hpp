@@ -21,6 +21,7 @@ namespace dsv3::emulator {
 class Machine;
 class Network;
 struct Cta;
+struct Warp;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
@@ -68,6 +69,8 @@ class Operation {
   public:
     virtual ~Operation() = default;
     virtual bool step(Machine& m) = 0;  ///< true: finished
+    struct Issuer { const Warp* warp; const Inst* inst; int lane; };
+    virtual bool uses_shared(const Cta&, Issuer&) const { return false; }  ///< of a block, until it is over
     uint64_t priority = 0;                ///< "pct"
 };
 
@@ -284,6 +287,8 @@ struct Context {
     /// The race and poison checks of one lane's access; true if it reads bytes nobody wrote.
     bool check_read(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
     void check_write(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
+    /// A register that the active lanes loaded: these of them got bytes that nobody wrote.
+    void mark_unwritten(Ref r, uint32_t lanes) const;
     [[noreturn]] void race(const Conflict& conflict, const Target& t, bool write, int lane) const;
     /// After memory changed: wakes those that poll it.
     void changed(const Target& t, uint32_t bytes) const;
