@@ -56,7 +56,7 @@ Flow bar(Context& c, const Inst& i) {
     if (c.group->stage == 1) {
         if (b.generation == c.group->token && complete(cta, b)) complete_now(c, id, b);
         if (b.generation != c.group->token) return leave(c, i, b);
-        return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, barrier_name(id, b));
+        return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
     }
     uint32_t count = i.flags & has_count ? uniform(c, i.a[2], "number of threads") : 0;
     if (i.flags & has_count && (count == 0 || count % 32))
@@ -86,7 +86,7 @@ Flow bar(Context& c, const Inst& i) {
     if (b.generation != generation) return leave(c, i, b);
     c.group->stage = 1;
     c.group->token = generation;
-    return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, barrier_name(id, b));
+    return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
 }
 
 void decode_bar(Decode& d, bool aligned_by_name) {
@@ -158,12 +158,14 @@ Flow cluster_wait(Context& c, const Inst&) {
     if (w.cluster_arrivals == w.cluster_waits) c.fail(ErrorKind::Hazard, "waits without a barrier.cluster.arrive before it");
     if (k.generation < w.cluster_arrivals) cluster_complete(c);
     if (k.generation < w.cluster_arrivals) {
-        uint32_t arrived = 0, live = 0;
-        for (Cta* cta : k.ctas)
-            for (auto& other : cta->warps)
-                if (other->live) live++, arrived += other->cluster_arrivals > k.generation;
-        return c.block(Wait::ClusterBarrier, k.id, "barrier.cluster phase " + std::to_string(k.generation) + ": " +
-                       std::to_string(arrived) + " warps arrived, " + std::to_string(live) + " expected");
+        return c.block(Wait::ClusterBarrier, k.id, [&k] {
+            uint32_t arrived = 0, live = 0;
+            for (Cta* cta : k.ctas)
+                for (auto& other : cta->warps)
+                    if (other->live) live++, arrived += other->cluster_arrivals > k.generation;
+            return "barrier.cluster phase " + std::to_string(k.generation) + ": " + std::to_string(arrived) + " warps arrived, " +
+                   std::to_string(live) + " expected";
+        });
     }
     w.cluster_waits++;
     if (c.checks) w.acquire(c.mask, k.completed);

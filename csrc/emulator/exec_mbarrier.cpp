@@ -182,7 +182,7 @@ Flow wait(Context& c, const Inst& i) {
     const MbarrierOp& op = *static_cast<const MbarrierOp*>(i.extra);
     uint32_t done = 0;
     uint64_t key = 0, hash = 0;
-    std::string missing;
+    std::function<std::string()> missing;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
         Target t = barrier_at(c, op, i, l);
@@ -197,7 +197,11 @@ Flow wait(Context& c, const Inst& i) {
         }
         key = key_of(*t.cta, b);
         hash = hash * 31 + key + b.phase;
-        missing = "phase of parity " + std::to_string(asked & 1) + " of " + show(b);
+        missing = [&phases = *t.cta, offset = b.offset, asked] {
+            auto it = phases.mbarriers.find(offset);
+            std::string which = it == phases.mbarriers.end() ? "an mbarrier that was invalidated" : show(it->second);
+            return "phase of parity " + std::to_string(asked & 1) + " of " + which;
+        };
     }
     if (!done) {
         // try_wait suspends the thread; like hardware it may give up at any time, which a caller must bear. test_wait

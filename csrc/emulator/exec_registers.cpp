@@ -51,9 +51,11 @@ Flow set_registers(Context& c, const Inst& i) {
     }
     if (increases && cta.free_registers < (next - now) * 32) {
         c.group->stage = 1;
-        return c.block(Wait::Registers, cta.id, std::to_string((next - now) * 32) + " registers to go from " + std::to_string(now) + " to " +
-                       std::to_string(next) + " a thread: " + std::to_string(cta.free_registers) + " are free in its block, whose " +
-                       std::to_string(cta.warps.size()) + " warps began with " + std::to_string(cta.launch->registers) + " a thread");
+        return c.block(Wait::Registers, cta.id, [&cta, now, next] {
+            return std::to_string((next - now) * 32) + " registers to go from " + std::to_string(now) + " to " + std::to_string(next) +
+                   " a thread: " + std::to_string(cta.free_registers) + " are free in its block, whose " +
+                   std::to_string(cta.warps.size()) + " warps began with " + std::to_string(cta.launch->registers) + " a thread";
+        });
     }
     c.group->stage = 0;
     if (increases) cta.free_registers -= (next - now) * 32;

@@ -38,7 +38,7 @@ struct Group {
     uint32_t stage = 0;        ///< of an instruction that blocks in the middle
     uint64_t token = 0;
     bool timed_out = false;    ///< woken because nothing else could move
-    std::string waiting_for;
+    std::function<std::string()> waiting_for;  ///< as things stand when it is asked
 };
 
 /// A strong load or test that gave the same answer again, with nothing done in between.
@@ -276,7 +276,10 @@ struct Context {
         return wide ? static_cast<uint64_t>(p[2 * lane + 1]) << 32 | p[2 * lane] : p[lane];
     }
     [[noreturn]] void fail(ErrorKind kind, const std::string& what, int lane = -1) const;
-    Flow block(Wait wait, uint64_t key, std::string what) const;
+    Flow block(Wait wait, uint64_t key, std::function<std::string()> what) const;
+    Flow block(Wait wait, uint64_t key, std::string what) const {
+        return block(wait, key, [what = std::move(what)] { return what; });
+    }
     /// A test that failed (`hash` of what it saw): true when it should block, because it only repeats itself.
     bool polls(uint64_t hash) const;
     /// For .aligned and .sync instructions: true once all of `needed` (live) lanes stand here.

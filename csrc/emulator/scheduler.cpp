@@ -267,7 +267,7 @@ void Machine::deadlock() {
                         if (g.mask != w->live) text += " lane " + std::to_string(__builtin_ctz(g.mask)) + "+" + std::to_string(__builtin_popcount(g.mask) - 1);
                         std::string source = launch->program->source_of(inst);
                         text += " at PTX line " + std::to_string(inst.line) + (source.empty() ? "" : " (" + source + ")") +
-                                ": waits for " + g.waiting_for;
+                                ": waits for " + (g.waiting_for ? g.waiting_for() : "its turn");
                     }
     if (blocked > max_listed) text += "\n  and " + std::to_string(blocked - max_listed) + " more";
     throw Error(ErrorKind::Deadlock, text + network->troubles(), place);

@@ -114,6 +114,7 @@ CASES = [
         )
     ),
     Case("wgmma.cu", "stage_released_before_wait", HAZARD, block=160),
+    Case("wgmma.cu", "operand_past_the_end", ACCESS, block=128),
     *(
         Case("cluster.cu", name, HAZARD, grid=2, block=32, cluster=2)
         for name in (

@@ -204,3 +204,16 @@ KERNEL(a_registers_written_without_fence) {
 #endif
     finish(out, in, d[0], 32);
 }
+
+KERNEL(operand_past_the_end) {
+    __shared__ Operands o;
+    fill(o);
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    float d[kN / 2];
+    ptx::wgmma_fence();
+    ptx::wgmma_e4m3<kN>(d, ptx::k_major_descriptor(o.a), ptx::k_major_descriptor(o.b + BUG * 256), false);  // BUG
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait(d);
+    finish(out, in, d[0], 32);
+}
