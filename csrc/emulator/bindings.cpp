@@ -170,7 +170,7 @@ void bind_machine(py::module_& m) {
         .def("map", [](Machine& m, uint64_t host, uint64_t size, const std::string& name, int rank) {
             return m.memory.map(reinterpret_cast<uint8_t*>(host), size, name, rank).base;
         })
-        .def("release", [](Machine& m, uint64_t base) { m.memory.release(base); })
+        .def("release", &Machine::release)
         .def("poison", [](Machine& m, uint64_t address, uint64_t bytes) {
             Region* r = m.memory.find(address);
             if (!r || !r->alive || address + bytes > r->base + r->size) throw Error(ErrorKind::MemoryAccess, "poison: no such allocation");

@@ -55,24 +55,31 @@ void Machine::settle(Region& region, uint64_t offset, uint64_t bytes) {
 
 void Machine::arrive_late(size_t i) {
     const LateWrite* write = late_[i].get();
-    if (write->due > steps && !runnable_.empty()) return;
+    if (write->due > steps && !runnable_.empty() && late_.size() <= most_late) return;
     time++;
     // Other devices, if there are any, may see it later than its own.
     int distance = devices.size() > 1 && write->reach < same_device && choose(2) ? same_device : everywhere;
-    spread_late([=](const LateWrite& w) { return &w == write ? distance : w.reach; });
+    extend(*late_[i], distance);
+    if (distance == everywhere) late_.erase(late_.begin() + static_cast<std::ptrdiff_t>(i));
+}
+
+void Machine::extend(LateWrite& write, int reach) {
+    if (reach <= write.reach) return;
+    write.reach = reach >= same_device && devices.size() == 1 ? everywhere : reach;
+    if (write.reach == everywhere) forget(write);
+    progress++;
+    uint64_t at = write.region->base + write.offset;
+    if (spinners) wake_watchers(at, at + write.bytes);
+}
+
+void Machine::release(uint64_t base) {
+    spread_late([=](const LateWrite& w) { return w.region->base == base ? everywhere : w.reach; });
+    memory.release(base);
 }
 
 void Machine::spread_late(const std::function<int(const LateWrite&)>& distance) {
     if (late_.empty()) return;
-    for (const std::shared_ptr<LateWrite>& write : late_) {
-        int reach = distance(*write);
-        if (reach <= write->reach) continue;
-        write->reach = reach >= same_device && devices.size() == 1 ? everywhere : reach;
-        if (write->reach == everywhere) forget(*write);
-        progress++;
-        uint64_t at = write->region->base + write->offset;
-        if (spinners) wake_watchers(at, at + write->bytes);
-    }
+    for (const std::shared_ptr<LateWrite>& write : late_) extend(*write, distance(*write));
     auto arrived = [](const auto& write) { return write->reach == everywhere; };
     late_.erase(std::remove_if(late_.begin(), late_.end(), arrived), late_.end());
 }

@@ -18,6 +18,9 @@ struct Locality {
         return cta == o.cta ? 0 : cluster == o.cluster ? 1 : device == o.device ? 2 : 3;
     }
 };
+/// Bounds, in writes and in instructions of all warps: behind them the oldest arrives.
+constexpr size_t most_late = 512;
+constexpr uint64_t latest = 65536;
 constexpr int same_block = 0, same_device = 2, everywhere = 3;
 inline int reach_of(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 

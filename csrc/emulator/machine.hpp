@@ -325,6 +325,8 @@ class Machine {
     /// empty.
     void run(const std::vector<std::shared_ptr<Launch>>& until);
     bool idle() const;
+    /// The allocation ends; its address stays known as freed.
+    void release(uint64_t base);
     uint64_t module_variable(int device, const std::shared_ptr<const Program>& program, int variable);
 
     Options options;
@@ -379,6 +381,7 @@ class Machine {
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
     void arrive_late(size_t i);
+    void extend(LateWrite& write, int reach);
     /// Makes each late write visible as far as `distance` says.
     void spread_late(const std::function<int(const LateWrite&)>& distance);
     void nothing_moves();

@@ -10,8 +10,6 @@ namespace {
 constexpr uint64_t first_jump = 1000, largest_jump = 4'000'000'000;
 constexpr uint64_t max_jump_rounds = 600;
 constexpr size_t max_listed = 64;
-constexpr size_t most_late = 512;   // writes
-constexpr uint64_t latest = 65536;  // instructions, of all warps
 
 }  // namespace
 

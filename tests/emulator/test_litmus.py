@@ -214,6 +214,23 @@ def test_wrc(schedule, together, scope):
         assert found == {(1,)}, last
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("meet", ["__syncthreads();", 'ORDER("bar.sync 1, 64");'])
+def test_a_barrier_hands_stores_on(schedule, meet):
+    first = f"if (threadIdx.x == 0) {{ ST(x, 1); }} {meet} if (threadIdx.x == 32) {{ REL(y, 1); }}"
+    end = "if (threadIdx.x == 0) { AWAIT(ACQ, y); LD(a, x); r[0] = a; }"
+    assert outcomes([first, end], often(schedule)[0], schedule, block=64) == {(1,)}
+
+
+@pytest.mark.parametrize("checks", [True, False])
+@pytest.mark.parametrize(("arrive", "weak"), [("release", False), ("relaxed", True)])
+def test_a_cluster_barrier_hands_stores_on(checks, arrive, weak):
+    meet = f'ORDER("barrier.cluster.arrive.{arrive}.aligned"); ptx::cluster_wait();'
+    threads = [f"ST(x, 1); {meet}", f"{meet} LD(a, x); r[0] = a;"]
+    seen = outcomes(threads, SOMETIMES if weak else NEVER, cluster=2, checks=checks)
+    assert seen == ({(0,), (1,)} if weak else {(1,)})
+
+
 def test_who_has_not_seen_a_store_does_not_take_it_along():
     threads = [
         "if (threadIdx.x == 0) { ST(x, 1); } if (threadIdx.x == 32) { REL(y, 1); }",
@@ -275,6 +292,15 @@ def test_many_stores_on_their_way(schedule):
     last = {i * 7 % 192: i for i in range(3000)}, {(i * 7 + 3) % 192: i for i in range(3000)}
     for at, value in enumerate(memory.tolist()):
         assert value in ((9,) if at == 0 else (last[0][at], last[1][at]))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_more_stores_than_may_be_on_their_way(schedule):
+    body = "for (u32 i = 0; i < 60; i++) ST(m + blockIdx.x * 32 + threadIdx.x, i);"
+    watch = "do { LD(a, m + threadIdx.x); LD(b, m + 32 + threadIdx.x); } while (a + b != 118);"
+    memory, results = torch.zeros(192, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+    cuda(source_of([body, body, watch]), memory, results, grid=3, block=32, schedule=schedule)
+    assert memory[:64].tolist() == [59] * 64
 
 
 def test_a_store_has_arrived_when_its_kernel_ends():
