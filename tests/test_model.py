@@ -318,7 +318,7 @@ def test_sequence_balance_loss_against_loops():
             f = experts / (top_k * length) * sum(i in chosen[t].tolist() for t in rows)
             p = sum(float(scores.detach()[t, i] / scores.detach()[t].sum()) for t in rows) / length
             expected += f * p / batch
-    assert float(got) == pytest.approx(expected, rel=1e-12)
+    assert got.item() == pytest.approx(expected, rel=1e-12)
     got.backward()
     assert scores.grad.abs().sum() > 0
 
@@ -484,7 +484,7 @@ def test_fp8_is_near_bf16_at_the_same_weights():
         model.zero_grad()
         result = model.losses(window)
         (result.main + 0.3 * result.mtp).backward()
-        losses.append(float(result.main))
+        losses.append(result.main.item())
         gradients.append({name: p.grad.double().flatten() for name, p in model.named_parameters()})
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)

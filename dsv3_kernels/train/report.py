@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from dsv3_kernels.train.checkpoint import replace_file
@@ -27,13 +27,12 @@ class ProgressLine:
         self.console, self.steps = console, steps
         self._every = max(1, steps // 10)
         columns = (
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         )
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._progress = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
         self._task = self._progress.add_task("training", total=steps, completed=done, text="")
 
     def __enter__(self) -> ProgressLine:
@@ -44,10 +43,9 @@ class ProgressLine:
         self._progress.stop()
 
     def update(self, step: int, rows: list[dict[str, Any]]) -> None:
-        text = "  ".join(
-            f"{row['precision']} loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s"
-            for row in rows
-        )
+        losses = ", ".join(f"{row['loss']:.3f} {row['precision']}" for row in rows)
+        speeds = ", ".join(f"{row['tokens_per_second']:,.0f}" for row in rows)
+        text = f"loss {losses}; {speeds} tokens/s"  # all columns together fit into a line of 80
         self._progress.update(self._task, completed=step, text=text)
         if not self.console.is_terminal and (step % self._every == 0 or step == self.steps):
             self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)

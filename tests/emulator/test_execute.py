@@ -5,6 +5,9 @@ import pytest
 import torch
 from ptx_helpers import edges, elementwise, float_edges, run
 
+# NumPy's, of the NaN among the inputs.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered")
+
 N = 1500
 INTS = {
     "u16": np.uint16,
