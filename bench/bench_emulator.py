@@ -1,4 +1,4 @@
-"""How fast the virtual Hopper runs, on one core: `python bench/bench_emulator.py`.
+"""How fast the virtual Hopper runs, on one core: `python -m bench.bench_emulator`.
 
 The goal is an FP8 GEMM of 256x256x1024 in under 1.5 s with every check on. A figure is the time of one launch
 on a virtual GPU that has loaded the PTX before, with and without checks; beside it warp instructions a second
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from report import Report, interleaved
 
 import dsv3_kernels as dsv3
+from bench.report import Report, interleaved
 from dsv3_kernels import emulator, gemm
 
 SHAPE = (256, 256, 1024)

@@ -1,4 +1,7 @@
-"""GEMMs of the CPU backend against torch.mm in FP32. To reach: 0.4 of its speed at 1024x1024x1024."""
+"""GEMMs of the CPU backend against torch.mm in FP32. To reach: 0.4 of its speed at 1024x1024x1024.
+
+With --gpu: the kernels against their peers (see gpu_bench.py).
+"""
 
 import sys
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 PEER = "torch.mm float32"
 
@@ -30,13 +34,7 @@ def test_grouped_fp8_gemm(against, groups, m, n, k):
     against(name, lambda: dk.grouped_fp8_gemm(a, b, offsets), PEER, peer)
 
 
-@pytest.mark.parametrize("tokens, n, k", [(1024, 1024, 1024), (512, 256, 256)])
-def test_fp8_wgrad(against, tokens, n, k):
-    dy, x, out = torch.randn(tokens, n), torch.randn(tokens, k), torch.zeros(n, k)
-    dy_t, x_t = dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x)
-    name = f"fp8_wgrad {tokens} tokens {n}x{k}, accumulating"
-    against(name, lambda: dk.fp8_wgrad(dy_t, x_t, out, accumulate=True), PEER, lambda: torch.mm(dy.t(), x))
-
-
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.script("gemm"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -11,9 +11,9 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
-from report import Report
 from torch import Tensor
 
+from bench.report import Report
 from dsv3_kernels.model import PRESETS
 from dsv3_kernels.train.cli import TRAINABLE
 from dsv3_kernels.train.data import load_corpus, validation_windows

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from report import Report, interleaved
+
+from bench.report import Report, interleaved
 
 _REPORTS: dict[str, Report] = {}
 _LINES: list[str] = []
@@ -26,7 +27,7 @@ def two_threads():
 @pytest.fixture
 def against(benchmark, request) -> Callable[..., None]:
     """`against(name, op, peer_name, peer, **facts)` times op and peer."""
-    bench = request.module.__name__.removeprefix("bench_")
+    bench = request.module.__name__.rpartition("bench_")[2]
 
     def measure(
         name: str, op: Callable[[], object], peer_name: str, peer: Callable[[], object], **facts: object

@@ -9,9 +9,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from report import RESULTS, Report
 
 import dsv3_kernels as dk
+from bench.report import RESULTS, Report
 from dsv3_kernels import reference
 
 DRAWS = {"normal": torch.randn, "uniform in 0..1": torch.rand}

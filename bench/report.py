@@ -5,14 +5,15 @@
      "results": [{"name": "fp8_gemm 1024x1024x1024", "unit": "s", "median": ..., "low": ..., "high": ...,
                   "repeats": ..., "peer": "torch.mm float32", "speed_against_peer": 0.75}, ...]}
 
-Every result has name, unit, median, low, high and repeats; more fields are the bench's own. Written to
-runs/bench/<bench>.json, unless a path is given.
+Every result has name, unit, median, low, high and repeats; more fields are the bench's own. One that could
+not be measured has name and error. Written to runs/bench/<bench>.json, unless a path is given.
 """
 
 import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -39,10 +40,24 @@ def machine() -> dict[str, object]:
 
         facts |= {"torch": metadata.version("torch"), "threads": torch.get_num_threads()}
         if torch.cuda.is_available():
-            facts["gpu"] = torch.cuda.get_device_name()
+            facts |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+            facts["driver"] = _driver_version()
     except ImportError:
         pass
     return facts
+
+
+def _driver_version() -> str:
+    """The driver's release, say 580.159.04; from the kernel module, else from nvidia-smi."""
+    version = Path("/sys/module/nvidia/version")
+    if version.is_file():
+        return version.read_text().strip()
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.partition("\n")[0].strip() or "unknown"
 
 
 class Report:
@@ -73,13 +88,18 @@ class Report:
             line += f"  {key} {value:.3g}" if isinstance(value, float) else f"  {key} {value}"
         return line
 
+    def note(self, name: str, error: str, **facts: object) -> str:
+        """A result that could not be measured; returns the line to print."""
+        self.results.append({"name": name, "error": error} | facts)
+        return f"{name:44s} {error}"
+
     def write(self, path: Path | None = None) -> Path:
         path = path or RESULTS / f"{self.bench}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "bench": self.bench,
             "started": self.started,
-            "machine": machine(),
+            "machine": self.machine,
             "results": self.results,
         }
         path.write_text(json.dumps(content, indent=1) + "\n")

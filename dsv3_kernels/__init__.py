@@ -14,12 +14,21 @@ _API = {
     "quantize_1x128": "quantize",
     "quantize_1x128_t": "quantize",
     "quantize_128x128": "quantize",
+    "requantize_1x128_t": "quantize",
+    "PackedE5M6": "e5m6",
+    "pack_e5m6": "e5m6",
+    "unpack_e5m6": "e5m6",
+    "swiglu_quantize": "swiglu",
+    "swiglu_backward_quantize": "swiglu",
     "fp8_gemm": "gemm",
     "grouped_fp8_gemm": "gemm",
     "masked_grouped_fp8_gemm": "gemm",
     "fp8_wgrad": "wgrad",
+    "DeviceValueError": "device_error",
+    "synchronize": "launch",
+    "warmup": "compile_ahead",
 }
-_MODULES = ("doctor", "emulator", "jit", "model", "nn", "reference", "train")
+_MODULES = ("doctor", "emulator", "ep", "jit", "model", "nn", "reference", "train")
 
 __all__ = [*_API, *_MODULES]
 

@@ -4,7 +4,7 @@
 `read_offsets` and `read_counts`, which read values and therefore take CPU tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ def tensor(op: str, name: str, value: object, dtypes: Sequence[torch.dtype], ran
             f"{op}: {name} has rank {value.ndim} (shape {tuple(value.shape)}), "
             f"expected rank {' or '.join(map(str, ranks))}"
         )
-    if value.device.type not in ("cpu", "cuda"):
+    if not value.is_cuda and not value.is_cpu:
         raise ValueError(
             f"{op}: {name} is on {value.device}, expected a CPU or a CUDA tensor; pass {name}.cpu()"
         )
@@ -89,10 +89,41 @@ def same_device(op: str, name: str, value: Tensor, first_name: str, first: Tenso
         )
 
 
+def _end(value: Tensor) -> int:
+    """The address past the last byte of a strided tensor."""
+    if value.numel() == 0:
+        return value.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr() + (last + 1) * value.element_size()
+
+
+def apart(op: str, name: str, value: Tensor, others: Iterable[tuple[str, Tensor]]) -> None:
+    """`value`, which is written, shares no memory with `others`. A trace has no addresses to compare."""
+    if torch.compiler.is_compiling():
+        return
+    low, high = value.data_ptr(), _end(value)
+    for other_name, other in others:
+        if other.data_ptr() < high and _end(other) > low and other.numel() and value.numel():
+            raise ValueError(
+                f"{op}: {name} shares memory with {other_name}, expected memory of its own: it is written "
+                f"while {other_name} is read; pass {name}.clone()"
+            )
+
+
 def flag(op: str, name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected True or False")
     return value
+
+
+def at_least_one(op: str, name: str, value: object) -> None:
+    """An optional number of something."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected an int or None")
+    if value < 1:
+        raise ValueError(f"{op}: {name} is {value}, expected 1 or more, or None for all")
 
 
 def index_vector(op: str, name: str, value: object, first_name: str, first: Tensor) -> Tensor:
@@ -117,6 +148,18 @@ def offsets(op: str, value: object, first_name: str, first: Tensor, groups: int 
             f"({groups + 1},) for {groups} groups"
         )
     return vector
+
+
+def transposed_groups(op: str, group_offsets: object, transpose: bool, x: Tensor) -> None:
+    """`group_offsets` of an op whose transposed result alone has groups."""
+    if group_offsets is None:
+        return
+    offsets(op, group_offsets, "x", x)
+    if not transpose:
+        raise ValueError(
+            f"{op}: group_offsets is given with transpose=False, expected None: only the transposed form has "
+            "groups; pass transpose=True"
+        )
 
 
 def read_offsets(op: str, group_offsets: Tensor, rows: int | None = None, of: str = "") -> list[int]:

@@ -148,6 +148,11 @@ def _nvshmem() -> str:
     return f"device {nvshmem.version}, host {nvshmem.host_version()} ({nvshmem.include.parent})"
 
 
+def _nvshmem_headers() -> str:
+    headers = toolchain.nvshmem_headers()
+    return f"{headers.versions} ({', '.join(str(folder) for folder in headers.folders[1:])})"
+
+
 def _nic() -> str:
     ports = sorted(_INFINIBAND.glob("*/ports/*")) if _INFINIBAND.is_dir() else []
     if not ports:
@@ -212,6 +217,7 @@ CHECKS = (
     Check("cache", "quick starts", _cache, f"set {cache.ENVIRONMENT} to a folder of your own"),
     Check("nvdisasm", "tests of machine code", lambda: str(toolchain.nvdisasm()), toolchain.MEND["nvdisasm"]),
     Check("NVSHMEM", _NODES, _nvshmem, toolchain.MEND["nvshmem"]),
+    Check("headers", "kernels that call NVSHMEM", _nvshmem_headers, toolchain.MEND["cudart"]),
     Check("NIC", _NODES, _nic, "check the NIC's driver"),
     Check("C++ compiler", "building from source", _compiler, "apt install g++, or set CXX"),
 )
@@ -225,11 +231,12 @@ def summary(findings: Iterable[Finding]) -> list[str]:
         lacking = [name for name in needs if status[name] != "ok"]
         return f"{world}: " + (f"no, for want of {', '.join(lacking)}" if lacking else "yes")
 
+    linked = ("nvJitLink", "NVSHMEM", "headers")
     return [
         line("reference (CPU)", "Python", "torch"),
         line("emulator (CPU)", "Python", "torch", "emulator", "NVRTC", "compile"),
         line("one GPU", "torch", "runtime", "driver", "GPU", "NVRTC", "compile"),
-        line("several nodes", "torch", "runtime", "driver", "GPU", "NVRTC", "nvJitLink", "NVSHMEM", "NIC"),
+        line("several nodes", "torch", "runtime", "driver", "GPU", "NVRTC", *linked, "NIC"),
     ]
 
 

@@ -6,61 +6,94 @@ FP32, K ascending; y is rounded to BF16, to nearest even. The CPU backend sums i
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import checks, launch, quantized, reference
 from .checks import ceil_div, round_up
+from .hopper import L2_BYTES, SHARED_MEMORY, WARPGROUP, WAVE
 from .jit import Kernel
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, mn_major
 from .tensor_map import TensorMap
 
-SHARED_MEMORY = 227 * 1024  # bytes a block may have on Hopper
-WARPGROUP = 128  # threads
-WAVE = 64  # rows of a wgmma
+Grouping = Literal["none", "offsets", "counts"]
+Multicast = Literal["none", "a", "b"]
+
 MAX_STAGES = 8
-TILES = (
-    *((256, 64), (256, 96), (256, 128)),
-    *((128, n) for n in (32, 64, 96, 128, 160, 192)),
-    *((64, n) for n in (16, 32, 64, 96, 128, 160, 192)),
-)
+# Rows and columns of a tile. Swapped, the columns are the 64 rows of a wgmma: those are for few rows.
+TILES = ((256, 128), (128, 192), (128, 160), (128, 128), (128, 96), (128, 64))
+SWAPPED_TILES = ((64, 128), (32, 128), (16, 128), (64, 64), (32, 64), (16, 64))
 
 
 @dataclass(frozen=True)
 class GemmConfig:
     """How csrc/kernels/gemm.cuh is instantiated; what follows from a tile's shape is in its `Layout`.
 
+    grouping: which rows take which weight: all one, by offsets, or by counts.
     block_m, block_n: rows and columns of an output tile. stages: tiles of operands in flight, 128 of K each.
-    strip: width in tiles of the strips in which tiles are taken.
+    swap: the weight is wgmma's operand of 64 rows, the tile's columns; else A is.
+    multicast: the operand that clusters of two blocks share: "a", tiles side by side; "b", one below another.
+    strip: width of the strips in which tiles are taken, in tiles, or pairs of them where A is shared.
     """
 
+    grouping: Grouping
     block_m: int
     block_n: int
     stages: int
+    swap: bool = False
+    multicast: Multicast = "none"
     strip: int = 16
+
+    def __str__(self) -> str:
+        swapped = ", B as the 64 rows of wgmma" if self.swap else ""
+        shared = "" if self.multicast == "none" else f", clusters of 2 share {self.multicast.upper()}"
+        groups = "dense" if self.grouping == "none" else f"groups by {self.grouping}"
+        return (
+            f"{groups}, tiles of {self.block_m}x{self.block_n}{swapped}, {self.stages} stages{shared}, "
+            f"strips of {self.strip}; {self.threads} threads, {self.shared_bytes} bytes of shared memory"
+        )
+
+    @property
+    def cluster(self) -> int:
+        return 1 if self.multicast == "none" else 2
+
+    @property
+    def unit(self) -> tuple[int, int]:
+        """Rows and columns of what a cluster computes at a time."""
+        rows, columns = self.block_m, self.block_n
+        return (
+            2 * rows if self.multicast == "b" else rows,
+            2 * columns if self.multicast == "a" else columns,
+        )
 
     @property
     def math_warpgroups(self) -> int:
-        return 2 if self.block_m > WAVE else 1
+        return 2 if (self.block_n if self.swap else self.block_m) > WAVE else 1
 
     @property
     def threads(self) -> int:
         return (self.math_warpgroups + 1) * WARPGROUP
 
     @property
-    def panel(self) -> int:
-        """Columns of D that leave in one bulk store."""
-        return next(width for width in (64, 32, 16) if self.block_n % width == 0)
+    def panel(self) -> tuple[int, int]:
+        """Rows and columns of D that leave in one bulk store."""
+        if self.swap:
+            return self.block_m, WAVE
+        return WAVE, next(width for width in (64, 32, 16) if self.block_n % width == 0)
+
+    @property
+    def stage_bytes(self) -> int:
+        """What the copy engine brings a stage: both operands and the scales of A."""
+        return (self.block_m + self.block_n) * TILE + self.block_m * 4
 
     @property
     def shared_bytes(self) -> int:
-        barriers = 2 * 8 * self.stages
-        used = (
-            self.stages * stage_bytes(self.block_m, self.block_n) + self.block_m * self.block_n * 2 + barriers
-        )
-        return round_up(used, 1024)
+        scales = round_up(self.block_m, 32) * 4
+        stage = (self.block_m + self.block_n) * TILE + scales + 2 * 8  # and its barriers
+        return round_up(self.stages * stage + self.block_m * self.block_n * 2, 1024)
 
     @property
     def kernel(self) -> Kernel:
@@ -69,39 +102,87 @@ class GemmConfig:
 
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    template = (config.block_m, config.block_n, config.stages, config.strip)
+    grouping = {"none": "kNone", "offsets": "kOffsets", "counts": "kCounts"}[config.grouping]
+    multicast = {"none": "kNone", "a": "kA", "b": "kB"}[config.multicast]
+    template = (
+        f"dsv3::Grouping::{grouping}",
+        *(config.block_m, config.block_n, config.stages, config.swap),
+        f"dsv3::Multicast::{multicast}",
+    )
     return Kernel("gemm.cuh", "fp8_gemm", template)
 
 
-def stage_bytes(block_m: int, block_n: int) -> int:
-    """Shared memory of one stage: both operands and the scales of A."""
-    return (block_m + block_n) * TILE + block_m * 4
-
-
-def config_of_tile(block_m: int, block_n: int) -> GemmConfig:
+def config_of_tile(
+    block_m: int,
+    block_n: int,
+    *,
+    grouping: Grouping = "none",
+    swap: bool = False,
+    multicast: Multicast = "none",
+    strip: int = 16,
+) -> GemmConfig:
     """The deepest ring that fits beside the output tile."""
-    room = SHARED_MEMORY - block_m * block_n * 2 - 1024
-    return GemmConfig(block_m, block_n, min(MAX_STAGES, room // stage_bytes(block_m, block_n)))
+    return next(
+        config
+        for stages in range(MAX_STAGES, 0, -1)
+        if (config := GemmConfig(grouping, block_m, block_n, stages, swap, multicast, strip)).shared_bytes
+        <= SHARED_MEMORY
+    )
+
+
+@functools.cache
+def configs(grouping: Grouping) -> tuple[GemmConfig, ...]:
+    """All that `choose_config` chooses from, but for the width of their strips.
+
+    Only tiles that both warpgroups fill share an operand; and groups only that of A, which never is another
+    group's.
+    """
+    sharing: tuple[Multicast, ...] = ("none", "a", "b") if grouping == "none" else ("none", "a")
+    return (
+        *(
+            config_of_tile(*tile, grouping=grouping, multicast=multicast)
+            for tile in TILES
+            for multicast in (sharing if tile[1] >= 128 else sharing[:1])
+        ),
+        *(config_of_tile(*tile, grouping=grouping, swap=True) for tile in SWAPPED_TILES),
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def choose_config(m: int, n: int, num_sms: int) -> GemmConfig:
-    """The tile of `TILES` with the least estimated time for `[m, n]` on `num_sms` SMs.
+def choose_config(grouping: Grouping, m: int, n: int, groups: int, num_sms: int) -> GemmConfig:
+    """The one of `configs` with the least estimated time on `num_sms` SMs, for `[m, n]` or groups of it.
 
+    The sizes of groups are not known here: those by offsets count as equal, those by counts as full.
     Blocks take tiles in waves of `num_sms`. Per 128 of K a tile costs the larger of its tensor core's cycles
-    (512 for 128x128) and its loads' (64 bytes a cycle from L2); a lone warpgroup's promotion is not hidden
-    behind another's wgmma. Of equals the larger tile, which reads less.
+    (512 for 128x128; of few columns, the time to read its operands) and its loads' from L2; a lone
+    warpgroup's promotion is not hidden behind another's wgmma. Of equals the larger tile, then the one that
+    loads less. Clusters need pairs: an even number of SMs, and of tiles in the direction in which they pair.
     """
+    rows_a_group = ceil_div(m, groups) if grouping == "offsets" else m
 
-    def cycles(tile: tuple[int, int]) -> tuple[float, int]:
-        block_m, block_n = tile
-        waves = ceil_div(ceil_div(m, block_m) * ceil_div(n, block_n), num_sms)
-        multiply = block_m * block_n / 32
-        promote = block_m * block_n / 128 if block_m == WAVE else 0
-        load = stage_bytes(block_m, block_n) / 64
-        return waves * max(multiply + promote, load), -block_m * block_n
+    def tiles(config: GemmConfig) -> tuple[int, int]:
+        return groups * ceil_div(rows_a_group, config.block_m), ceil_div(n, config.block_n)
 
-    return config_of_tile(*min(TILES, key=cycles))
+    def fits(config: GemmConfig) -> bool:
+        rows, columns = tiles(config)
+        pairs = {"none": 0, "a": columns, "b": rows}[config.multicast]
+        return config.cluster == 1 or (num_sms % 2 == 0 and pairs % 2 == 0)
+
+    def cost(config: GemmConfig) -> tuple[float, int, float]:
+        rows, columns = tiles(config)
+        block_m, block_n = config.block_m, config.block_n
+        high, wide = (block_n, block_m) if config.swap else (block_m, block_n)
+        multiply = high / WAVE * 4 * max(wide / 2, 16 + wide / 4)
+        promote = high * wide / 128 if config.math_warpgroups == 1 else 0
+        shared = {"none": 0, "a": block_m, "b": block_n}[config.multicast] * TILE / 2
+        load = (config.stage_bytes - shared) / L2_BYTES
+        return ceil_div(rows * columns, num_sms) * max(multiply + promote, load), -block_m * block_n, load
+
+    best = min(filter(fits, configs(grouping)), key=cost)
+    # The strip whose weights, with the rows of A of the tiles beside it, are the least to keep in L2.
+    rows, columns = best.unit
+    strip = min((8, 16), key=lambda width: width * columns + ceil_div(num_sms, best.cluster * width) * rows)
+    return replace(best, strip=strip)
 
 
 def _operands(
@@ -121,108 +202,57 @@ def _operands(
     return qa, qb
 
 
-def fp8_gemm(a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
+def fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, *, num_sms: int | None = None) -> Tensor:
     """a·bᵀ.
 
     a: block (1, 128), data `[M, K]`; b: block (128, 128), data `[N, K]`; data contiguous and 16-byte aligned,
         K a multiple of 16, N of 8. A (data, scales) tuple is taken for either. `a.scales` may have any
         strides; kernels read MN-major ones as they are and copy others first.
+    num_sms: SMs that the kernel takes at most, 1 or more; None for all. The result does not depend on it.
     Returns bfloat16 `[M, N]`, contiguous. K = 0 gives zeros.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment
-    or device.
+    or device, or num_sms below 1.
     """
-    a, b = _operands("fp8_gemm", a, b, 2, 2)
+    op = "fp8_gemm"
+    a, b = _operands(op, a, b, 2, 2)
+    checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.fp8_gemm if torch.compiler.is_compiling() else _fp8_gemm
-    return run(a.data, a.scales, b.data, b.scales)
+    return run(a.data, a.scales, b.data, b.scales, num_sms)
 
 
-def _fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    if launch.world(a) == "reference":
-        return reference.fp8_gemm(QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE))
-    out = _fake(a, a_scales, b, b_scales)
-    if out.numel() == 0 or a.shape[1] == 0:
-        return out.zero_()
-    num_sms = launch.num_sms(a)
-    _launch(choose_config(*out.shape, num_sms), a, a_scales, b, b_scales, out, num_sms)
-    return out
-
-
-def _launch(
-    config: GemmConfig, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, num_sms: int
-) -> None:
-    tiles = ceil_div(out.shape[0], config.block_m) * ceil_div(out.shape[1], config.block_n)
-    launch.launch(
-        config.kernel,
-        (min(tiles, num_sms), 1, 1),
-        (config.threads, 1, 1),
-        arguments(config, a, a_scales, b, b_scales, out),
-        shared_bytes=config.shared_bytes,
-        programmatic=True,
-    )
-
-
-def arguments(
-    config: GemmConfig, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor
-) -> tuple[launch.Argument, ...]:
-    """The arguments of the kernel, in its order."""
-    (m, k), n = a.shape, b.shape[0]
-    a_scales = _mn_major(a_scales)
-    k_tiles = a_scales.shape[1]
-    return (
-        TensorMap(a, (config.block_m, TILE)),
-        TensorMap(b, (config.block_n, TILE)),
-        TensorMap(a_scales, (1, config.block_m), 0, shape=(k_tiles, m), strides=(round_up(m, 4), 1)),
-        TensorMap(out, (WAVE, config.panel), 2 * config.panel),
-        b_scales.contiguous(),
-        m,
-        n,
-        k,
-    )
-
-
-def _mn_major(scales: Tensor) -> Tensor:
-    """Scales `[M, K/128]` as the kernels read them: strides (1, round_up(M, 4)), 16-byte aligned."""
-    m, k_tiles = scales.shape
-    rows_ok = scales.stride(0) == 1 or m == 1
-    columns_ok = scales.stride(1) == round_up(m, 4) or k_tiles == 1
-    if rows_ok and columns_ok and scales.data_ptr() % checks.ALIGNMENT == 0:
-        return scales
-    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
-
-
-def grouped_fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor) -> Tensor:
+def grouped_fp8_gemm(
+    a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor, *, num_sms: int | None = None
+) -> Tensor:
     """Rows of `a`, sorted by group, each times its group's weight: `out[m] = a[m]·b[g]ᵀ`.
 
     a: block (1, 128), data `[M, K]`; b: block (128, 128), data `[G, N, K]`; as in `fp8_gemm`.
     group_offsets: int32 `[G+1]`, running sum of group sizes from 0 to at most M: rows group_offsets[g] to
         group_offsets[g+1] belong to group g. Any size, zero too, needs no padding.
+    num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[M, N]`. Rows past the last group are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for offsets that descend, overrun or do not start at 0. Offsets on a
-    GPU are not read back; there the kernel clamps them to M.
+    GPU are not read back: there the kernel bends such offsets into ascending ones within M, and raises the
+    device's error flag (`launch.error_flag`).
     """
     op = "grouped_fp8_gemm"
     a, b = _operands(op, a, b, 2, 3)
     checks.offsets(op, group_offsets, "a.data", a.data, b.shape[0])
+    checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.grouped_fp8_gemm if torch.compiler.is_compiling() else _grouped
-    return run(a.data, a.scales, b.data, b.scales, group_offsets)
+    return run(a.data, a.scales, b.data, b.scales, group_offsets, num_sms)
 
 
-def _grouped(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, group_offsets: Tensor) -> Tensor:
-    op = "grouped_fp8_gemm"
-    if launch.world(a) == "reference":
-        qa, qb = QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE)
-        return reference.grouped_fp8_gemm(qa, qb, group_offsets)
-    launch.no_kernel(op)
-
-
-def masked_grouped_fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, counts: Tensor) -> Tensor:
+def masked_grouped_fp8_gemm(
+    a: QuantizedTensor, b: QuantizedTensor, counts: Tensor, *, num_sms: int | None = None
+) -> Tensor:
     """The first `counts[g]` rows of `a[g]` times the weight of group g: decode-time batches of fixed shape.
 
     a: block (1, 128), data `[G, max_m, K]`; b: block (128, 128), data `[G, N, K]`; as in `fp8_gemm`.
     counts: int32 `[G]`, each 0 to max_m.
+    num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[G, max_m, N]`. Rows past a group's count are zero here; kernels leave them unwritten.
-    Raises as `fp8_gemm`, and ValueError for counts out of range. Counts on a GPU are not read back; there the
-    kernel clamps them to max_m.
+    Raises as `fp8_gemm`, and ValueError for counts out of range. Counts on a GPU are not read back: there the
+    kernel clamps them to 0..max_m, and raises the device's error flag (`launch.error_flag`).
     """
     op = "masked_grouped_fp8_gemm"
     a, b = _operands(op, a, b, 3, 3)
@@ -233,34 +263,147 @@ def masked_grouped_fp8_gemm(a: QuantizedTensor, b: QuantizedTensor, counts: Tens
             f"expected {groups}, the groups of a.data of shape {tuple(a.shape)}"
         )
     checks.shape(op, "counts", checks.index_vector(op, "counts", counts, "a.data", a.data), (groups,), "(G,)")
+    checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.masked_grouped_fp8_gemm if torch.compiler.is_compiling() else _masked
-    return run(a.data, a.scales, b.data, b.scales, counts)
+    return run(a.data, a.scales, b.data, b.scales, counts, num_sms)
 
 
-def _masked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor) -> Tensor:
-    op = "masked_grouped_fp8_gemm"
+# The same on plain tensors: what runs, and what torch.compile traces.
+
+
+def _fp8_gemm(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:
+    if launch.world(a) == "reference":
+        return reference.fp8_gemm(QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE))
+    return _run("none", a, a_scales, b, b_scales, None, num_sms)
+
+
+def _grouped(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    group_offsets: Tensor,
+    num_sms: int | None = None,
+) -> Tensor:
+    if launch.world(a) == "reference":
+        qa, qb = QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE)
+        return reference.grouped_fp8_gemm(qa, qb, group_offsets)
+    return _run("offsets", a, a_scales, b, b_scales, group_offsets, num_sms)
+
+
+def _masked(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor, num_sms: int | None = None
+) -> Tensor:
     if launch.world(a) == "reference":
         qa, qb = QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE)
         return reference.masked_grouped_fp8_gemm(qa, qb, counts)
-    launch.no_kernel(op)
+    return _run("counts", a, a_scales, b, b_scales, counts, num_sms)
 
 
-def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
+def _run(
+    grouping: Grouping,
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    group_list: Tensor | None,
+    num_sms: int | None,
+) -> Tensor:
+    out = _fake(a, a_scales, b, b_scales)
+    if a.numel() == 0 or b.numel() == 0:
+        return out.zero_()
+    sms = launch.num_sms(a)
+    sms = sms if num_sms is None else min(num_sms, sms)
+    groups = 1 if grouping == "none" else b.shape[0]
+    config = choose_config(grouping, a.shape[-2], b.shape[-2], groups, sms)
+    run_config(config, a, a_scales, b, b_scales, out, group_list, sms)
+    return out
+
+
+def run_config(
+    config: GemmConfig,
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    out: Tensor,
+    group_list: Tensor | None,
+    num_sms: int,
+) -> None:
+    """Launch one instance of the kernel on at most `num_sms` SMs."""
+    launch.launch(
+        config.kernel,
+        (_blocks(config, a.shape[-2], b.shape[-2], len(b) if b.ndim == 3 else 1, num_sms), 1, 1),
+        (config.threads, 1, 1),
+        arguments(config, a, a_scales, b, b_scales, out, group_list),
+        cluster=(config.cluster, 1, 1),
+        shared_bytes=config.shared_bytes,
+        programmatic=True,
+    )
+
+
+def _blocks(config: GemmConfig, m: int, n: int, groups: int, num_sms: int) -> int:
+    """No more than there are SMs, nor than there can be tiles."""
+    unit_m, unit_n = config.unit
+    tails = min(groups, m)  # a group that is not empty has at most one
+    rows = m // unit_m + tails if config.grouping == "offsets" else groups * ceil_div(m, unit_m)
+    return max(1, min(rows * ceil_div(n, unit_n), num_sms // config.cluster)) * config.cluster
+
+
+def arguments(
+    config: GemmConfig,
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    out: Tensor,
+    group_list: Tensor | None = None,
+) -> tuple[launch.Argument, ...]:
+    """The arguments of the kernel, in its order."""
+    (m, k), n = a.shape[-2:], b.shape[-2]
+    groups = len(b) if b.ndim == 3 else 1
+    counted = groups if config.grouping == "counts" else 1
+    a_scales = mn_major(a_scales)
+    scale_rows = counted * a_scales.shape[-1]
+    box_a = config.block_m // 2 if config.multicast == "a" else config.block_m
+    box_b = config.block_n // 2 if config.multicast == "b" else config.block_n
+    return (
+        TensorMap(a, (box_a, TILE), shape=(counted * m, k), strides=(k, 1)),
+        TensorMap(b, (box_b, TILE), shape=(groups * n, k), strides=(k, 1)),
+        TensorMap(a_scales, (1, config.block_m), 0, shape=(scale_rows, m), strides=(round_up(m, 4), 1)),
+        TensorMap(out, config.panel, 2 * config.panel[1], shape=(counted * m, n), strides=(n, 1)),
+        b_scales.contiguous(),
+        out,
+        0 if group_list is None else group_list,
+        0 if group_list is None else launch.error_flag(a),
+        *(m, n, k, groups, config.strip),
+    )
+
+
+def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:
     return torch.empty(*a.shape[:-1], b.shape[-2], dtype=torch.bfloat16, device=a.device)
 
 
-def _fake_grouped(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, group_offsets: Tensor) -> Tensor:
+def _fake_grouped(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    group_offsets: Tensor,
+    num_sms: int | None = None,
+) -> Tensor:
     return _fake(a, a_scales, b, b_scales)
 
 
-def _fake_masked(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor) -> Tensor:
+def _fake_masked(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor, num_sms: int | None = None
+) -> Tensor:
     return _fake(a, a_scales, b, b_scales)
 
 
-torch.library.custom_op("dsv3_kernels::fp8_gemm", _fp8_gemm, mutates_args=()).register_fake(_fake)
-torch.library.custom_op("dsv3_kernels::grouped_fp8_gemm", _grouped, mutates_args=()).register_fake(
-    _fake_grouped
-)
-torch.library.custom_op("dsv3_kernels::masked_grouped_fp8_gemm", _masked, mutates_args=()).register_fake(
-    _fake_masked
-)
+for _name, _op, _shape in (
+    ("fp8_gemm", _fp8_gemm, _fake),
+    ("grouped_fp8_gemm", _grouped, _fake_grouped),
+    ("masked_grouped_fp8_gemm", _masked, _fake_masked),
+):
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_shape)

@@ -1,22 +1,38 @@
 """The one door to the three worlds: the reference, the GPU, the emulator."""
 
+import enum
 import functools
 import importlib
 import sys
+import weakref
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
-from .tensor_map import Encoding, TensorMap
+from .tensor_map import Encoding, MapLayout, TensorMap
 
 World = Literal["reference", "cuda", "emulator"]
 Dim3 = tuple[int, int, int]
 Argument = Tensor | TensorMap | int | float
 
+
+class Slot(enum.Enum):
+    """A parameter of a prepared launch that is no number and no tensor map."""
+
+    ADDRESS = "of the first element of the call's next tensor"
+    ERROR_WORD = "of the device, as `error_flag`"
+
+
+Parameter = MapLayout | Slot | int | float
+
 CAPABILITY = (9, 0)
+
+_virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
 
 class UnsupportedDeviceError(RuntimeError):
@@ -43,11 +59,15 @@ def world(*tensors: Tensor) -> World:
     return "reference" if _virtual_gpu() is None else "emulator"
 
 
-def num_sms(tensor: Tensor) -> int:
-    """SMs of the GPU, real or virtual, that a call on this tensor runs on."""
-    if tensor.is_cuda:
-        return torch.cuda.get_device_properties(tensor.device).multi_processor_count
-    return _virtual_gpu().num_sms
+def num_sms(tensor: Tensor, most: int | None = None) -> int:
+    """SMs of the GPU, real or virtual, that a call on this tensor runs on; at most `most`."""
+    there = _multiprocessors(tensor.get_device()) if tensor.is_cuda else _virtual_gpu().num_sms
+    return there if most is None else min(most, there)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -72,27 +92,123 @@ def launch(
     Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
     `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
     """
-    tensors = (a.tensor if isinstance(a, TensorMap) else a for a in args)
-    first = next((t for t in tensors if isinstance(t, Tensor)), None)
+    first = next((a for a in args if isinstance(a, TensorMap | Tensor)), None)
     if first is None:
         raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
-    if not first.is_cuda:
-        _emulate(kernel, args, grid=grid, block=block, cluster=cluster, shared_bytes=shared_bytes)
+    tensor = first.tensor if isinstance(first, TensorMap) else first
+    if not tensor.is_cuda:
+        _emulate(kernel, args, grid, block, cluster, shared_bytes)
         return
-    device = first.get_device()
-    values = [_value(kernel, device, i, argument) for i, argument in enumerate(args)]
+    device = tensor.get_device()
+    values = tuple([_value(kernel, device, i, argument) for i, argument in enumerate(args)])
     raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
-    _loaded(kernel, device).launch(
-        device, raw_stream, grid, block, tuple(values), cluster, shared_bytes, cooperative, programmatic
+    code = _loaded(kernel, device).launch(
+        device, raw_stream, grid, block, values, cluster, shared_bytes, cooperative, programmatic
     )
+    if code:
+        raise DeviceValueError(code, f"cuda:{device}")
 
 
-def no_kernel(op: str) -> NoReturn:
-    """For an op that is asked for outside the reference's world, and has no kernel to run there."""
-    raise NotImplementedError(
-        f"{op}: there is no kernel yet, neither for a GPU nor for the emulator; pass CPU tensors, outside "
-        "`emulator.virtual_gpu(...)`, for the reference"
-    )
+class Prepared:
+    """A launch of which everything is settled but the tensors: for calls that come again and again.
+
+    The arguments are those of `launch`, with `parameters` in the kernel's order for its `args`: a number
+    stands for itself; a `MapLayout` takes the next tensor of a call as a tensor map, `Slot.ADDRESS` as an
+    address.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        grid: Dim3,
+        block: Dim3,
+        parameters: Sequence[Parameter],
+        *,
+        cluster: Dim3 = (1, 1, 1),
+        shared_bytes: int = 0,
+        cooperative: bool = False,
+        programmatic: bool = False,
+    ) -> None:
+        self.kernel, self.parameters = kernel, tuple(parameters)
+        self._shape = grid, block, cluster, shared_bytes
+        self._options = cooperative, programmatic
+        slots = [(i, p) for i, p in enumerate(parameters) if isinstance(p, MapLayout) or p is Slot.ADDRESS]
+        self._slots = [(i, p if isinstance(p, MapLayout) else None) for i, p in slots]
+        self._on: dict[int, tuple[Any, list[Any]]] = {}  # by device: what launches, and values to complete
+
+    def __call__(self, *tensors: Tensor, stream: "torch.cuda.Stream | None" = None) -> None:
+        """Launch on the device of `tensors`, whose dtypes, shapes and strides are those of the parameters.
+
+        stream: the device's current stream if None. Raises as `launch`.
+        """
+        if len(tensors) != len(self._slots):
+            raise TypeError(
+                f"launch: {self.kernel} got {len(tensors)} tensors, expected {len(self._slots)}: one for "
+                "each tensor map and address of its parameters"
+            )
+        device = tensors[0].get_device()
+        if not tensors[0].is_cuda:
+            _emulate(self.kernel, self.arguments(tensors), *self._shape)
+            return
+        run, values = self._on.get(device) or self._load(device)
+        values = values.copy()
+        for (i, layout), tensor in zip(self._slots, tensors, strict=True):
+            if tensor.get_device() != device:
+                raise _elsewhere(self.kernel, i, tensor, device)
+            address = tensor.data_ptr()
+            values[i] = address if layout is None else _map_bytes(layout, address)
+        raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
+        code = run(raw_stream, tuple(values))
+        if code:
+            raise DeviceValueError(code, f"cuda:{device}")
+
+    def _load(self, device: int) -> tuple[Any, list[Any]]:
+        word = _runtime().error_word(device) if Slot.ERROR_WORD in self.parameters else None
+        values = [word if p is Slot.ERROR_WORD else p for p in self.parameters]
+        run = _loaded(self.kernel, device).prepare(device, *self._shape, *self._options)
+        return self._on.setdefault(device, (run, values))
+
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Argument, ...]:
+        """What `launch` would take."""
+        args: list[Any] = list(self.parameters)
+        for (i, layout), tensor in zip(self._slots, tensors, strict=True):
+            args[i] = tensor if layout is None else layout.of(tensor)
+        return tuple(error_flag(tensors[0]) if a is Slot.ERROR_WORD else a for a in args)
+
+
+@functools.lru_cache(maxsize=8192)
+def _map_bytes(layout: MapLayout, address: int) -> bytes:
+    return _encoded(layout.encoding(address))
+
+
+def error_flag(tensor: Tensor) -> Tensor | int:
+    """The error word of the device that holds `tensor`, as a launch takes it for a parameter `u32* error`.
+
+    It lives as long as the process (a CUDA graph may hold it), or as the virtual GPU. csrc/kernels/error.cuh
+    says how kernels use it; the next launch on that device, or `synchronize`, raises what they stored there.
+    """
+    if tensor.is_cuda:
+        return _runtime().error_word(tensor.get_device())
+    return _virtual_words.setdefault(_virtual_gpu(), torch.zeros(1, dtype=torch.int32))
+
+
+def synchronize(device: torch.device | int | str | None = None) -> None:
+    """Wait until a GPU has done all that was asked of it, then raise what its kernels reported.
+
+    device: the current CUDA device if None. Without CUDA there is nothing to wait for: the reference raises
+    at once, and so does the emulator.
+    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device.
+    """
+    if not torch.cuda.is_available():
+        return
+    torch.cuda.synchronize(device)
+    number = torch.cuda._utils._get_device_index(device, optional=True)
+    _raise_reported(_runtime().take_error(number), f"cuda:{number}")
+
+
+def _raise_reported(code: int, device: str) -> None:
+    if code:
+        raise DeviceValueError(code, device)
 
 
 def _virtual_gpu() -> Any:
@@ -101,7 +217,9 @@ def _virtual_gpu() -> Any:
     return emulator.current() if emulator is not None else None
 
 
-def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> None:
+def _emulate(
+    kernel: Kernel, args: tuple[Argument, ...], grid: Dim3, block: Dim3, cluster: Dim3, shared_bytes: int
+) -> None:
     gpu = _virtual_gpu()
     if gpu is None:
         raise ValueError(
@@ -109,7 +227,20 @@ def _emulate(kernel: Kernel, args: tuple[Argument, ...], **shape: object) -> Non
             "pass CUDA tensors, or call inside `with dsv3_kernels.emulator.virtual_gpu():`"
         )
     ptx = kernel.ptx(lineinfo=True)  # so that the emulator's errors name lines of the source
-    gpu.launch(ptx.text, ptx.name, args=args, **shape)
+    gpu.launch(
+        ptx.text,
+        ptx.name,
+        grid=grid,
+        block=block,
+        args=args,
+        cluster=cluster,
+        shared_bytes=shared_bytes,
+    )
+    word = _virtual_words.get(gpu)
+    if word is not None:
+        code = int(word)
+        word.zero_()
+        _raise_reported(code, "the virtual GPU")
 
 
 def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int | float | bytes:
@@ -118,16 +249,32 @@ def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int |
         return argument
     tensor = argument.tensor if isinstance(argument, TensorMap) else argument
     if tensor.get_device() != device:
-        raise ValueError(
-            f"launch: {kernel} got argument {index} on {tensor.device}, expected cuda:{device}, "
-            "where the first tensor is"
-        )
+        raise _elsewhere(kernel, index, tensor, device)
     return _encoded(argument.encoding) if isinstance(argument, TensorMap) else tensor.data_ptr()
 
 
-@functools.lru_cache(maxsize=4096)
+def _elsewhere(kernel: Kernel, index: int, tensor: Tensor, device: int) -> ValueError:
+    return ValueError(
+        f"launch: {kernel} got argument {index} on {tensor.device}, expected cuda:{device}, "
+        "where the first tensor is"
+    )
+
+
 def _encoded(encoding: Encoding) -> bytes:
-    return _runtime().encode_tensor_map(*encoding)
+    if encoding.driver_bytes is not None:
+        return encoding.driver_bytes
+    encoding.driver_bytes = _runtime().encode_tensor_map(
+        encoding.data_type,
+        encoding.address,
+        encoding.shape,
+        encoding.strides,
+        encoding.box,
+        encoding.element_strides,
+        encoding.swizzle,
+        encoding.l2_promotion,
+        encoding.fill_nan,
+    )
+    return encoding.driver_bytes
 
 
 @functools.cache

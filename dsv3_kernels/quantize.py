@@ -7,6 +7,7 @@ silent finite value. An input that requires grad is refused while gradients are 
 """
 
 import functools
+import itertools
 from typing import Literal, overload
 
 import torch
@@ -14,9 +15,8 @@ from torch import Tensor
 
 from . import checks, launch, quantized, reference
 from .jit import Kernel
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, padded_tokens, scales_shape
-
-_INPUT = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"}  # names in csrc/kernels
+from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_rows, empty_transposed, scales_shape
+from .tile import NAMES, address_of, groups_of, launch_tiles, threads_of, token_tiles
 
 _DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,23 +26,51 @@ ROWS_PER_WARP = 32
 MAX_TASKS = 2**31
 MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many tasks as it must
 
-MAX_TILES = 2**31 - 1  # blocks of csrc/kernels/quantize_tile.cuh, one a tile of 128x128: the largest grid
 
-
-def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
+@overload
+def quantize_1x128(
+    x: Tensor, *, transpose: Literal[False] = ..., group_offsets: None = ..., power_of_2_scales: bool = ...
+) -> QuantizedTensor: ...
+@overload
+def quantize_1x128(
+    x: Tensor,
+    *,
+    transpose: Literal[True],
+    group_offsets: Tensor | None = ...,
+    power_of_2_scales: bool = ...,
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
+def quantize_1x128(
+    x: Tensor,
+    *,
+    transpose: bool = False,
+    group_offsets: Tensor | None = None,
+    power_of_2_scales: bool = False,
+) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
-    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16.
+    x: bfloat16, float16 or float32 `[M, K]` or `[G, M, K]`, contiguous, 16-byte aligned, K a multiple of 16;
+        with `transpose` `[M, K]`.
     Returns block (1, 128): data `[.., M, K]`, scales `[.., M, ceil(K/128)]` with strides
-    `(.., 1, round_up(M, 4))`.
-    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment or
-    device.
+    `(.., 1, round_up(M, 4))`. With `transpose=True` returns `(q, q_t)`, where `q_t` is
+    `quantize_1x128_t(x, group_offsets)`, bit for bit: the operands of a GEMM and of the weight gradient,
+    from one read of x. `q` holds all rows, those past the last group too.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to M, and rows that wrong
+    offsets leave to no group stay unwritten.
     """
     op = "quantize_1x128"
-    checks.tensor(op, "x", x, tuple(_INPUT), (2, 3))
+    both = checks.flag(op, "transpose", transpose)
+    checks.tensor(op, "x", x, tuple(NAMES), (2,) if both else (2, 3))
     checks.multiple(op, "x", "K", x.shape[-1], 16)
     checks.contiguous(op, "x", x)
+    checks.transposed_groups(op, group_offsets, both, x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if both:
+        if not torch.compiler.is_compiling():
+            return _quantize_1x128_both(x, group_offsets, power_of_2_scales)
+        tensors = torch.ops.dsv3_kernels.quantize_1x128_both(x, group_offsets, power_of_2_scales)
+        data, scales, data_t, scales_t = tensors
+        return QuantizedTensor(data, scales, ROW), QuantizedTensor(data_t, scales_t, ROW)
     if torch.compiler.is_compiling():
         data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales)
         return QuantizedTensor(data, scales, ROW)
@@ -60,20 +88,20 @@ def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
             f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
             f"expected at most {MAX_TASKS}; split it"
         )
-    data, scales = _fake_1x128(x, power_of_2_scales)
+    q = empty_rows(x.shape, x.device)
     if tasks:
         grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
-        strides = (rows * width, width, scales.stride(0) if x.ndim == 3 else 0, scales.stride(-1))
-        arguments = (x, data, scales, batches, rows, width, *strides)
+        strides = (rows * width, width, q.scales.stride(0) if x.ndim == 3 else 0, q.scales.stride(-1))
+        arguments = (x, q.data, q.scales, batches, rows, width, *strides)
         kernel = kernel_1x128(x.dtype, power_of_2_scales)
         launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
-    return QuantizedTensor(data, scales, ROW)
+    return q
 
 
 @functools.cache
 def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
     """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
-    return Kernel("quantize.cuh", "quantize_1x128", (_INPUT[dtype], power_of_2_scales))
+    return Kernel("quantize.cuh", "quantize_1x128", (NAMES[dtype], power_of_2_scales))
 
 
 def quantize_1x128_t(
@@ -92,7 +120,7 @@ def quantize_1x128_t(
     or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
     """
     op = "quantize_1x128_t"
-    checks.tensor(op, "x", x, tuple(_INPUT), (2,))
+    checks.tensor(op, "x", x, tuple(NAMES), (2,))
     checks.multiple(op, "x", "width", x.shape[-1], 8)
     checks.contiguous(op, "x", x)
     if group_offsets is not None:
@@ -107,34 +135,97 @@ def quantize_1x128_t(
 def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
         return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
-    data, scales = _fake_1x128_t(x, group_offsets, power_of_2_scales)
-    (tokens, width), token_tiles = x.shape, scales.shape[1]
-    groups = 0 if group_offsets is None else group_offsets.shape[0] - 1
-    offsets = 0 if group_offsets is None else group_offsets
-    arguments = (x, offsets, data, scales, tokens, width, groups, token_tiles, scales.stride(1))
-    tiles = token_tiles * checks.ceil_div(width, TILE)
-    _launch_tiles("quantize_1x128_t", "x", kernel_1x128_t(x.dtype, power_of_2_scales), tiles, x, arguments)
-    return QuantizedTensor(data, scales, ROW)
+    q_t = empty_transposed(x.shape, group_offsets, x.device)
+    _launch_1x128_t("quantize_1x128_t", x, group_offsets, None, q_t, power_of_2_scales)
+    return q_t
+
+
+def _quantize_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    if launch.world(x) == "reference":
+        return reference.quantize_1x128_both(x, group_offsets, power_of_2_scales=power_of_2_scales)
+    q = empty_rows(x.shape, x.device)
+    q_t = empty_transposed(x.shape, group_offsets, x.device)
+    _launch_1x128_t("quantize_1x128", x, group_offsets, q, q_t, power_of_2_scales)
+    return q, q_t
+
+
+def _launch_1x128_t(
+    op: str,
+    x: Tensor,
+    group_offsets: Tensor | None,
+    q: QuantizedTensor | None,
+    q_t: QuantizedTensor,
+    power_of_2_scales: bool,
+) -> None:
+    tokens, width = x.shape
+    rows = (0, 0, 0) if q is None else (q.data, q.scales, q.scales.stride(1))
+    arguments = (
+        *(x, address_of(group_offsets), *rows[:2], q_t.data, q_t.scales, tokens, width),
+        *(groups_of(group_offsets), q_t.scales.shape[1], rows[2], q_t.scales.stride(1)),
+    )
+    kernel = kernel_1x128_t(x.dtype, power_of_2_scales, q is not None)
+    down = token_tiles(tokens, group_offsets, q is not None)
+    launch_tiles(op, "x", x, kernel, threads_of(x.dtype), down, width, arguments)
 
 
 @functools.cache
-def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (_INPUT[dtype], power_of_2_scales))
+    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (NAMES[dtype], power_of_2_scales, row_wise))
 
 
-def _launch_tiles(
-    op: str, name: str, kernel: Kernel, tiles: int, x: Tensor, arguments: tuple[launch.Argument, ...]
-) -> None:
-    """Run a kernel of csrc/kernels/quantize_tile.cuh: a block a tile, a thread 16 loads of 16 bytes."""
-    if tiles > MAX_TILES:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(x.shape)} has {tiles} tiles of {TILE}x{TILE}, "
-            f"expected at most {MAX_TILES}; split it"
+def requantize_1x128_t(
+    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
+    """Turn tiles of 1x128 into tiles of 128 tokens: what was kept of the forward becomes an operand of
+    `fp8_wgrad` (DeepSeek-V3 report, section 3.3.3).
+
+    q: block (1, 128), data `[tokens, width]`, width a multiple of 16; a (data, scales) tuple is taken too.
+        Its scales may have any strides.
+    group_offsets, the result and the errors: as in `quantize_1x128_t`, of the FP32 values of `dequantize(q)`.
+    Every value is rounded a second time. With power-of-two scales before and after it hardly moves: a value
+    of at least 2^-6 of its new scale stays as it was, and a smaller one moves by at most 2^-10 of it.
+    """
+    op = "requantize_1x128_t"
+    q = quantized.operand(op, "q", q, ROW, (2,))
+    checks.multiple(op, "q.data", "width", q.shape[-1], 16)
+    if group_offsets is not None:
+        checks.offsets(op, group_offsets, "q.data", q.data)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    arguments = (q.data, q.scales, group_offsets, power_of_2_scales)
+    if torch.compiler.is_compiling():
+        data, scales = torch.ops.dsv3_kernels.requantize_1x128_t(*arguments)
+    else:
+        data, scales = _requantize_1x128_t(*arguments)
+    return QuantizedTensor(data, scales, ROW)
+
+
+def _requantize_1x128_t(
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor]:
+    if launch.world(data) == "reference":
+        q = reference.requantize_1x128_t(
+            QuantizedTensor(data, scales, ROW), group_offsets, power_of_2_scales=power_of_2_scales
         )
-    if tiles:
-        threads = TILE * TILE * x.element_size() // (16 * 16)
-        launch.launch(kernel, (tiles, 1, 1), (threads, 1, 1), arguments)
+        return q.data, q.scales
+    tokens, width = data.shape
+    q_t = empty_transposed(data.shape, group_offsets, data.device)
+    token_tiles_t = q_t.scales.shape[1]
+    arguments = (
+        *(data, scales, address_of(group_offsets), q_t.data, q_t.scales, tokens, width),
+        *(groups_of(group_offsets), token_tiles_t, *scales.stride(), q_t.scales.stride(1)),
+    )
+    kernel, threads = kernel_requantize(power_of_2_scales), threads_of(data.dtype)
+    launch_tiles("requantize_1x128_t", "q.data", data, kernel, threads, token_tiles_t, width, arguments)
+    return q_t.data, q_t.scales
+
+
+@functools.cache
+def kernel_requantize(power_of_2_scales: bool) -> Kernel:
+    """The instance of csrc/kernels/quantize_tile.cuh that takes codes."""
+    return Kernel("quantize_tile.cuh", "requantize_1x128_t", (power_of_2_scales,))
 
 
 @overload
@@ -159,7 +250,7 @@ def quantize_128x128(
     device.
     """
     op = "quantize_128x128"
-    checks.tensor(op, "w", w, tuple(_INPUT), (2, 3))
+    checks.tensor(op, "w", w, tuple(NAMES), (2, 3))
     checks.multiple(op, "w", "K", w.shape[-1], 16)
     if checks.flag(op, "transpose", transpose):
         checks.multiple(op, "w", "N", w.shape[-2], 16)
@@ -186,14 +277,25 @@ def _quantize_128x128(
     q_t = QuantizedTensor(*_fake_128x128(w.mT, power_of_2_scales), SQUARE) if transpose else q
     arguments = (w, q.data, q.scales, q_t.data, q_t.scales, *w.shape[-2:])
     kernel = kernel_128x128(w.dtype, power_of_2_scales, transpose)
-    _launch_tiles("quantize_128x128", "w", kernel, q.scales.numel(), w, arguments)
+    down = q.scales.shape[:-1].numel()
+    launch_tiles("quantize_128x128", "w", w, kernel, threads_of(w.dtype), down, w.shape[-1], arguments)
     return q, q_t
 
 
 @functools.cache
 def kernel_128x128(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    return Kernel("quantize_tile.cuh", "quantize_128x128", (_INPUT[dtype], power_of_2_scales, transpose))
+    return Kernel("quantize_tile.cuh", "quantize_128x128", (NAMES[dtype], power_of_2_scales, transpose))
+
+
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    inputs = list(itertools.product(_INPUT, (False, True)))
+    return {
+        "quantize_1x128": [kernel_1x128(*facts) for facts in inputs],
+        "quantize_1x128_t": [kernel_1x128_t(*facts) for facts in inputs],
+        "quantize_128x128": [kernel_128x128(*facts, both) for facts in inputs for both in (False, True)],
+    }
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -228,6 +330,13 @@ def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
     return q.data, q.scales
 
 
+def _op_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, q_t = _quantize_1x128_both(x, group_offsets, power_of_2_scales)
+    return q.data, q.scales, q_t.data, q_t.scales
+
+
 def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
     q, _ = _quantize_128x128(w, power_of_2_scales, False)
     return q.data, q.scales
@@ -242,23 +351,32 @@ def _op_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.d
     return reference.dequantize(QuantizedTensor(data, scales, (block_rows, TILE))).to(dtype)
 
 
-def _fake_data(data: Tensor) -> Tensor:
-    return torch.empty(data.shape, dtype=torch.float8_e4m3fn, device=data.device)
-
-
 def _fake_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    return _fake_data(x), quantized.empty_mn_major(scales_shape(x.shape, ROW), x.device)
+    q = empty_rows(x.shape, x.device)
+    return q.data, q.scales
 
 
 def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
-    width, columns = x.shape[1], padded_tokens(x.shape[0], groups)
-    data = torch.empty(width, columns, dtype=torch.float8_e4m3fn, device=x.device)
-    return data, quantized.empty_mn_major((width, columns // TILE), x.device)
+    q_t = empty_transposed(x.shape, group_offsets, x.device)
+    return q_t.data, q_t.scales
+
+
+def _fake_1x128_both(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row_wise = _fake_1x128(x, power_of_2_scales)
+    return *row_wise, *_fake_1x128_t(x, group_offsets, power_of_2_scales)
+
+
+def _fake_requantize(
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake_1x128_t(data, group_offsets, power_of_2_scales)
 
 
 def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    return _fake_data(w), torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
+    data = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
+    return data, torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
 
 
 def _fake_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -272,6 +390,8 @@ def _fake_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch
 for _name, _op, _fake in (
     ("quantize_1x128", _op_1x128, _fake_1x128),
     ("quantize_1x128_t", _op_1x128_t, _fake_1x128_t),
+    ("quantize_1x128_both", _op_1x128_both, _fake_1x128_both),
+    ("requantize_1x128_t", _requantize_1x128_t, _fake_requantize),
     ("quantize_128x128", _op_128x128, _fake_128x128),
     ("quantize_128x128_both", _op_128x128_both, _fake_both),
     ("dequantize", _op_dequantize, _fake_dequantize),

@@ -10,6 +10,7 @@ values of `group_offsets` and `counts` are checked here, where they are read. GE
   arithmetic (`tensor_core`), then `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in FP32, K ascending.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
 
@@ -22,6 +23,7 @@ from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padde
 
 Accumulation = Literal["fp32", "hopper"]
 E4M3_MAX = 448.0
+E5M6_MAX = 65024.0
 SMALLEST_SCALE = 2.0**-126
 PANEL = 256  # columns dequantised at a time: larger temporaries cost more in page faults than they save
 WGMMA_K = 32
@@ -36,10 +38,10 @@ def _amax(tiles: Tensor, dim: int) -> Tensor:
     return torch.maximum(tiles.amax(dim), tiles.amin(dim).neg_())
 
 
-def _scales(amax: Tensor, power_of_2: bool) -> Tensor:
+def _scales(amax: Tensor, power_of_2: bool, largest: float = E4M3_MAX) -> Tensor:
     """Turns the magnitudes of tiles into their scales, in place. NaN stays NaN and Inf stays Inf."""
     zero = amax == 0
-    scales = amax.div_(E4M3_MAX).clamp_min_(SMALLEST_SCALE)
+    scales = amax.div_(largest).clamp_min_(SMALLEST_SCALE)
     if power_of_2:
         bits = scales.view(torch.int32)
         bits.copy_(torch.where(scales.isnan(), bits, (bits + 0x7FFFFF) & 0x7F800000))
@@ -63,12 +65,17 @@ def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTe
 
 
 def quantize_1x128_t(
-    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    op: str = "quantize_1x128_t",
 ) -> QuantizedTensor:
+    """`op` is whom an error names."""
     tokens, width = x.shape
     offsets = [0, tokens]
     if group_offsets is not None:
-        offsets = read_offsets("quantize_1x128_t", group_offsets, tokens, "the rows of x")
+        offsets = read_offsets(op, group_offsets, tokens, "the rows of x")
     columns = padded_tokens(tokens, len(offsets) - 1)
     if columns == tokens and len(offsets) == 2 and offsets[1] == tokens:
         values = x.float()
@@ -83,6 +90,17 @@ def quantize_1x128_t(
     data = _encode(tiles, scales.unsqueeze(1), values is not x).view(columns, width).t().contiguous()
     scales = scales.t()
     return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
+
+
+def quantize_1x128_both(
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    op: str = "quantize_1x128",
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op=op)
+    return quantize_1x128(x, power_of_2_scales=power_of_2_scales), q_t
 
 
 def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
@@ -129,6 +147,80 @@ def dequantize(q: QuantizedTensor) -> Tensor:
         return values
     scales = q.scales if rows == 1 else q.scales.repeat_interleave(rows, -2)[..., :m, :]
     return values.mul_(scales.repeat_interleave(TILE, -1)[..., :k])
+
+
+def requantize_1x128_t(
+    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+) -> QuantizedTensor:
+    return quantize_1x128_t(
+        dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
+    )
+
+
+# E5M6
+
+
+def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, two in three bytes, and power-of-two scales."""
+    m, k = x.shape
+    tiles = x.float().view(m, k // TILE, TILE)
+    scales = _scales(_amax(tiles, -1), True, E5M6_MAX)
+    values = tiles / scales.unsqueeze(-1)
+    magnitude = values.abs().double()
+    exponent = torch.frexp(magnitude.clamp_min(2.0**-14)).exponent - 1
+    significand = torch.ldexp(magnitude, 6 - exponent).round()  # halves to even
+    codes = torch.where(values.isnan(), 0x7FF, significand.int() + (exponent + 14) * 64)
+    codes += values.signbit().int() * 0x800
+    pairs = codes.view(m, k // 2, 2)
+    three = pairs[..., 0] | pairs[..., 1] << 12
+    data = torch.stack([three & 0xFF, three >> 8 & 0xFF, three >> 16], -1).to(torch.uint8)
+    return data.view(m, k // 2 * 3), scales
+
+
+def unpack_e5m6(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """A code is the upper 12 bits of a float16."""
+    m, k = data.shape[0], data.shape[1] // 3 * 2
+    three = data.view(m, k // 2, 3).int()
+    low, middle, high = three.unbind(-1)
+    codes = torch.stack([low | (middle & 0xF) << 8, middle >> 4 | high << 4], -1)
+    halves = (codes << 4).to(torch.int16).view(torch.float16)
+    tiles = halves.view(*scales.shape, TILE).float() * scales.unsqueeze(-1)
+    return tiles.view(m, k).to(dtype)
+
+
+# SwiGLU
+
+LOG2_E = 1.44269502
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + 2^(-x·log2 e)), each operation rounded to FP32; 0 where that is below 2^-126.
+
+    2^x and the reciprocal are the nearest floats, as in the emulator; a GPU's err in the last bits.
+    """
+    exp2 = torch.exp2((x * -LOG2_E).double()).float()
+    y = 1 / (1 + exp2)
+    return y.masked_fill_(y < SMALLEST_SCALE, 0.0)
+
+
+def swiglu(
+    x: Tensor, weights: Tensor | None = None, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+) -> Tensor:
+    """silu(gate)·up·weight in FP32, rounded to BF16, for x = [gate, up] along the last dimension."""
+    gate, up = x.float().chunk(2, -1)
+    y = gate * sigmoid(gate) * up
+    return (y if weights is None else y * weights.unsqueeze(-1)).bfloat16()
+
+
+def swiglu_backward(
+    dy: Tensor, x: Tensor, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x = [gate, up] `[M, 2·I]`, and silu(gate)·up `[M, I]`, both rounded to BF16."""
+    gate, up = x.float().chunk(2, -1)
+    d, s = dy.float(), sigmoid(gate)
+    silu = gate * s
+    d_gate = (d * up) * (s * (1 + gate * (1 - s)))
+    return torch.cat([d_gate, d * silu], -1).bfloat16(), (silu * up).bfloat16()
 
 
 # GEMM
@@ -203,6 +295,8 @@ def fp8_wgrad(
             f"at most {dy_t.shape[1]}, those of dy_t.data; quantise both operands with the same group_offsets"
         )
     for g, (start, end) in enumerate(pairwise(starts)):
+        if start == end and accumulate:
+            continue
         y = _matmul_nt(_columns(dy_t, start, end), _columns(x_t, start, end), accumulation)
         _write(out[g], y, accumulate)
     return out

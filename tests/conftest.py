@@ -17,3 +17,26 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "long" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def trained_tiny():
+    """(model, corpus): the tiny preset after 60 steps in BF16, for every test that needs a trained one."""
+    from dataclasses import replace
+
+    import torch
+
+    from dsv3_kernels.model import PRESETS
+    from dsv3_kernels.train.cli import TRAINABLE
+    from dsv3_kernels.train.data import load_corpus
+    from dsv3_kernels.train.trainer import Trainer
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # two that wait for each other are slower on a busy machine
+    config = replace(TRAINABLE["tiny"], steps=60)
+    corpus = load_corpus(None, config.seq_len + 1 + PRESETS["tiny"].num_nextn_predict_layers)
+    trainer = Trainer(PRESETS["tiny"], config, "bf16", corpus)
+    for _ in range(config.steps):
+        trainer.train_step()
+    torch.set_num_threads(threads)
+    return trainer.model.eval(), corpus

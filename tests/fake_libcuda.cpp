@@ -2,8 +2,8 @@
 // a GPU.
 //
 // $FAKE_CUDA_LOG names the file to write to; $FAKE_CUDA_VERSION and $FAKE_CUDA_CAPABILITY (90 is 9.0) are
-// what it claims to be; $FAKE_CUDA_FAIL names a function that fails. A kernel image is text: the bytes of
-// each parameter.
+// what it claims to be; $FAKE_CUDA_FAIL names a function that fails, $FAKE_CUDA_STATUS its status. A kernel
+// image is text: the bytes of each parameter.
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -55,7 +55,7 @@ int number(const char* variable, int otherwise) {
 
 Status reply(const char* function) {
     const char* failing = std::getenv("FAKE_CUDA_FAIL");
-    return failing && std::strcmp(failing, function) == 0 ? 1 : kSuccess;
+    return failing && std::strcmp(failing, function) == 0 ? number("FAKE_CUDA_STATUS", 1) : kSuccess;
 }
 
 void log(const std::string& line) {
@@ -138,6 +138,17 @@ FAKE(cuCtxPopCurrent_v2, (Handle * context)) {
     *context = current_context;
     current_context = nullptr;
     return kSuccess;
+}
+FAKE(cuMemHostAlloc, (void** host, size_t bytes, unsigned flags)) {
+    log("host " + std::to_string(bytes) + " flags " + std::to_string(flags) + " context " +
+        std::to_string(context_index(current_context)));
+    *host = std::malloc(bytes);
+    std::memset(*host, 0xff, bytes);
+    return reply("cuMemHostAlloc");
+}
+FAKE(cuMemHostGetDevicePointer_v2, (uint64_t* address, void* host, unsigned)) {
+    *address = reinterpret_cast<uint64_t>(host);
+    return reply("cuMemHostGetDevicePointer_v2");
 }
 FAKE(cuLibraryLoadData,
      (Handle * library, const void* image, void*, void*, unsigned, void*, void*, unsigned)) {

@@ -173,7 +173,9 @@ def test_clearing_names_the_folder(tmp_path, monkeypatch):
 
 
 def test_every_mend_is_a_command_for_this_package():
-    assert set(toolchain.MEND) == {"cuda-python", "nvrtc", "nvjitlink", "nvdisasm", "nvshmem"}
+    assert set(toolchain.MEND) == {
+        *("cuda-python", "nvrtc", "nvjitlink", "nvdisasm", "nvshmem", "cudart", "cccl")
+    }
     for mend in toolchain.MEND.values():
         assert mend.startswith("pip install ")
 

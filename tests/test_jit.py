@@ -225,3 +225,22 @@ def test_nvshmem_of_this_machine():
         pytest.skip("NVSHMEM is not installed")
     assert tuple(int(part) for part in found.version.split(".")) >= (3, 5, 0)
     assert (found.include / "nvshmem.h").is_file()
+
+
+@pytest.mark.parametrize(
+    ("missing", "match"),
+    [
+        ("cudart", r"headers of the CUDA runtime.*Mend: pip install 'nvidia-cuda-runtime>=13"),
+        ("cccl", r"headers of the CUDA C\+\+ libraries.*Mend: pip install 'nvidia-cuda-cccl>=13"),
+    ],
+)
+def test_missing_headers_are_named_with_their_mend(monkeypatch, tmp_path, missing, match):
+    for file in ("include/non_abi/nvshmem_version.h", "lib/libnvshmem_device.a", "lib/libnvshmem_host.so.3"):
+        (tmp_path / "nvshmem" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "nvshmem" / file).touch()
+    monkeypatch.setattr(toolchain, "_wheel_folders", lambda: iter([tmp_path / "nvshmem"]))
+    monkeypatch.setattr(toolchain, "_header_folder", lambda name: None if name == missing else tmp_path)
+    with pytest.raises(jit.ToolchainError, match=match):
+        jit.compile_ptx("#include <nvshmem.h>\n", nvshmem=True)
+    monkeypatch.setattr(toolchain, "_header_folder", lambda name: tmp_path)
+    assert toolchain.nvshmem_headers().folders == (tmp_path / "nvshmem" / "include", tmp_path, tmp_path)

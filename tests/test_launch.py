@@ -166,13 +166,58 @@ def test_a_failing_call_names_itself_the_driver_error_and_the_launch(run, functi
         def call():
             launch.launch(kernel, (3, 1, 1), (32, 1, 1), (on_cuda(),), shared_bytes=60_000)
         error = "CUDA_ERROR_INVALID_VALUE (1, invalid argument)"
-        for text in ("{function}", error, "dsv3::stub", "driver for CUDA 13.0"):
+        where = "device 0" if "{function}" == "cuDevicePrimaryCtxRetain" else "dsv3::stub"
+        for text in ("{function}", error, where, "driver for CUDA 13.0"):
             expect(_runtime.DriverError, text, call)
-        if "{function}" != "cuLibraryGetKernel":
+        if "{function}" in ("cuLaunchKernelEx", "cuKernelSetAttribute"):
             expect(RuntimeError, "grid (3, 1, 1), block (32, 1, 1), cluster (1, 1, 1), 60000 bytes", call)
         """,
         FAKE_CUDA_FAIL=function,
     )
+
+
+def test_a_gpu_without_memory_left_is_named_with_the_mend(run):
+    run(
+        """
+        call = lambda: launch.launch(Stub("u64", sizes="8"), (1, 1, 1), (32, 1, 1), (on_cuda(),))
+        expect(_runtime.DriverError, "Mend: free memory of the GPU, say by torch.cuda.empty_cache()", call)
+        """,
+        FAKE_CUDA_FAIL="cuLibraryLoadData",
+        FAKE_CUDA_STATUS="2",
+    )
+
+
+def test_a_device_error_is_raised_by_the_next_launch_and_by_synchronize(run):
+    log = run("""
+        import ctypes
+        from dsv3_kernels.device_error import DeviceValueError
+        tensors = on_cuda(0), on_cuda(1)
+        words = [launch.error_flag(tensor) for tensor in tensors]
+        assert [launch.error_flag(tensor) for tensor in tensors] == words and words[0] != words[1]
+        def store(device, code): ctypes.c_uint32.from_address(words[device]).value = code
+        kernel = Stub("u64", "u64", sizes="8 8")
+        def call(device):
+            tensor = tensors[device]
+            launch.launch(kernel, (1, 1, 1), (32, 1, 1), (tensor, launch.error_flag(tensor)))
+        store(1, 2)
+        call(0)  # the words of two devices are apart
+        expect(DeviceValueError, "masked_grouped_fp8_gemm: counts held a value outside 0 to max_m", call, 1)
+        call(1)
+
+        waited = []
+        torch.cuda.is_available = lambda: True
+        torch.cuda.synchronize = waited.append
+        torch.cuda._utils._get_device_index = lambda device, optional: device or 0
+        store(1, 1)
+        launch.synchronize()
+        expect(DeviceValueError, "on cuda:1: what it returned is not valid", launch.synchronize, 1)
+        launch.synchronize(1)
+        assert waited == [None, 1, 1]
+    """)
+    assert [line for line in log if line.startswith("host")] == [
+        f"host 4 flags 3 context {device}" for device in (0, 1)
+    ]
+    assert sum(line.startswith("launch") for line in log) == 2
 
 
 def test_an_unsupported_gpu_is_refused_before_anything_is_loaded(run):
@@ -241,11 +286,13 @@ def test_the_world_follows_the_tensors(monkeypatch):
     with pytest.raises(ValueError, match="got no tensor"):
         launch.launch(kernel, (1, 1, 1), (32, 1, 1), (1, 2.0))
 
-    with pytest.raises(NotImplementedError, match=r"some_op: there is no kernel yet.*for the reference"):
-        launch.no_kernel("some_op")
-
     calls = []
-    gpu = types.SimpleNamespace(launch=lambda *args, **kwargs: calls.append((args, kwargs)))
+
+    class Gpu:
+        def launch(self, *args, **kwargs):
+            calls.append((args, kwargs))
+
+    gpu = Gpu()
     emulator = types.SimpleNamespace(current=lambda: gpu)
     monkeypatch.setitem(sys.modules, "dsv3_kernels.emulator", emulator)
     assert launch.world(cpu) == "emulator"
@@ -298,3 +345,55 @@ def test_a_tensor_map_is_encoded_innermost_first():
 
     view = TensorMap(tensor, (8, 32), 64, shape=(240, 64), strides=(64, 1)).encoding
     assert (view.shape, view.strides, view.box) == ((64, 240), (128,), (32, 8))
+
+
+def test_a_prepared_launch_is_a_launch_with_the_tensors_put_in(run):
+    log = run("""
+        from dsv3_kernels.tensor_map import MapLayout
+        kernel = Stub("b8[128]", "u64", "u32", "u64", sizes="128 8 4 8")
+        layout = MapLayout(torch.bfloat16, (8, 32), (64, 64), (64, 1), 64)
+        options = dict(cluster=(2, 1, 1), shared_bytes=100_000, programmatic=True)
+        parameters = (layout, launch.Slot.ADDRESS, 7, launch.Slot.ERROR_WORD)
+        prepared = launch.Prepared(kernel, (5, 6, 7), (128, 2, 1), parameters, **options)
+        for device in (0, 1, 0):
+            tensor = on_cuda(device)
+            prepared(tensor, tensor)
+            args = (TensorMap(tensor, (8, 32), 64), tensor, 7, launch.error_flag(tensor))
+            launch.launch(kernel, (5, 6, 7), (128, 2, 1), args, **options)
+        expect(TypeError, "got 1 tensors, expected 2", prepared, tensor)
+        expect(ValueError, "argument 1 on", prepared, tensor, on_cuda(1))
+    """)
+    launches = [line for line in log if line.startswith("launch")]
+    assert len(launches) == 6
+    for prepared, plain in zip(launches[::2], launches[1::2], strict=True):
+        assert prepared == plain
+    assert launches[0] == launches[4] != launches[2]
+
+
+def test_an_encoding_is_remembered_by_all_that_it_holds(run):
+    """Memory that is freed and used again: an equal address and shape is one encoding, all else another."""
+    log = run("""
+        from dsv3_kernels.tensor_map import MapLayout
+        class At(OnCuda):
+            address = 0x7000
+            def data_ptr(self): return self.address
+        kernel = Stub("b8[128]", sizes="128")
+        def call(address, **changes):
+            tensor = torch.zeros(64, 64, dtype=torch.bfloat16).as_subclass(At)
+            tensor.address = address
+            facts = dict(dtype=torch.bfloat16, box=(8, 32), shape=(64, 64), strides=(64, 1), swizzle=64)
+            facts |= changes
+            launch.Prepared(kernel, (1, 1, 1), (32, 1, 1), (MapLayout(**facts),))(tensor)
+            box = facts.pop("box")
+            if facts.pop("dtype") == torch.bfloat16:
+                launch.launch(kernel, (1, 1, 1), (32, 1, 1), (TensorMap(tensor, box, **facts),))
+        variants = (dict(), dict(box=(4, 32)), dict(shape=(32, 64)), dict(strides=(128, 1)),
+                    dict(swizzle=128), dict(dtype=torch.float16), dict(fill_nan=True),
+                    dict(l2_promotion=128), dict(element_strides=(2, 1)))
+        for _ in range(2):
+            for address in (0x7000, 0x9000):
+                for changes in variants:
+                    call(address, **changes)
+    """)
+    maps = [line for line in log if line.startswith("map")]
+    assert len(maps) == len(set(maps)) == 18

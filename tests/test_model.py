@@ -7,33 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_helpers import SMALL, model_of
 
-from dsv3_kernels.model import PRESETS, DeepSeekV3, ModelConfig, count_parameters
-from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
+from dsv3_kernels.model import PRESETS, DeepSeekV3, count_parameters
+from dsv3_kernels.model.attention import MultiHeadLatentAttention
 from dsv3_kernels.model.moe import MoE, Routing, choose_experts, sequence_balance_loss
+from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
-
-SMALL = ModelConfig(
-    vocab_size=40,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=16,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=8,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    routed_scaling_factor=1.5,
-    max_position_embeddings=32,
-    initializer_range=0.2,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -42,16 +22,6 @@ def seed():
     print(f"seed {value}")
     torch.manual_seed(value)
     return value
-
-
-def model_of(config=SMALL, recipe=BF16, dtype=torch.float32):
-    model = DeepSeekV3(config, recipe)
-    model.initialize(int(torch.randint(1 << 30, ())))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.uniform_(0.5, 1.5)  # norm weights of one would hide a missing multiplication
-    return model.to(dtype)
 
 
 def wide(module):
@@ -168,8 +138,7 @@ def test_attention_against_float64():
         for parameter in attention.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
     x = torch.randn(2, 9, 64, requires_grad=True)
-    angles = rope_angles(9, 16, SMALL.rope_theta, x.device)
-    y = attention(x, angles.cos(), angles.sin())
+    y = attention(x, *rope_table(torch.arange(9), 16, SMALL.rope_theta))
     dy = torch.randn_like(y)
     y.backward(dy)
     reference, x64 = wide(attention), x.detach().double().requires_grad_()
@@ -427,7 +396,7 @@ def test_causal():
 
 
 def mtp_logits(model, tokens, ahead):
-    cos, sin = model._rope(tokens.shape[1])
+    cos, sin = model._rope(0, tokens.shape[1])
     hidden, _ = model._trunk(tokens, cos, sin)
     _, normed, _ = model.mtp[0](model.embedding(ahead), model.norm(hidden), cos, sin)
     return model.head(normed)
@@ -515,7 +484,7 @@ def test_initialisation_is_a_function_of_the_seed():
     c.initialize(4)
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
     assert not torch.equal(a.head.weight, c.head.weight)
-    assert float(a.embedding.weight.std()) == pytest.approx(SMALL.initializer_range, rel=0.1)
+    assert a.embedding.weight.std().item() == pytest.approx(SMALL.initializer_range, rel=0.1)
 
 
 def test_parameter_counts_of_deepseek_v3():

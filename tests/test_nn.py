@@ -165,16 +165,14 @@ def test_one_quantiser_pass_an_operand_and_one_gemm_each(calls, grouped):
         return grouped_fp8_linear(x, w[None], offsets_of([40])) if grouped else fp8_linear(x, w)
 
     run(x, w).backward(dy)
-    both = {"quantize_1x128": 2, "quantize_1x128_t": 2, "quantize_128x128": 1, gemm: 2, "fp8_wgrad": 1}
-    assert calls == both
+    every = {"quantize_1x128": 2, "quantize_128x128": 1, gemm: 2, "fp8_wgrad": 1}
+    assert calls == every
     calls.clear()
     run(x.detach(), w).backward(dy)  # the first layer: no input gradient
-    assert calls == both | {"quantize_1x128": 1, gemm: 1}
+    assert calls == every | {"quantize_1x128": 1, "quantize_1x128_t": 1, gemm: 1}
     calls.clear()
     run(x, w.detach()).backward(dy)  # a frozen weight: no weight gradient
-    assert calls["fp8_wgrad"] == 0
-    assert calls["quantize_1x128_t"] == 0
-    assert calls[gemm] == 2
+    assert calls == {"quantize_1x128": 2, "quantize_128x128": 1, gemm: 2}
     calls.clear()
     with torch.no_grad():
         run(x, w)

@@ -12,6 +12,7 @@ from dsv3_kernels.jit.disassemble import Sass, disassemble
 QUANTIZE_REGISTERS = 80
 # Four blocks of 128 threads, or two of 256, share an SM.
 QUANTIZE_TILE_REGISTERS = 128
+REQUANTIZE_REGISTERS = 168  # six blocks of 64
 QUANTIZE = list(itertools.product(("Bf16", "Fp16", "float"), (False, True)))
 
 
@@ -33,37 +34,53 @@ def test_quantize_1x128(input_type, power_of_2):
     corrections = 0 if power_of_2 else 4 * 16 * steps
     assert corrections <= sass.count("FFMA") <= corrections + 48
 
-    assert sass.local_memory == 0
     assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0
-    assert sass.registers <= cubin.resources.registers <= QUANTIZE_REGISTERS
+    check_resources(cubin, sass, QUANTIZE_REGISTERS)
+
+
+def check_resources(cubin, sass, registers):
+    """No spills, no local memory."""
     resources = cubin.resources
+    assert sass.local_memory == 0
+    assert sass.registers <= resources.registers <= registers
     assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
 
 
-def check_quantize_tile(kernel, input_type, power_of_2, orientations):
-    """What the kernels of quantize_tile.cuh share; a thread holds 16 rows of 16 bytes."""
+def check_quantize_tile(kernel, input_type, power_of_2, orientations, encoded=1):
+    """What the kernels of quantize_tile.cuh share; a thread holds 16 rows of 16 bytes.
+
+    encoded: how often a value is encoded, which is once for each scale it has.
+    """
     cubin = kernel.cubin()
     sass, columns = disassemble(cubin.image), 4 if input_type == "float" else 8
     assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 16
     assert sass.widths("STG") == {128: columns * orientations, 32: orientations}
-    assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8, "a value is encoded once, whatever its places"
-    assert sass.count("FCHK") == 1
-    corrections = 0 if power_of_2 else 4 * 16 * columns
-    assert corrections <= sass.count("FFMA") <= corrections + 48
-    assert sass.local_memory == 0
-    assert sass.registers <= cubin.resources.registers <= QUANTIZE_TILE_REGISTERS
-    resources = cubin.resources
-    assert (resources.stack_bytes, resources.spill_store_bytes, resources.spill_load_bytes) == (0, 0, 0)
+    assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8 * encoded
+    assert sass.count("FCHK") == encoded, "a division for each scale"
+    corrections = 0 if power_of_2 else 4 * 16 * columns * encoded
+    assert corrections <= sass.count("FFMA") <= corrections + 48 * encoded * encoded
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
     return sass, columns
 
 
+@pytest.mark.parametrize("row_wise", [False, True], ids=["one_orientation", "both"])
 @pytest.mark.parametrize(("input_type", "power_of_2"), QUANTIZE)
-def test_quantize_1x128_t(input_type, power_of_2):
-    kernel = Kernel("quantize_tile.cuh", "quantize_1x128_t", (input_type, power_of_2))
-    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, orientations=1)
+def test_quantize_1x128_t(input_type, power_of_2, row_wise):
+    kernel = Kernel("quantize_tile.cuh", "quantize_1x128_t", (input_type, power_of_2, row_wise))
+    sass, columns = check_quantize_tile(kernel, input_type, power_of_2, 1 + row_wise, 1 + row_wise)
     assert sass.widths("LDG") == {128: 16, 32: 2}, "beside x, a group's two offsets"
-    assert sass.widths("STS") == {128: columns, 32: columns + 1}
+    stores = sass.widths("STS")
+    assert stores[128] == columns and stores[64] == (16 if columns == 8 and row_wise else 0)
     assert sass.count("BAR.SYNC") == 3
+
+
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_requantize_1x128_t(power_of_2):
+    cubin = Kernel("quantize_tile.cuh", "requantize_1x128_t", (power_of_2,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 16
+    assert sass.widths("STG")[128] == 16 and sass.widths("STS")[128] == 16
+    check_resources(cubin, sass, REQUANTIZE_REGISTERS)
 
 
 @pytest.mark.parametrize("transpose", [False, True], ids=["one_orientation", "both"])
@@ -75,6 +92,49 @@ def test_quantize_128x128(input_type, power_of_2, transpose):
     stores = sass.widths("STS")
     assert stores[128] == columns * transpose and stores[64] == (16 if columns == 8 else 0)
     assert sass.count("BAR.SYNC") == 2
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_swiglu_quantize(power_of_2, transpose):
+    cubin = Kernel("swiglu.cuh", "swiglu_quantize", (power_of_2, transpose)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.count("LDG.E.128.CONSTANT") == sass.widths("LDG")[128] == 32, "gate and up"
+    assert sass.widths("STG") == {128: 8 * (1 + transpose), 32: 1 + transpose}
+    assert sass.count("MUFU.EX2") == 128, "a sigmoid a value"
+    assert sass.count("F2FP.SATFINITE.E4M3") == 64 * (1 + transpose)
+    assert sass.count("BAR.SYNC") == 3
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("power_of_2", [False, True])
+def test_swiglu_backward_quantize(power_of_2, recompute):
+    """Four columns a thread: loads of 4 and 8 bytes, a whole line a warp."""
+    cubin = Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2, recompute)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {64: 16, 32: 2 * 16 + 3}, "dy; gate, up, a scale and a group's offsets"
+    assert sass.widths("STG") == {128: 4 * (4 + recompute), 32: 4 + recompute}
+    assert sass.count("MUFU.EX2") == 64 * (1 + recompute)
+    assert sass.count("BAR.SYNC") == 1 + 3 * (2 + recompute)
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
+@pytest.mark.parametrize("input_type", ["Bf16", "Fp16", "float"])
+def test_pack_e5m6(input_type):
+    cubin = Kernel("e5m6.cuh", "pack_e5m6", (input_type,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {128: 8 if input_type == "float" else 4}
+    assert sass.widths("STG") == {128: 3, 32: 4}, "codes; a scale a tile"
+    check_resources(cubin, sass, 64)
+
+
+@pytest.mark.parametrize("output_type", ["Bf16", "float"])
+def test_unpack_e5m6(output_type):
+    cubin = Kernel("e5m6.cuh", "unpack_e5m6", (output_type,)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {128: 3, 32: 1} and set(sass.widths("STG")) == {128}
+    check_resources(cubin, sass, 64)
 
 
 def sass_of(body):

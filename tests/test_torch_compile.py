@@ -6,7 +6,7 @@ from fp8_helpers import fresh_generator
 from torch.utils._pytree import tree_flatten
 
 import dsv3_kernels as dk
-from dsv3_kernels import gemm, quantize, wgrad  # noqa: F401  (registers the ops)
+from dsv3_kernels import e5m6, gemm, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
 
@@ -32,17 +32,29 @@ def op_samples():
     yield "quantize_1x128_t", (draw(40, 24), None, False)
     yield "quantize_1x128_t", (draw(128, 24), None, True)
     yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True)
+    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False)
+    yield "requantize_1x128_t", (*as_tensors(a), OFFSETS, True)
+    yield "requantize_1x128_t", (*as_tensors(a), None, False)
     yield "quantize_128x128", (draw(2, 24, 272), False)
     yield "quantize_128x128", (draw(128, 256), True)
     yield "quantize_128x128_both", (draw(32, 272), True)
     yield "quantize_128x128_both", (draw(2, 128, 128), False)
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
+    yield "pack_e5m6", (draw(5, 256),)
+    yield "unpack_e5m6", (*dk.pack_e5m6(draw(5, 256)), torch.bfloat16)
+    gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
+    yield "swiglu_quantize", (gate_up, None, True)
+    yield "swiglu_quantize_both", (gate_up, draw(40), OFFSETS, False)
+    backward = (dy, *as_tensors(dk.quantize_1x128(gate_up)), OFFSETS, True)
+    yield "swiglu_backward_quantize", backward
+    yield "swiglu_backward_quantize_y", backward
     yield "fp8_gemm", tuple(as_tensors(a, b))
     yield "grouped_fp8_gemm", (*as_tensors(a, b3), OFFSETS)
     yield "masked_grouped_fp8_gemm", (*as_tensors(a3, b3), torch.tensor([7, 0, 3], dtype=torch.int32))
-    yield "fp8_wgrad", (*dense, draw(24, 16), False, None)
-    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS)
+    yield "fp8_wgrad", (*dense, draw(24, 16), False, None, None)
+    yield "fp8_wgrad", (*grouped, draw(3, 24, 16), True, OFFSETS, 8)
 
 
 @pytest.fixture
@@ -68,10 +80,23 @@ def linear_step(x, w, dy, out):
     """Forward, input gradient and weight gradient of a linear layer."""
     w_q, w_t = dk.quantize_128x128(w, transpose=True)
     y = dk.fp8_gemm(dk.quantize_1x128(x), w_q)
-    dx = dk.fp8_gemm(dk.quantize_1x128(dy), w_t)
-    dw = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x, power_of_2_scales=True))
+    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True)
+    dw = dk.fp8_wgrad(dy_t, dk.quantize_1x128_t(x, power_of_2_scales=True))
+    dx = dk.fp8_gemm(dy_q, w_t)
     total = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x), out, accumulate=True)
     return y, dx, dw, total + 1, dk.dequantize(w_q), dk.dequantize((w_q.data, w_q.scales), torch.bfloat16)
+
+
+def swiglu_step(x, w, dy, out):
+    """Through the FP8 codes of x and back; w and out only fill the places."""
+    gate_up, dy = x[:, :256].bfloat16().contiguous(), torch.cat([dy] * 4, -1).bfloat16()
+    q = dk.swiglu_quantize(gate_up)
+    q_both, q_t = dk.swiglu_quantize(gate_up, x[:, 256].contiguous(), transpose=True)
+    pair = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up))
+    triple = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), recompute=True)
+    out.add_(1)
+    kept = dk.unpack_e5m6(dk.pack_e5m6(gate_up))
+    return [kept] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple)]
 
 
 def experts_step(x, w, dy, out, offsets):
@@ -86,7 +111,7 @@ def experts_step(x, w, dy, out, offsets):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("step", [linear_step, experts_step])
+@pytest.mark.parametrize("step", [linear_step, swiglu_step, experts_step])
 def test_compiled_equals_eager(step, backend):
     """Values, strides and the mutated `out`; a second shape takes the dynamic-shape path."""
     torch._dynamo.reset()

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "numerics.hpp"
+#include "nvshmem_layout.hpp"
 #include "tensor_core.hpp"
 #include "tensor_map.hpp"
 
@@ -273,6 +274,23 @@ void bind_tensor_map(py::module_& m) {
         });
 }
 
+/// What is assumed of NVSHMEM's headers, by the names that they use: offsets, sizes and numbers.
+py::dict nvshmem_layout() {
+    namespace layout = emulator::nvshmem;
+    auto fill = [](const auto& named) {
+        py::dict d;
+        for (const layout::Named& one : named) d[one.name] = one.value;
+        return d;
+    };
+    py::dict state = fill(layout::state_fields), team = fill(layout::team_fields), all;
+    state["sizeof"] = layout::state_bytes;
+    team["sizeof"] = layout::team_bytes;
+    all["nvshmemi_device_host_state_t"] = state;
+    all["nvshmemi_team_t"] = team;
+    all["numbers"] = fill(layout::numbers);
+    return all;
+}
+
 }  // namespace
 
 void bind_leaves(py::module_& m) {
@@ -280,6 +298,7 @@ void bind_leaves(py::module_& m) {
     bind_numerics(leaves);
     bind_tensor_core(leaves);
     bind_tensor_map(leaves);
+    leaves.def("nvshmem_layout", &nvshmem_layout);
 }
 
 }  // namespace dsv3

@@ -127,7 +127,7 @@ Flow atomic(Context& c, const Inst& i) {
         Context one = c;
         one.mask = 1u << l;
         acquire_from(one, op, targets, bytes);
-        if (c.checks) c.publish(targets[l], bytes, release_of(c, op, l), true);
+        if (c.checks) c.publish(targets[l], bytes, release_of(c, op, targets[l], l), true);
     }
     if (!op.no_result) {
         for (int k = 0; k < op.vector; k++) {

@@ -55,7 +55,7 @@ Flow call(Context& c, const Inst& i) {
     const CallTarget& t = *static_cast<const CallTarget*>(i.extra);
     if (t.external >= 0) {
         const std::string& name = c.w.cta->launch->program->externals[static_cast<size_t>(t.external)];
-        NetworkCall provided = c.m.externs.count(name) ? nullptr : network_call(name);
+        NetworkCall provided = c.m.externs.count(name) ? NetworkCall{} : network_call(name);
         if (provided) return provided(c, i, t);
         for (uint32_t rest = c.mask; rest; rest &= rest - 1) call_external(c, t, __builtin_ctz(rest));
         return Flow::Next;

@@ -58,7 +58,8 @@ std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count) {
 bool init_visible(const AccessLog& log, const Mbarrier& b, const Knowledge& k, const Warp* by, int lane, bool async) {
     const Access& a = log[b.init_access];
     if (async) return k.init.knows(a.agent, b.init_lane, a.time) || k.proxy.knows(a.agent, b.init_lane, a.time);
-    return (by && by->agent == a.agent && lane == b.init_lane) || k.generic.knows(a.agent, b.init_lane, a.time) || k.init.knows(a.agent, b.init_lane, a.time);
+    return (by && by->agent == a.agent && lane == b.init_lane) || k.generic.knows(a.agent, b.init_lane, a.time) ||
+           k.init.knows(a.agent, b.init_lane, a.time);
 }
 
 Mbarrier& find_mbarrier(const Context& c, const Target& t, int lane) {

@@ -31,6 +31,8 @@ void take_cache_hints(Decode& d, const Operand** policy) {
 
 namespace {
 
+bool synchronises(const Target& t) { return t.region && t.region->synchronises; }
+
 Warp::Fences& fences(Warp& w) {
     if (!w.fences) w.fences = std::make_unique<Warp::Fences>();
     return *w.fences;
@@ -155,11 +157,12 @@ Flow store(Context& c, const Inst& i) {
             uint64_t v = op.wide_value ? get<uint64_t>(c.src(i.list[k]), l) : c.src(i.list[k])[l];
             std::memcpy(value + static_cast<uint32_t>(k) * size, &v, size);
         }
-        if (op.order == Order::Release) c.make_visible(1u << l, op.scope);
-        Published released = release_of(c, op, l);
+        bool passes = synchronises(targets[l]);
+        if (op.order == Order::Release || passes) c.make_visible(1u << l, op.scope);
+        Published released = release_of(c, op, targets[l], l);
         if (Region* r = targets[l].region) {
             // A plain store that another thread could see too early is a race, which the checks report.
-            if (op.order == Order::Weak) c.m.settle(*r, targets[l].offset, bytes);
+            if (op.order == Order::Weak || passes) c.m.settle(*r, targets[l].offset, bytes);
             else for (uint32_t k = 0; k < bytes; k += size) c.delay(element(targets[l], k), size, l);
         }
         bool same = std::memcmp(targets[l].data, value, bytes) == 0;
@@ -225,8 +228,8 @@ constexpr uint32_t sequential = 8;  ///< fence.sc; beside the scope in `flags`
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (i.imm == fence_memory) c.make_visible(c.mask, static_cast<Scope>(i.flags & 7), i.flags & sequential);
-    if (!c.checks) return Flow::Yield;
+    if (i.imm == fence_memory) memory_fence(c, static_cast<Scope>(i.flags & 7), i.flags & sequential);
+    if (!c.checks || i.imm == fence_memory) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -235,16 +238,6 @@ Flow fence(Context& c, const Inst& i) {
         Clock own = k.generic;
         own.add(w.agent, bit, now);
         switch (i.imm) {
-            case fence_memory: {
-                Warp::Fences& f = fences(w);
-                Scope scope = static_cast<Scope>(i.flags & 7);
-                size_t s = static_cast<size_t>(l);
-                for (int at = 0; at <= reach_of(scope); at++) k.join(f.pending[at][s]);
-                f.released[s] = k;
-                f.time[s] = now;
-                f.scope[s] = scope;
-                break;
-            }
             case fence_proxy_async:
                 if (i.flags & of_shared) k.proxy.join(own);
                 if (i.flags & of_global) k.proxy_global.join(own);
@@ -304,12 +297,27 @@ void decode_fence(Decode& d, bool membar) {
 
 }  // namespace
 
+void memory_fence(Context& c, Scope scope, bool sequential) {
+    c.make_visible(c.mask, scope, sequential);
+    if (!c.checks) return;
+    uint32_t now = c.w.now++;
+    Warp::Fences& f = fences(c.w);
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        size_t l = static_cast<size_t>(__builtin_ctz(rest));
+        Knowledge& k = c.w.known[l];
+        for (int at = 0; at <= reach_of(scope); at++) k.join(f.pending[at][l]);
+        f.released[l] = k;
+        f.time[l] = now;
+        f.scope[l] = scope;
+    }
+}
+
 void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_t bytes) {
     if (!c.checks) return;
-    bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel;
     uint32_t left = c.mask;
     while (left) {
         const Target& t = targets[__builtin_ctz(left)];
+        bool acquires = op.order == Order::Acquire || op.order == Order::AcqRel || synchronises(t);
         uint32_t same = 0;
         for (uint32_t rest = left; rest; rest &= rest - 1)
             if (targets[__builtin_ctz(rest)].data == t.data) same |= rest & -rest;
@@ -331,11 +339,11 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
     }
 }
 
-Published release_of(Context& c, const MemoryOp& op, int lane) {
+Published release_of(Context& c, const MemoryOp& op, const Target& target, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
     p.from = c.w.cta->locality();
-    if (op.order == Order::Release || op.order == Order::AcqRel) {
+    if (op.order == Order::Release || op.order == Order::AcqRel || synchronises(target)) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;
     } else if (c.w.fences && c.w.fences->time[static_cast<size_t>(lane)]) {

@@ -21,6 +21,7 @@ struct Region {
     std::string name;
     bool alive = true;
     bool constant = false;
+    bool synchronises = false;  ///< volatile accesses release and acquire: NVSHMEM's barrier passes here without fences
     int rank = 0;
     std::vector<uint8_t> owned;
     Shadow shadow;

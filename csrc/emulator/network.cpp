@@ -4,12 +4,60 @@
 #include <cstring>
 
 #include "copy.hpp"
+#include "numerics.hpp"
+#include "nvshmem_layout.hpp"
 
 namespace dsv3::emulator {
 namespace {
 
 constexpr uint32_t default_queue_pairs = 4, max_pieces = 4;
 constexpr uint64_t for_good = UINT64_MAX;
+constexpr int every = INT32_MIN;
+
+/// Does a list of queue pairs, as a caller named them, hold this one? An empty list holds all.
+bool names(const std::vector<int>& queue_pairs, int index) {
+    return queue_pairs.empty() || std::any_of(queue_pairs.begin(), queue_pairs.end(), [&](int q) {
+        return q == index || (q == static_cast<int>(nvshmem::qp_default) && index < 0);
+    });
+}
+
+uint64_t sum(Type type, uint64_t a, uint64_t b) {
+    switch (type) {
+        case Type::F32: return float_bits(bits_float(static_cast<uint32_t>(a)) + bits_float(static_cast<uint32_t>(b)));
+        case Type::F16: return float_to_f16(f16_to_float(static_cast<uint16_t>(a)) + f16_to_float(static_cast<uint16_t>(b)));
+        case Type::F64: {
+            double x, y;
+            std::memcpy(&x, &a, 8);
+            std::memcpy(&y, &b, 8);
+            x += y;
+            std::memcpy(&a, &x, 8);
+            return a;
+        }
+        default: return a + b;
+    }
+}
+
+/// What an atomic leaves in memory.
+uint64_t result_of(const Network::Atomic& atomic, uint64_t old) {
+    switch (atomic.op) {
+        case nvshmem::amo_inc: case nvshmem::amo_fetch_inc: return old + 1;
+        case nvshmem::amo_add: case nvshmem::amo_fetch_add: case nvshmem::amo_signal_add: return sum(atomic.type, old, atomic.value);
+        case nvshmem::amo_and: case nvshmem::amo_fetch_and: return old & atomic.value;
+        case nvshmem::amo_or: case nvshmem::amo_fetch_or: return old | atomic.value;
+        case nvshmem::amo_xor: case nvshmem::amo_fetch_xor: return old ^ atomic.value;
+        case nvshmem::amo_fetch: return old;
+        case nvshmem::amo_compare_swap: return old == atomic.compare ? atomic.value : old;
+        default: return atomic.value;
+    }
+}
+
+bool known(int op) {
+    return (op >= static_cast<int>(nvshmem::amo_inc) && op <= static_cast<int>(nvshmem::amo_signal_add)) ||
+           (op >= static_cast<int>(nvshmem::amo_fetch) && op <= static_cast<int>(nvshmem::amo_compare_swap));
+}
+bool replaces(int op) {
+    return op == nvshmem::amo_set || op == nvshmem::amo_signal || op == nvshmem::amo_signal_set;
+}
 
 }  // namespace
 
@@ -25,8 +73,7 @@ class Network::Delivery : public Operation {
 };
 
 Network::Network(int ranks, int ranks_per_node, LinkModel nvlink, LinkModel infiniband)
-    : ranks_(ranks), ranks_per_node_(ranks_per_node), nvlink_(nvlink), infiniband_(infiniband),
-      fences_(static_cast<size_t>(ranks)), dead_(static_cast<size_t>(ranks)) {}
+    : ranks_(ranks), ranks_per_node_(ranks_per_node), nvlink_(nvlink), infiniband_(infiniband), dead_(static_cast<size_t>(ranks)) {}
 
 uint64_t Network::translate(const Context& c, uint64_t address, int to, int lane) const {
     if (to < 0 || to >= ranks_)
@@ -37,42 +84,92 @@ uint64_t Network::translate(const Context& c, uint64_t address, int to, int lane
     return heap_base + static_cast<uint64_t>(to) * heap_stride + offset;
 }
 
-int Network::choose_queue_pair(Machine& m, int queue_pair) const {
-    if (queue_pair != default_queue_pair && queue_pair != any_queue_pair) return queue_pair;
-    return -1 - static_cast<int>(m.random.below(default_queue_pairs));
+int Network::choose_queue_pair(const Context& c, int queue_pair, int lane) const {
+    if (queue_pair == static_cast<int>(nvshmem::qp_default) || queue_pair == static_cast<int>(nvshmem::qp_any))
+        return -1 - static_cast<int>(c.m.random.below(default_queue_pairs));
+    if (queue_pair <= static_cast<int>(nvshmem::qp_host))
+        c.fail(ErrorKind::MemoryAccess, "queue pair " + std::to_string(queue_pair) + ": expected NVSHMEMX_QP_DEFAULT, NVSHMEMX_QP_ANY or a handle of 2 and more", lane);
+    return queue_pair;
 }
 
-void Network::put(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, int rank, int queue_pair) {
-    if (bytes == 0) return;
+std::unique_ptr<Network::Request> Network::copy_request(Context& c, Kind kind, int lane, uint64_t bytes) {
     auto r = std::make_unique<Request>();
-    r->to = translate(c, to, rank, lane);
-    r->from = from;
+    r->kind = kind;
+    r->lane = lane;
     r->bytes = bytes;
-    Region* source = c.m.memory.find(from);
-    if (!source || !source->alive || from + bytes > source->base + source->size)
-        c.fail(ErrorKind::MemoryAccess, "sends " + std::to_string(bytes) + " bytes from outside all allocations; " + c.m.memory.describe(from), lane);
     uint64_t parts = c.m.options.schedule == "random" || c.m.options.schedule == "pct" ? 1 + c.m.random.below(max_pieces) : 1;
     parts = std::min(parts, bytes);
     for (uint64_t i = 0; i < parts; i++) r->pieces.push_back({bytes * i / parts, bytes * (i + 1) / parts});
     for (uint64_t i = parts; i > 1; i--) std::swap(r->pieces[i - 1], r->pieces[c.m.random.below(static_cast<uint32_t>(i))]);
-    post(c, inst, lane, rank, queue_pair, std::move(r));
+    return r;
 }
 
-void Network::atomic(Context& c, const Inst& inst, int lane, uint64_t to, const Atomic& atomic, int rank, int queue_pair) {
+void Network::put(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, Route route) {
+    uint64_t remote = translate(c, to, route.rank, lane);
+    if (bytes == 0) return;
+    auto r = copy_request(c, Kind::Put, lane, bytes);
+    r->to = remote;
+    r->from = from;
+    Region* source = c.m.memory.find(from);
+    if (!source || !source->alive || from + bytes > source->base + source->size)
+        c.fail(ErrorKind::MemoryAccess, "sends " + std::to_string(bytes) + " bytes from outside all allocations; " + c.m.memory.describe(from), lane);
+    post(c, inst, route, std::move(r));
+}
+
+void Network::put_value(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t value, uint64_t bytes, Route route) {
     auto r = std::make_unique<Request>();
-    r->to = translate(c, to, rank, lane);
-    r->bytes = atomic.bytes;
-    r->is_atomic = true;
-    r->atomic = atomic;
-    if (r->to % atomic.bytes) c.fail(ErrorKind::MemoryAccess, "the signal is not aligned to " + std::to_string(atomic.bytes) + " bytes", lane);
-    post(c, inst, lane, rank, queue_pair, std::move(r));
+    r->kind = Kind::Value;
+    r->lane = lane;
+    r->to = translate(c, to, route.rank, lane);
+    r->bytes = bytes;
+    r->atomic.value = value;
+    post(c, inst, route, std::move(r));
 }
 
-void Network::post(Context& c, const Inst& inst, int lane, int rank, int queue_pair, std::unique_ptr<Request> request) {
+/// Reads rank's `from`, a symmetric address, into `to`; without memory to write to (`to` is 0) it is the call's answer.
+void Network::get(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, Route route) {
+    uint64_t remote = translate(c, from, route.rank, lane);
+    if (bytes == 0) return;
+    auto r = copy_request(c, Kind::Get, lane, bytes);
+    r->to = to;
+    r->from = remote;
+    r->answers = true;
+    Region* destination = to ? c.m.memory.find(to) : nullptr;
+    if (to && (!destination || !destination->alive || destination->constant || to + bytes > destination->base + destination->size))
+        c.fail(ErrorKind::MemoryAccess, "gets " + std::to_string(bytes) + " bytes to outside all allocations; " + c.m.memory.describe(to), lane);
+    post(c, inst, route, std::move(r));
+}
+
+void Network::atomic(Context& c, const Inst& inst, int lane, uint64_t to, const Atomic& atomic, Route route) {
+    if (!known(atomic.op)) c.fail(ErrorKind::Unsupported, "NVSHMEM's atomic operation " + std::to_string(atomic.op), lane);
+    auto r = std::make_unique<Request>();
+    r->kind = Kind::Atomic;
+    r->lane = lane;
+    r->to = translate(c, to, route.rank, lane);
+    r->bytes = static_cast<uint64_t>(size_of(atomic.type));
+    r->atomic = atomic;
+    r->answers = atomic.op >= static_cast<int>(nvshmem::amo_fetch);
+    if (r->to % r->bytes) c.fail(ErrorKind::MemoryAccess, "the target of the atomic is not aligned to " + std::to_string(r->bytes) + " bytes", lane);
+    post(c, inst, route, std::move(r));
+}
+
+uint64_t Network::send(int from, int to, uint64_t bytes, uint64_t at, Request& r) {
+    LinkCounts& count = counts[{from, to}];
+    Link& link = links_[{from, to}];
+    const LinkModel& model = same_node(from, to) ? nvlink_ : infiniband_;
+    link.free_at = std::max(link.free_at, at) + static_cast<uint64_t>(static_cast<double>(bytes) / model.bytes_per_nanosecond);
+    r.lost |= dead_[static_cast<size_t>(from)] || dead_[static_cast<size_t>(to)] || link.drops.count(count.messages);
+    r.lost_on = {from, to};
+    count.messages++;
+    count.bytes += bytes;
+    return link.free_at + model.latency;
+}
+
+void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Request> request) {
     Machine& m = c.m;
     Launch& launch = *c.w.cta->launch;
     int from = launch.device;
-    QueuePair& qp = queue_pairs_.try_emplace({from, rank, queue_pair}, QueuePair{from, rank, queue_pair}).first->second;
+    QueuePair& qp = queue_pairs_.try_emplace({from, route.rank, route.queue_pair}, QueuePair{from, route.rank, route.queue_pair}).first->second;
     if (qp.launch != launch.id) {
         qp.launch = launch.id;
         qp.reads = m.new_agent(launch);
@@ -82,25 +179,33 @@ void Network::post(Context& c, const Inst& inst, int lane, int rank, int queue_p
     Request& r = *request;
     r.warp = &c.w;
     r.inst = &inst;
-    r.lane = lane;
+    r.call = route.call;
     r.serial = ++serial_;
-    r.fence = fences_[static_cast<size_t>(from)];
+    for (int index : {every, route.queue_pair}) {
+        auto fence = fences_.find({from, route.rank, index});
+        if (fence != fences_.end()) r.fences.push_back(fence->second);
+    }
     r.number = ++qp.issued;
-    LinkCounts& count = counts[{from, rank}];
-    Link& link = links_[{from, rank}];
-    const LinkModel& model = same_node(from, rank) ? nvlink_ : infiniband_;
-    link.free_at = std::max(link.free_at, m.time) + static_cast<uint64_t>(static_cast<double>(r.bytes) / model.bytes_per_nanosecond);
-    r.ready_at = link.free_at + model.latency;
-    r.lost = dead_[static_cast<size_t>(rank)] || qp.broken || link.drops.count(count.messages);
     // A reliable connection that lost a message delivers nothing behind it.
+    r.lost = qp.broken;
+    r.ready_at = send(from, route.rank, r.kind == Kind::Get ? 0 : r.bytes, m.time, r);
+    if (r.answers && !r.lost) r.ready_at = send(route.rank, from, r.bytes, r.ready_at, r);
+    // Queue pairs take different ways: their messages overtake each other in time, too.
+    uint64_t spread = (same_node(from, route.rank) ? nvlink_ : infiniband_).latency / 4;
+    if (m.options.schedule == "random" || m.options.schedule == "pct") r.ready_at += m.random.below(static_cast<uint32_t>(std::min(spread, uint64_t{UINT32_MAX - 1})) + 1);
     qp.broken |= r.lost;
-    count.messages++;
-    count.bytes += r.bytes;
+    if (r.call) {
+        Call& call = calls_[r.call];
+        call.open++;
+        call.what = std::to_string(r.bytes) + (r.answers ? " bytes from rank " : " bytes to rank ") + std::to_string(route.rank) +
+                    (r.lost ? ", lost on the link from rank " + std::to_string(r.lost_on.first) + " to rank " + std::to_string(r.lost_on.second) : "");
+    }
     if (m.options.checks) {
         r.knowledge = c.w.release(c.mask);
         uint32_t code = static_cast<uint32_t>(&inst - launch.program->code.data());
-        Access a{qp.reads, r.number, code, static_cast<int32_t>(c.w.id), launch.program_index, false, r.is_atomic,
-                 r.is_atomic ? Scope::Sys : Scope::None, c.w.cta->id, c.w.cta->cluster->id, static_cast<uint32_t>(from)};
+        bool atomic = r.kind == Kind::Atomic;
+        Access a{qp.reads, r.number, code, static_cast<int32_t>(c.w.id), launch.program_index, false, atomic,
+                 atomic ? Scope::Sys : Scope::None, c.w.cta->id, c.w.cta->cluster->id, static_cast<uint32_t>(from)};
         r.read_access = m.log.add(a);
         a.agent = qp.writes;
         r.write_access = m.log.add(a);
@@ -113,15 +218,18 @@ void Network::post(Context& c, const Inst& inst, int lane, int rank, int queue_p
     m.start(std::make_unique<Delivery>(*this, qp));
 }
 
-bool Network::stands_still(const QueuePair& qp) const {
-    auto link = links_.find({qp.from, qp.to});
-    return link != links_.end() && link->second.stalled_until == for_good;
+uint64_t Network::stalled_until(const QueuePair& qp) const {
+    auto until = [&](int from, int to) {
+        auto link = links_.find({from, to});
+        return link == links_.end() ? 0 : link->second.stalled_until;
+    };
+    bool answers = !qp.queue.empty() && qp.queue.front()->answers;
+    return std::max(until(qp.from, qp.to), answers ? until(qp.to, qp.from) : 0);
 }
 
-uint64_t Network::ready_at(const QueuePair& qp) const {
-    auto link = links_.find({qp.from, qp.to});
-    return std::max(qp.queue.front()->ready_at, link == links_.end() ? 0 : link->second.stalled_until);
-}
+bool Network::stands_still(const QueuePair& qp) const { return stalled_until(qp) == for_good; }
+
+uint64_t Network::ready_at(const QueuePair& qp) const { return std::max(qp.queue.front()->ready_at, stalled_until(qp)); }
 
 /// True when nothing is left to move.
 bool Network::step(Machine& m, QueuePair& qp) {
@@ -144,14 +252,18 @@ bool Network::step(Machine& m, QueuePair& qp) {
     // What went to the same rank before a fence goes first.
     for (auto& [key, other] : queue_pairs_) {
         if (other.from != qp.from || other.to != qp.to || &other == &qp || other.queue.empty()) continue;
-        if (other.queue.front()->serial <= r.fence.serial) return step(m, other), false;
+        uint64_t serial = other.queue.front()->serial;
+        bool first = std::any_of(r.fences.begin(), r.fences.end(), [&](const Fence& f) { return serial <= f.serial && names(f.queue_pairs, other.index); });
+        if (first) return step(m, other), false;
     }
-    if (r.is_atomic) {
+    if (r.kind == Kind::Atomic) {
         apply_atomic(m, qp, r);
+    } else if (r.kind == Kind::Value) {
+        write_value(m, r);
     } else {
         auto [first, last] = r.pieces.back();
         r.pieces.pop_back();
-        move_piece(m, qp, r, first, last);
+        move_piece(m, r, first, last);
         if (!r.pieces.empty()) return false;
     }
     finish(m, qp, true);
@@ -161,7 +273,14 @@ bool Network::step(Machine& m, QueuePair& qp) {
 void Network::finish(Machine& m, QueuePair& qp, bool delivered) {
     Request& r = *qp.queue.front();
     if (delivered) qp.done = r.number;
-    else counts[{qp.from, qp.to}].lost++;
+    else counts[r.lost_on].lost++;
+    auto call = calls_.find(r.call);
+    if (delivered && call != calls_.end()) {
+        call->second.open--;
+        Call::Answer& answer = call->second.answers[r.lane];
+        answer.sources.generic.add(qp.reads, ~0u, r.number);
+        answer.destinations.generic.add(qp.writes, ~0u, r.number);
+    }
     r.warp->cta->launch->operations--;
     qp.queue.pop_front();
     m.wake(Wait::Network, static_cast<uint64_t>(qp.from));
@@ -183,19 +302,39 @@ void Network::check(Machine& m, const Request& r, const Target& t, uint64_t byte
     if (conflict.found) m.fail(ErrorKind::Hazard, m.describe_race(conflict, t, write), *r.warp, *r.inst, r.lane);
 }
 
-void Network::move_piece(Machine& m, QueuePair&, Request& r, uint64_t first, uint64_t last) {
+/// After plain bytes landed.
+void Network::written(Machine& m, const Target& t, uint64_t bytes) const {
+    if (t.poison) t.poison->set(t.offset, bytes, false);
+    for (uint64_t word = t.offset / 4; word <= (t.offset + bytes - 1) / 4; word++) t.published->erase(word);
+    m.progress++;
+    if (m.spinners) m.wake_watchers(t.watch(), t.watch() + bytes);
+}
+
+void Network::move_piece(Machine& m, Request& r, uint64_t first, uint64_t last) {
     uint64_t bytes = last - first;
-    Target from = target(m, r, r.from + first, bytes, false), to = target(m, r, r.to + first, bytes, true);
+    Target from = target(m, r, r.from + first, bytes, false);
     check(m, r, from, bytes, r.read_access, false);
-    check(m, r, to, bytes, r.write_access, true);
-    if (to.poison) to.poison->set(to.offset, bytes, false);
     if (from.poison && from.poison->any(from.offset, bytes))
-        m.fail(ErrorKind::Hazard, "sends bytes of '" + from.region->name + "' that nobody wrote", *r.warp, *r.inst, r.lane);
+        m.fail(ErrorKind::Hazard, (r.kind == Kind::Get ? "gets bytes of '" : "sends bytes of '") + from.region->name + "' that nobody wrote", *r.warp, *r.inst, r.lane);
+    if (!r.to) {
+        auto call = calls_.find(r.call);
+        if (call != calls_.end()) std::memcpy(reinterpret_cast<uint8_t*>(&call->second.answers[r.lane].value) + first, from.data, bytes);
+        m.progress++;
+        return;
+    }
+    Target to = target(m, r, r.to + first, bytes, true);
+    check(m, r, to, bytes, r.write_access, true);
     m.settle(*to.region, to.offset, bytes);
     std::memmove(to.data, from.data, bytes);
-    for (uint64_t word = to.offset / 4; word <= (to.offset + bytes - 1) / 4; word++) to.published->erase(word);
-    m.progress++;
-    if (m.spinners) m.wake_watchers(to.watch(), to.watch() + bytes);
+    written(m, to, bytes);
+}
+
+void Network::write_value(Machine& m, Request& r) {
+    Target to = target(m, r, r.to, r.bytes, true);
+    check(m, r, to, r.bytes, r.write_access, true);
+    m.settle(*to.region, to.offset, r.bytes);
+    std::memcpy(to.data, &r.atomic.value, r.bytes);
+    written(m, to, r.bytes);
 }
 
 void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
@@ -203,26 +342,21 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     check(m, r, t, r.bytes, r.write_access, true);
     if (t.poison) t.poison->set(t.offset, r.bytes, false);
     m.settle(*t.region, t.offset, r.bytes);
-    uint64_t old = 0, value = r.atomic.value;
+    uint64_t old = 0;
     std::memcpy(&old, t.data, r.bytes);
-    switch (r.atomic.op) {
-        case 2: value = old + 1; break;
-        case 4: case 10: value += old; break;
-        case 5: value &= old; break;
-        case 6: value |= old; break;
-        case 7: value ^= old; break;
-        default: break;
-    }
+    uint64_t value = result_of(r.atomic, old);
     std::memcpy(t.data, &value, r.bytes);
+    auto call = calls_.find(r.call);
+    if (call != calls_.end()) call->second.answers[r.lane].value = old;
     if (m.options.checks) {
         Knowledge k = r.knowledge;
-        k.generic.join(r.fence.before);
+        for (const Fence& fence : r.fences) k.generic.join(fence.before);
         k.generic.add(qp.reads, ~0u, r.number);
         k.generic.add(qp.writes, ~0u, r.number);
-        bool sets = r.atomic.op == 3 || r.atomic.op == 9;
         for (uint64_t word = t.offset / 4; word <= (t.offset + r.bytes - 1) / 4; word++) {
             Published& at = (*t.published)[word];
-            if (sets) at = {};
+            if (call != calls_.end()) call->second.answers[r.lane].published.join(at.knowledge);
+            if (replaces(r.atomic.op)) at = {};
             at.knowledge.join(k);
             at.scope = Scope::Sys;
             at.from = {UINT32_MAX, UINT32_MAX, static_cast<uint32_t>(qp.from)};
@@ -235,10 +369,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
 std::string Network::pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const {
     std::string text;
     for (auto& [key, qp] : queue_pairs_) {
-        if (qp.from != from || (to != all_ranks && qp.to != to)) continue;
-        bool named = queue_pairs.empty();
-        for (int q : queue_pairs) named |= q == qp.index || (q == default_queue_pair && qp.index < 0);
-        if (!named) continue;
+        if (qp.from != from || (to != static_cast<int>(nvshmem::pe_all) && qp.to != to) || !names(queue_pairs, qp.index)) continue;
         if (qp.issued != qp.done)
             text += (text.empty() ? "" : ", ") + std::to_string(qp.issued - qp.done) + " message(s) to rank " + std::to_string(qp.to) +
                     (qp.broken ? ", of which some were lost" : "");
@@ -249,37 +380,29 @@ std::string Network::pending(int from, int to, const std::vector<int>& queue_pai
     return text;
 }
 
-void Network::fence(int from) {
-    Fence& fence = fences_[static_cast<size_t>(from)];
-    fence.serial = serial_;
-    for (auto& [key, qp] : queue_pairs_) {
-        if (qp.from != from || !qp.reads) continue;
-        fence.before.add(qp.reads, ~0u, qp.issued);
-        fence.before.add(qp.writes, ~0u, qp.issued);
+/// Orders what was sent to each rank before what will be sent to that rank, on the queue pairs named; not across ranks.
+void Network::fence(int from, int to, const std::vector<int>& queue_pairs) {
+    for (int rank = 0; rank < ranks_; rank++) {
+        if (to != static_cast<int>(nvshmem::pe_all) && rank != to) continue;
+        Clock before;
+        for (auto& [key, qp] : queue_pairs_) {
+            if (qp.from != from || qp.to != rank || !names(queue_pairs, qp.index) || !qp.reads) continue;
+            before.add(qp.reads, ~0u, qp.issued);
+            before.add(qp.writes, ~0u, qp.issued);
+        }
+        std::vector<int> later;
+        for (int q : queue_pairs) {
+            if (q != static_cast<int>(nvshmem::qp_default)) later.push_back(q);
+            else for (uint32_t i = 0; i < default_queue_pairs; i++) later.push_back(-1 - static_cast<int>(i));
+        }
+        if (later.empty()) later.push_back(every);
+        for (int index : later) {
+            Fence& fence = fences_[{from, rank, index}];
+            fence.serial = serial_;
+            fence.before.join(before);
+            fence.queue_pairs.insert(fence.queue_pairs.end(), queue_pairs.begin(), queue_pairs.end());
+        }
     }
-}
-
-/// The table that NVSHMEM 3.x's headers read: offsets of nvshmemi_device_host_state_v1. Peers of the node are mapped,
-/// so the headers store to them directly; other ranks are reached through nvshmemi_transfer_*.
-void Network::fill_device_state(Machine& m, int rank, Region& state) const {
-    size_t ranks = static_cast<size_t>(ranks_);
-    Region& peers = m.memory.map(nullptr, 8 * ranks, "NVSHMEM's peer addresses", rank);
-    peers.constant = true;
-    for (int peer = 0; peer < ranks_; peer++) {
-        uint64_t base = same_node(rank, peer) ? heap_base + static_cast<uint64_t>(peer) * heap_stride : 0;
-        std::memcpy(peers.host + 8 * static_cast<size_t>(peer), &base, 8);
-    }
-    auto set = [&](size_t offset, auto value) {
-        if (offset + sizeof value <= state.size) std::memcpy(state.host + offset, &value, sizeof value);
-    };
-    set(0, int32_t{1});
-    set(4, int32_t{rank});
-    set(8, int32_t{ranks_});
-    set(12, int32_t{rank % ranks_per_node_});
-    set(16, int32_t{ranks_per_node_});
-    set(40, heap_base + static_cast<uint64_t>(rank) * heap_stride);
-    set(48, heap_stride);
-    set(56, peers.base);
 }
 
 void Network::kill(int rank) {
@@ -287,7 +410,7 @@ void Network::kill(int rank) {
     for (auto& [key, qp] : queue_pairs_) {
         if (qp.from != rank && qp.to != rank) continue;
         qp.broken = true;
-        for (auto& r : qp.queue) r->lost = true;
+        for (auto& r : qp.queue) r->lost = true, r->lost_on = {qp.from, qp.to};
     }
 }
 
@@ -305,7 +428,8 @@ std::string Network::troubles() const {
 }
 
 void Network::forget_order() {
-    for (Fence& fence : fences_) fence.before = {};
+    calls_.clear();
+    fences_.clear();
     for (auto& [key, qp] : queue_pairs_) {
         qp.queue.clear();
         qp.active = false;

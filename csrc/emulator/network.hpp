@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <deque>
 #include <map>
 #include <memory>
@@ -19,32 +20,51 @@ struct LinkModel { uint64_t latency; double bytes_per_nanosecond; };
 ///
 /// To the race checker a queue pair is two agents, a reader of sources and a writer of destinations, whose time is the
 /// number of the request. Who acquires a signal knows the requests before it on its own queue pair, and what the
-/// sender knew; who comes back from quiet knows all that it waited for.
+/// sender knew; who comes back from quiet knows all that it waited for; who comes back from a blocking put may write to
+/// the source, and knows nothing of the destination.
+///
+/// A get or a fetching atomic is a message without payload to the other rank (with the operands, for an atomic), and one
+/// back with the answer. Both are counted on their links, and both can be lost.
 class Network {
   public:
     static constexpr uint64_t heap_base = 0x1000'0000'0000, heap_stride = uint64_t{1} << 36;
-    static constexpr int default_queue_pair = 1, any_queue_pair = INT32_MAX, all_ranks = 1 << 15;
 
     Network(int ranks, int ranks_per_node, LinkModel nvlink, LinkModel infiniband);
 
-    struct Atomic { int op; uint64_t value; uint32_t bytes; };  ///< NVSHMEM's number of the operation
+    struct Route { int rank, queue_pair; uint64_t call = 0; };  ///< call: who waits, 0 if nobody does
+    struct Atomic { int op; Type type; uint64_t value, compare = 0; };  ///< NVSHMEM's number of the operation
     /// The address on rank `to` of what a kernel of rank `from` names by a symmetric address of its own.
     uint64_t translate(const Context& c, uint64_t address, int to, int lane) const;
     /// `queue_pair` as the caller named it; the default one is any of several. Returns which one it took.
-    int choose_queue_pair(Machine& m, int queue_pair) const;
-    void put(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, int rank, int queue_pair);
-    void atomic(Context& c, const Inst& inst, int lane, uint64_t to, const Atomic& atomic, int rank, int queue_pair);
+    int choose_queue_pair(const Context& c, int queue_pair, int lane) const;
+    void put(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, Route route);
+    void put_value(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t value, uint64_t bytes, Route route);
+    void get(Context& c, const Inst& inst, int lane, uint64_t to, uint64_t from, uint64_t bytes, Route route);
+    void atomic(Context& c, const Inst& inst, int lane, uint64_t to, const Atomic& atomic, Route route);
+
+    /// A call that returns only when its requests are done: what came back, by lane, and what its lanes then know.
+    struct Call {
+        struct Answer { uint64_t value = 0; Knowledge sources, destinations, published; };
+        uint32_t open = 0;
+        std::map<int, Answer> answers;
+        std::string what;
+    };
+    uint64_t begin_call() { return ++last_call_; }
+    Call& call(uint64_t id) { return calls_[id]; }
+    void end_call(uint64_t id) { calls_.erase(id); }
+
     /// Empty once nothing that matches is under way; else what is. Then `completed` is what the caller may know.
     std::string pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const;
-    void fence(int from);
-    void fill_device_state(Machine& m, int rank, Region& state) const;
+    void fence(int from, int to, const std::vector<int>& queue_pairs);
+    /// Writes the table that NVSHMEM's headers read; see nvshmem_state.cpp.
+    void fill_device_state(Machine& m, int rank, Region& state);
 
     void stall(int from, int to, uint64_t until) { links_[{from, to}].stalled_until = until; }
     void drop(int from, int to, uint64_t message) { links_[{from, to}].drops.insert(message); }
     void kill(int rank);
     std::string troubles() const;   ///< what got lost or stands still, for the message of a deadlock
     void forget_order();            ///< nothing runs: what is left belongs to dead devices
-    void reset() { queue_pairs_.clear(); }  ///< after a failure
+    void reset();                   ///< after a failure
 
     bool same_node(int a, int b) const { return a / ranks_per_node_ == b / ranks_per_node_; }
     struct LinkCounts { uint64_t messages = 0, bytes = 0, lost = 0; };
@@ -52,15 +72,19 @@ class Network {
     int ranks() const { return ranks_; }
 
   private:
-    struct Fence { uint64_t serial = 0; Clock before; };  ///< the last request before it, and all of them as clocks
+    enum class Kind : uint8_t { Put, Value, Get, Atomic };
+    /// The last request before it, all of them as clocks, and which queue pairs they are on (empty: any).
+    struct Fence { uint64_t serial = 0; Clock before; std::vector<int> queue_pairs; };
     struct Request {
-        Warp* warp;
-        const Inst* inst;
-        int lane;
-        uint64_t to = 0, from = 0, bytes = 0, serial = 0, ready_at = 0;
-        bool is_atomic = false, lost = false;
+        Kind kind;
+        Warp* warp = nullptr;
+        const Inst* inst = nullptr;
+        int lane = 0;
+        uint64_t to = 0, from = 0, bytes = 0, serial = 0, ready_at = 0, call = 0;
+        bool answers = false, lost = false;
+        std::pair<int, int> lost_on;
         Atomic atomic{};
-        Fence fence;
+        std::vector<Fence> fences;
         uint32_t number = 0, read_access = 0, write_access = 0;
         std::vector<std::pair<uint64_t, uint64_t>> pieces;
         Knowledge knowledge;
@@ -74,29 +98,49 @@ class Network {
         std::deque<std::unique_ptr<Request>> queue{};
     };
     struct Link { uint64_t free_at = 0, stalled_until = 0; std::set<uint64_t> drops; };
+    struct Tables { uint64_t constants = 0, counters = 0; };  ///< addresses, of one rank
     class Delivery;
 
-    void post(Context& c, const Inst& inst, int lane, int rank, int queue_pair, std::unique_ptr<Request> request);
+    std::unique_ptr<Request> copy_request(Context& c, Kind kind, int lane, uint64_t bytes);
+    void post(Context& c, const Inst& inst, Route route, std::unique_ptr<Request> request);
+    /// One message on a link: counts it, and returns when it arrives, if it does.
+    uint64_t send(int from, int to, uint64_t bytes, uint64_t at, Request& r);
     bool step(Machine& m, QueuePair& qp);
+    uint64_t stalled_until(const QueuePair& qp) const;
     bool stands_still(const QueuePair& qp) const;
     uint64_t ready_at(const QueuePair& qp) const;
-    void move_piece(Machine& m, QueuePair& qp, Request& r, uint64_t first, uint64_t last);
+    void move_piece(Machine& m, Request& r, uint64_t first, uint64_t last);
+    void write_value(Machine& m, Request& r);
     void apply_atomic(Machine& m, QueuePair& qp, Request& r);
+    void written(Machine& m, const Target& t, uint64_t bytes) const;
     Target target(Machine& m, const Request& r, uint64_t address, uint64_t bytes, bool write) const;
     void check(Machine& m, const Request& r, const Target& t, uint64_t bytes, uint32_t access, bool write) const;
     void finish(Machine& m, QueuePair& qp, bool delivered);
+    void allocate_tables(Machine& m);
+    void restart_barriers();
 
     int ranks_, ranks_per_node_;
     LinkModel nvlink_, infiniband_;
     std::map<std::tuple<int, int, int>, QueuePair> queue_pairs_;
     std::map<std::pair<int, int>, Link> links_;
-    std::vector<Fence> fences_;        ///< by rank: its last one
+    std::map<std::tuple<int, int, int>, Fence> fences_;  ///< by sender, destination and queue pair or `every`
+    std::map<uint64_t, Call> calls_;
+    std::vector<Tables> tables_;       ///< by rank, once a program needs them
+    std::vector<Region*> barrier_state_;  ///< three a rank: its counters, and the words of odd and of even barriers
     std::vector<bool> dead_;
-    uint64_t serial_ = 0;
+    uint64_t serial_ = 0, last_call_ = 0;
 };
 
-/// A device function of NVSHMEM that the machine provides; null for any other name.
-using NetworkCall = Flow (*)(Context&, const Inst&, const CallTarget&);
+/// A device function of NVSHMEM that the machine provides; empty for any other name.
+struct NetworkCall {
+    enum Group : uint8_t { Thread, Warp, Block };
+    struct Variant { Group group = Thread; bool gets = false; Type type = Type::None; };
+    using Run = Flow (*)(Context&, const Inst&, const CallTarget&, Variant);
+    Run run = nullptr;
+    Variant variant{};
+    explicit operator bool() const { return run != nullptr; }
+    Flow operator()(Context& c, const Inst& inst, const CallTarget& t) const { return run(c, inst, t, variant); }
+};
 NetworkCall network_call(const std::string& name);
 
 }  // namespace dsv3::emulator

@@ -1,33 +1,10 @@
-// The only inline PTX in the tree: one small function an instruction, ordered by the chapters of the PTX ISA manual.
-// No CUDA or standard header is included, so that NVRTC needs no toolkit.
+// The only inline PTX in the tree: one small function an instruction, ordered by the chapters of the PTX ISA
+// manual. No CUDA or standard header is included, so that NVRTC needs no toolkit.
 #pragma once
 
+#include "types.cuh"
+
 namespace dsv3 {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i32 = int;
-using i64 = long long;
-
-// 16 bits of storage each; arithmetic happens in float.
-struct Bf16 {
-    u16 bits;
-};
-struct Fp16 {
-    u16 bits;
-};
-
-struct alignas(16) U32x4 {
-    u32 x, y, z, w;
-};
-
-// Describes a tensor to the copy engine; made on the host, passed to a kernel as `const __grid_constant__ TensorMap`.
-struct alignas(64) TensorMap {
-    u64 opaque[16];
-};
-
 namespace ptx {
 
 // ---- Floating point instructions
@@ -42,6 +19,20 @@ __device__ __forceinline__ float div_rn(float a, float b) {
 __device__ __forceinline__ float rcp_rn(float a) {
     float d;
     asm("rcp.rn.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// Within the last bits; subnormal operands and results are 0.
+__device__ __forceinline__ float rcp_approx_ftz(float a) {
+    float d;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
+    return d;
+}
+
+// 2^a, within the last bits; subnormal operands and results are 0.
+__device__ __forceinline__ float ex2_approx_ftz(float a) {
+    float d;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(a));
     return d;
 }
 
@@ -61,9 +52,7 @@ __device__ __forceinline__ float abs(float a) {
 // ---- Data movement and conversion instructions
 
 // No instruction; but what was computed from v before is not kept in registers for use after it.
-__device__ __forceinline__ void forget_derived(U32x4& v) {
-    asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
-}
+__device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
@@ -74,9 +63,21 @@ __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
     return v;
 }
 
+__device__ __forceinline__ u64 load_global_nc_u64(const void* address) {
+    u64 v;
+    asm volatile("ld.global.nc.u64 %0, [%1];" : "=l"(v) : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
+__device__ __forceinline__ u32 load_global_nc_u32(const void* address) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(__cvta_generic_to_global(address)));
+    return v;
+}
+
 __device__ __forceinline__ void store_global(void* address, U32x4 v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(v.x),
-                 "r"(v.y), "r"(v.z), "r"(v.w)
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
 }
 
@@ -90,10 +91,18 @@ __device__ __forceinline__ float shuffle_xor(float value, u32 lane_mask) {
     return d;
 }
 
-// Two floats to two e4m3 bytes, round to nearest even, saturating; NaN becomes 0x7F. `low` lands in bits 0 to 7.
+// Two floats to two e4m3 bytes, round to nearest even, saturating; NaN becomes 0x7F. `low` lands in bits 0
+// to 7.
 __device__ __forceinline__ u16 e4m3x2(float low, float high) {
     u16 d;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+// Two e4m3 bytes to two fp16, exactly.
+__device__ __forceinline__ u32 e4m3x2_to_fp16x2(u16 codes) {
+    u32 d;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(d) : "h"(codes));
     return d;
 }
 
@@ -126,6 +135,25 @@ __device__ __forceinline__ float load_shared(const float* address) {
     return v;
 }
 
+__device__ __forceinline__ Float2 load_shared(const Float2* address) {
+    Float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared_address(address)));
+    return v;
+}
+
+__device__ __forceinline__ void store_shared(Float2* address, Float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(shared_address(address)), "f"(v.x), "f"(v.y)
+                 : "memory");
+}
+
+__device__ __forceinline__ U32x4 load_shared(const U32x4* address) {
+    U32x4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(shared_address(address)));
+    return v;
+}
+
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, u32 rank) {
     u32 d;
@@ -149,12 +177,40 @@ __device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64
         : "memory");
 }
 
+__device__ __forceinline__ void tma_load(void* target, const TensorMap* map, u64* barrier, u32 x, u32 y,
+                                         u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
+        "%4, %5}], [%2];" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// One box to the same place in the shared memory of every block of the cluster in `blocks`, a bit a rank;
+// each block's `barrier` completes the bytes that landed there.
+__device__ __forceinline__ void tma_load_multicast(void* target, const TensorMap* map, u64* barrier, u32 x,
+                                                   u32 y, u16 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], "
+        "[%1, {%3, %4}], [%2], %5;" ::"r"(shared_address(target)),
+        "l"(map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
+        : "memory");
+}
+
 // One box from shared memory; what lies outside the tensor is not written. Belongs to the thread's open bulk
 // group.
 __device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
         "r"(shared_address(source)), "r"(x), "r"(y)
+        : "memory");
+}
+
+__device__ __forceinline__ void tma_store(const TensorMap* map, const void* source, u32 x, u32 y, u32 z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+        "r"(shared_address(source)), "r"(x), "r"(y), "r"(z)
         : "memory");
 }
 
@@ -177,6 +233,11 @@ __device__ __forceinline__ void named_barrier_sync(u32 id, u32 threads) {
 
 __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+// Makes no writes visible but those that a fence has released.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
@@ -233,6 +294,12 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(u32 barrier) {
     asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same for a thread that has only read, and has no writes to make visible in the other block: without the
+// release at cluster scope, which would cost a membar.gpu.
+__device__ __forceinline__ void mbarrier_arrive_cluster_reader(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives, and the phase also waits for `bytes` bytes of bulk copies.
 __device__ __forceinline__ void mbarrier_arrive_expect(u64* barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
@@ -266,6 +333,14 @@ __device__ __forceinline__ void stmatrix(void* row, u32 m0, u32 m1, u32 m2, u32 
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
         "r"(m0), "r"(m1), "r"(m2), "r"(m3)
         : "memory");
+}
+
+// The same, each matrix transposed: lane i gives the address of column i % 8 of matrix i / 8.
+__device__ __forceinline__ void stmatrix_transposed(void* column, u32 m0, u32 m1, u32 m2, u32 m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     shared_address(column)),
+                 "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+                 : "memory");
 }
 
 // ---- Asynchronous warpgroup-level matrix instructions

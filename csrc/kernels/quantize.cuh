@@ -6,96 +6,17 @@
 // written twice.
 #pragma once
 
-#include "ptx.cuh"
+#include "e4m3.cuh"
 
 namespace dsv3 {
 namespace quantize {
 
-constexpr u32 kTile = 128;            // elements that share a scale
 constexpr u32 kThreads = 256;         // a block
 constexpr u32 kElementsPerLane = 16;  // one 16-byte store of e4m3
 constexpr u32 kLanesPerTile = kTile / kElementsPerLane;
 constexpr u32 kRowsPerWarp = 32;       // one scale a lane: a warp's scales fill one 128-byte line
 constexpr u32 kSteps = kLanesPerTile;  // a step takes one row from each of the warp's 4 lane groups
 constexpr u32 kLoadsInFlight = 4;      // 16-byte loads a lane issues before it waits
-
-constexpr float kE4m3Max = 448.0f;
-constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126, the smallest normal float
-constexpr float kLargestFloat = 3.40282347e+38f;
-constexpr float kTinyScale = 8.67361738e-19f;  // 2^-60
-constexpr float kLift = 1.84467441e+19f;       // 2^64
-constexpr u32 kMantissa = 0x007fffff;
-constexpr u32 kInfinity = 0x7f800000;
-
-// The 16 bytes of v as floats.
-__device__ __forceinline__ void widen(U32x4 v, float* out, Bf16) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        out[2 * i] = __uint_as_float(words[i] << 16);
-        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-}
-
-__device__ __forceinline__ void widen(U32x4 v, float* out, Fp16) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) {
-        out[2 * i] = ptx::fp16_to_float(static_cast<u16>(words[i]));
-        out[2 * i + 1] = ptx::fp16_to_float(static_cast<u16>(words[i] >> 16));
-    }
-}
-
-__device__ __forceinline__ void widen(U32x4 v, float* out, float) {
-    const u32 words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (u32 i = 0; i < 4; ++i) out[i] = __uint_as_float(words[i]);
-}
-
-// amax / 448, at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
-// such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product
-// with the scale is NaN.
-template <bool kPowerOf2>
-__device__ __forceinline__ float tile_scale(float amax) {
-    if (amax == 0.0f) return 1.0f;
-    const float scale = ptx::max_nan(ptx::div_rn(amax, kE4m3Max), kSmallestScale);
-    const u32 bits = __float_as_uint(scale);
-    if (kPowerOf2 && bits < kInfinity) return __uint_as_float((bits + kMantissa) & ~kMantissa);  // rounded up
-    return scale;
-}
-
-// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 5 operations a value instead
-// of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
-// correction the quotient x * r is within one ulp, so that the next one makes it the nearest float
-// (Markstein). Three things keep that true at the edges:
-// - scales below 2^-60 are lifted together with their values, or the residue would be subnormal and inexact;
-// - the residue is written q * scale - x and subtracted, which keeps the sign of a zero;
-// - an infinite scale has r = 0, and corrections with a finite scale leave x * 0 alone.
-// A power of two has an exact reciprocal and needs no correction.
-template <bool kPowerOf2, u32 kCount>
-__device__ __forceinline__ void divide(float (&values)[kCount], float scale) {
-    if (!kPowerOf2 && scale < kTinyScale) {
-        scale *= kLift;
-#pragma unroll
-        for (u32 i = 0; i < kCount; ++i) values[i] *= kLift;
-    }
-    const float r = ptx::rcp_rn(scale);
-    const float finite_scale = fminf(scale, kLargestFloat);
-#pragma unroll
-    for (u32 i = 0; i < kCount; ++i) {
-        const float x = values[i];
-        float q = x * r;
-        if (!kPowerOf2) {
-            q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
-            q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
-        }
-        values[i] = q;
-    }
-}
-
-__device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
-    return ptx::e4m3x2(a, b) | static_cast<u32>(ptx::e4m3x2(c, d)) << 16;
-}
 
 }  // namespace quantize
 
@@ -147,7 +68,7 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
             for (u32 s = 0; s < kStepsInFlight; ++s) {
                 float v[kElementsPerLane];
 #pragma unroll
-                for (u32 i = 0; i < kLoads; ++i) widen(raw[s][i], v + i * kElementsPerLoad, Input{});
+                for (u32 i = 0; i < kLoads; ++i) widen(words(raw[s][i]), v + i * kElementsPerLoad, Input{});
 
                 float amax = 0.0f;
 #pragma unroll

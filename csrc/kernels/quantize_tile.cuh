@@ -6,190 +6,28 @@
 // both orientations. The whole tile is in flight at once, in registers: a thread loads 16 rows of 16 bytes.
 #pragma once
 
-#include "quantize.cuh"
+#include "tile.cuh"
 
 namespace dsv3 {
 namespace quantize {
 
-constexpr u32 kRows = 16;  // of a thread: one 16-byte store of e4m3 in the transposed orientation
-constexpr u32 kRowGroups = kTile / kRows;
-constexpr u32 kChunks = kTile / 16;  // 16-byte chunks of e4m3 in a line of a tile
+// Codes with the scale of each row: their products are the values.
+struct HeldScaled : Held<E4m3> {
+    float scale[kRows];
 
-// Which part of the tile a thread holds: rows row().. and columns column().., kRows x kColumns.
-template <class Input>
-struct Part {
-    static constexpr u32 kColumns = 16 / sizeof(Input);  // one 16-byte load
-    static constexpr u32 kPositions = kTile / kColumns;
-    static constexpr u32 kThreads = kPositions * kRowGroups;
-
-    __device__ __forceinline__ static u32 row_group() { return threadIdx.x / kPositions; }
-    __device__ __forceinline__ static u32 row() { return row_group() * kRows; }
-    __device__ __forceinline__ static u32 position() { return threadIdx.x % kPositions; }
-    __device__ __forceinline__ static u32 column() { return position() * kColumns; }
-};
-
-// The thread's part of the tile that begins at `tile`; zeros from row `rows` and column `columns` on, counted
-// from there.
-template <class Input>
-__device__ __forceinline__ void load_part(const Input* tile, i64 row_stride, u32 rows, u32 columns,
-                                          U32x4 (&raw)[kRows]) {
-    using P = Part<Input>;
-    const Input* source = tile + P::row() * row_stride + P::column();
+    __device__ __forceinline__ void widen_row(u32 r, float (&v)[kColumns]) const {
+        Held<E4m3>::widen_row(r, v);
 #pragma unroll
-    for (u32 r = 0; r < kRows; ++r) {
-        const bool inside = P::row() + r < rows && P::column() < columns;
-        raw[r] = inside ? ptx::load_global_nc(source + r * row_stride) : U32x4{0, 0, 0, 0};
-    }
-}
-
-// The largest magnitude in each of the thread's columns, NaN if any. Encoding widens `raw` again: 128 floats
-// kept from here to there would not fit the registers.
-template <class Input>
-__device__ __forceinline__ void column_amax(U32x4 (&raw)[kRows], float (&amax)[Part<Input>::kColumns]) {
-#pragma unroll
-    for (u32 i = 0; i < Part<Input>::kColumns; ++i) amax[i] = 0.0f;
-#pragma unroll
-    for (u32 r = 0; r < kRows; ++r) {
-        float v[Part<Input>::kColumns];
-        widen(raw[r], v, Input{});
-#pragma unroll
-        for (u32 i = 0; i < Part<Input>::kColumns; ++i) amax[i] = ptx::max_nan(amax[i], ptx::abs(v[i]));
-        ptx::forget_derived(raw[r]);
-    }
-}
-
-// Column i of the thread's part in e4m3, 16 bytes down the rows.
-template <class Input, bool kPowerOf2>
-__device__ __forceinline__ U32x4 encode_column(const U32x4 (&raw)[kRows], u32 i, float scale) {
-    float v[kRows];
-#pragma unroll
-    for (u32 r = 0; r < kRows; ++r) {
-        float row[Part<Input>::kColumns];
-        widen(raw[r], row, Input{});
-        v[r] = row[i];
-    }
-    divide<kPowerOf2>(v, scale);
-    return {e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
-            e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
-}
-
-// The transposed tile on its way through shared memory: line c holds column c, 128 bytes, all 32 banks. The 8
-// lanes that share a pass of 16-byte stores hold the same rows of 8 neighbouring parts, and the exclusive or
-// spreads their chunks over the banks; 8 lanes that load take a line.
-template <class Input>
-struct TransposedTile {
-    U32x4 chunks[kTile * kChunks];
-
-    __device__ __forceinline__ U32x4& at(u32 line, u32 chunk) {
-        return chunks[line * kChunks + (chunk ^ line / Part<Input>::kColumns % kChunks)];
-    }
-
-    // Writes lines of 128 bytes; what lies from line `lines` and byte `bytes` on stays unwritten.
-    __device__ __forceinline__ void store(u8* target, i64 line_stride, u32 lines, u32 bytes) {
-        const u32 chunk = threadIdx.x % kChunks;
-#pragma unroll
-        for (u32 first = 0; first < kTile; first += Part<Input>::kThreads / kChunks) {
-            const u32 line = first + threadIdx.x / kChunks;
-            if (line < lines && chunk * 16 < bytes)
-                ptx::store_global(target + line * line_stride + chunk * 16, at(line, chunk));
-        }
+        for (u32 i = 0; i < kColumns; ++i) v[i] = __fmul_rn(v[i], scale[r]);
     }
 };
 
-// 4x4 bytes, a word a row, transposed.
-__device__ __forceinline__ void transpose_bytes(u32 (&w)[4]) {
-    const u32 low01 = __byte_perm(w[0], w[1], 0x5140), high01 = __byte_perm(w[0], w[1], 0x7362);
-    const u32 low23 = __byte_perm(w[2], w[3], 0x5140), high23 = __byte_perm(w[2], w[3], 0x7362);
-    w[0] = __byte_perm(low01, low23, 0x5410);
-    w[1] = __byte_perm(low01, low23, 0x7632);
-    w[2] = __byte_perm(high01, high23, 0x5410);
-    w[3] = __byte_perm(high01, high23, 0x7632);
-}
+// The scales of the rows of a tile, spread so that the row groups of a warp read theirs from banks of their own.
+struct RowScales {
+    float scale[kTile + kTile / 32 * 8];
 
-template <u32 kCount>
-struct alignas(4 * kCount) Words {
-    u32 word[kCount];
+    __device__ __forceinline__ float& at(u32 row) { return scale[row + row / 32 * 8]; }
 };
-
-// The tile in the orientation it came in; a warp's stores fill whole lines, and so do its loads.
-template <class Input>
-struct RowMajorTile {
-    static constexpr u32 kWords = Part<Input>::kColumns / 4;  // of a thread in a row
-
-    union {
-        Words<kWords> parts[kTile][Part<Input>::kPositions];
-        U32x4 chunks[kTile][kChunks];
-    };
-
-    // From the columns of the thread's part.
-    __device__ __forceinline__ void put(const U32x4 (&columns)[Part<Input>::kColumns]) {
-#pragma unroll
-        for (u32 r = 0; r < kRows; r += 4) {
-            Words<kWords> rows[4];
-#pragma unroll
-            for (u32 w = 0; w < kWords; ++w) {
-                u32 bytes[4];
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) {
-                    const U32x4 c = columns[4 * w + i];
-                    bytes[i] = r == 0 ? c.x : r == 4 ? c.y : r == 8 ? c.z : c.w;
-                }
-                transpose_bytes(bytes);
-#pragma unroll
-                for (u32 i = 0; i < 4; ++i) rows[i].word[w] = bytes[i];
-            }
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) parts[Part<Input>::row() + r + i][Part<Input>::position()] = rows[i];
-        }
-    }
-
-    // Writes rows of 128 bytes; what lies from row `rows` and byte `bytes` on stays unwritten.
-    __device__ __forceinline__ void store(u8* target, i64 row_stride, u32 rows, u32 bytes) {
-        const u32 chunk = threadIdx.x % kChunks;
-#pragma unroll
-        for (u32 first = 0; first < kTile; first += Part<Input>::kThreads / kChunks) {
-            const u32 row = first + threadIdx.x / kChunks;
-            if (row < rows && chunk * 16 < bytes)
-                ptx::store_global(target + row * row_stride + chunk * 16, chunks[row][chunk]);
-        }
-    }
-};
-
-// The tokens of a tile.
-struct Tokens {
-    u32 first, count;
-};
-
-// Tiles restart at each group and follow one another without a gap. Every lane of a warp calls; each takes a
-// group. Offsets are clamped to `tokens`, a group that ends before it begins is empty, and a tile past the
-// last group has no tokens: no offsets make a thread read outside x.
-__device__ __forceinline__ Tokens tokens_of_tile(const i32* group_offsets, u32 groups, u32 tokens, u32 tile) {
-    const u32 lane = threadIdx.x % 32;
-    const auto clamped = [=](u32 g) {
-        return min(static_cast<u32>(max(group_offsets[min(g, groups)], 0)), tokens);
-    };
-    u32 before = 0;  // tiles of the groups before `base`
-    for (u32 base = 0; base < groups; base += 32) {
-        const u32 low = clamped(base + lane), high = max(low, clamped(base + lane + 1));
-        const u32 tiles = (high - low + kTile - 1) / kTile;
-        u32 end = tiles;
-#pragma unroll
-        for (u32 distance = 1; distance < 32; distance *= 2) {
-            const u32 lower = __shfl_up_sync(~0u, end, distance);
-            if (lane >= distance) end += lower;
-        }
-        end += before;
-        const u32 ends_later = __ballot_sync(~0u, end > tile);
-        if (ends_later) {
-            const u32 first = low + (tile - (end - tiles)) * kTile;
-            const u32 count = first < high ? min(high - first, kTile) : 0;
-            const u32 owner = __ffs(ends_later) - 1;
-            return {__shfl_sync(~0u, first, owner), __shfl_sync(~0u, count, owner)};
-        }
-        before = __shfl_sync(~0u, end, 31);
-    }
-    return {0, 0};
-}
 
 }  // namespace quantize
 
@@ -197,12 +35,12 @@ __device__ __forceinline__ Tokens tokens_of_tile(const i32* group_offsets, u32 g
 // contiguous; with kTranspose also q_t [batches, k, n] and scales_t [batches, ceil(k / 128), ceil(n / 128)],
 // the same codes and scales. k is a multiple of 16, and n with kTranspose. A block takes a tile.
 template <class Input, bool kPowerOf2Scales, bool kTranspose>
-__global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantize::Part<Input>::kThreads)
+__global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
     quantize_128x128(const Input* w, u8* q, float* scales, u8* q_t, float* scales_t, u32 n, u32 k) {
     using namespace quantize;
-    using P = Part<Input>;
-    __shared__ RowMajorTile<Input> tile;
-    __shared__ TransposedTile<Input> tile_t;
+    using P = PartOf<Input>;
+    __shared__ RowMajorTile<P::kColumns> tile;
+    __shared__ TransposedTile<P::kColumns> tile_t;
     __shared__ float amax_of_warp[P::kThreads / 32];
 
     const u32 tiles_k = (k + kTile - 1) / kTile, tiles_n = (n + kTile - 1) / kTile;
@@ -211,13 +49,18 @@ __global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantiz
     const u32 row = tile_n * kTile, column = tile_k * kTile;
     const i64 matrix = batch * n * k;
 
-    U32x4 raw[kRows];
-    load_part(w + matrix + static_cast<i64>(row) * k + column, k, n - row, k - column, raw);
+    Held<Input> held;
+    held.load(w + matrix + static_cast<i64>(row) * k + column, k, n - row, k - column);
 
-    float of_column[P::kColumns], amax = 0.0f;
-    column_amax<Input>(raw, of_column);
+    float amax = 0.0f;
 #pragma unroll
-    for (u32 i = 0; i < P::kColumns; ++i) amax = ptx::max_nan(amax, of_column[i]);
+    for (u32 r = 0; r < kRows; ++r) {
+        float v[P::kColumns];
+        held.widen_row(r, v);
+#pragma unroll
+        for (u32 i = 0; i < P::kColumns; ++i) amax = ptx::max_nan(amax, ptx::abs(v[i]));
+        held.forget_widened(r);
+    }
 #pragma unroll
     for (u32 mask = 1; mask < 32; mask *= 2) amax = ptx::max_nan(amax, ptx::shuffle_xor(amax, mask));
     if (threadIdx.x % 32 == 0) amax_of_warp[threadIdx.x / 32] = amax;
@@ -229,7 +72,7 @@ __global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantiz
     U32x4 columns[P::kColumns];
 #pragma unroll
     for (u32 i = 0; i < P::kColumns; ++i) {
-        columns[i] = encode_column<Input, kPowerOf2Scales>(raw, i, scale);
+        columns[i] = encode_column<kPowerOf2Scales>(held, i, scale);
         if (kTranspose) tile_t.at(P::column() + i, P::row_group()) = columns[i];
     }
     tile.put(columns);
@@ -243,58 +86,63 @@ __global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantiz
     }
 }
 
-// x [tokens, width], contiguous -> q_t e4m3 [width, 128 * tiles], contiguous, and scales [width, tiles] with
-// strides (1, scale_tile_stride). group_offsets [groups + 1] may be null: one group. width is a multiple of
-// 8. A block takes a tile; neighbouring blocks take neighbouring features of the same tokens.
-template <class Input, bool kPowerOf2Scales>
-__global__ void __launch_bounds__(quantize::Part<Input>::kThreads, 512 / quantize::Part<Input>::kThreads)
-    quantize_1x128_t(const Input* x, const i32* group_offsets, u8* q_t, float* scales, u32 tokens, u32 width,
-                     u32 groups, u32 tiles, i64 scale_tile_stride) {
+// x [tokens, width], contiguous -> q_t e4m3 [width, 128 * tiles_t], contiguous, and scales_t [width, tiles_t]
+// with strides (1, scale_t_stride): groups in tiles of their own, zeros in their tails. group_offsets [groups
+// + 1] may be null: one group. width is a multiple of 8.
+// With kRowWise also q e4m3 [tokens, width] and scales [tokens, ceil(width / 128)] with strides (1,
+// scale_stride), of all tokens, those past the last group too; width is then a multiple of 16.
+// A block takes a tile; neighbouring blocks take neighbouring features of the same tokens.
+template <class Input, bool kPowerOf2Scales, bool kRowWise>
+__global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
+    quantize_1x128_t(const Input* x, const i32* group_offsets, u8* q, float* scales, u8* q_t, float* scales_t,
+                     u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 scale_stride, i64 scale_t_stride) {
     using namespace quantize;
-    using P = Part<Input>;
-    // Per column, in an order that makes every access free of bank conflicts: by a thread, which holds
-    // neighbouring columns, and by the thread of one column.
-    constexpr u32 kStep = P::kPositions + P::kPositions / 4;
-    const auto slot = [](u32 i, u32 position) { return i * kStep + position; };
-    __shared__ TransposedTile<Input> tile_t;
-    __shared__ float amaxes[kRowGroups][P::kColumns * kStep + 16];
-    __shared__ float scale_of[P::kColumns * kStep];
+    __shared__ RowStage<PartOf<Input>::kColumns> row_stage;
+    __shared__ ColumnStage<PartOf<Input>::kColumns> column_stage;
 
     const u32 across = (width + kTile - 1) / kTile;
     const u32 tile = blockIdx.x / across, column = blockIdx.x % across * kTile;
-    Tokens span{tile * kTile, min(tokens - tile * kTile, kTile)};
-    if (group_offsets) span = tokens_of_tile(group_offsets, groups, tokens, tile);
+    const Tokens span = tokens_of_tile<kRowWise>(group_offsets, groups, tokens, tile);
+    const i64 first = static_cast<i64>(span.first) * width + column;
 
-    U32x4 raw[kRows];
-    load_part(x + static_cast<i64>(span.first) * width + column, width, span.count, width - column, raw);
+    Held<Input> held;
+    held.load(x + first, width, span.count, width - column);
+    quantize_tile<kPowerOf2Scales, kRowWise, true>(
+        held, row_stage, row_target(q, scales, scale_stride, width, span, column), column_stage,
+        column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+}
 
-    float amax[P::kColumns];
-    column_amax<Input>(raw, amax);
-#pragma unroll
-    for (u32 i = 0; i < P::kColumns; ++i) amaxes[P::row_group()][slot(i, P::position())] = amax[i];
-    __syncthreads();
+// q e4m3 [tokens, width], contiguous, with scales of strides (row_stride, tile_stride), one for 1x128 ->
+// q_t and scales_t as quantize_1x128_t makes them of the products in FP32. width is a multiple of 16. A block
+// takes a tile. A thread also holds the scales of its rows: 6 blocks of 64 threads leave it 168 registers.
+template <bool kPowerOf2Scales>
+__global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
+    requantize_1x128_t(const E4m3* q, const float* scales, const i32* group_offsets, u8* q_t, float* scales_t,
+                       u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride, i64 tile_stride,
+                       i64 scale_t_stride) {
+    using namespace quantize;
+    using P = PartOf<E4m3>;
+    __shared__ RowScales row_scales;
+    __shared__ RowStage<P::kColumns> unused;
+    __shared__ ColumnStage<P::kColumns> column_stage;
 
-    if (threadIdx.x < kTile) {
-        const u32 mine = slot(threadIdx.x % P::kColumns, threadIdx.x / P::kColumns);
-        float of_column = 0.0f;
-#pragma unroll
-        for (u32 g = 0; g < kRowGroups; ++g) of_column = ptx::max_nan(of_column, amaxes[g][mine]);
-        const float scale = tile_scale<kPowerOf2Scales>(of_column);
-        scale_of[mine] = scale;
-        if (column + threadIdx.x < width)
-            ptx::store_global(scales + tile * scale_tile_stride + column + threadIdx.x, scale);
+    const u32 across = (width + kTile - 1) / kTile;
+    const u32 tile = blockIdx.x / across, column = blockIdx.x % across * kTile;
+    const Tokens span = tokens_of_tile<false>(group_offsets, groups, tokens, tile);
+
+    HeldScaled held;
+    held.load(q + static_cast<i64>(span.first) * width + column, width, span.count, width - column);
+    for (u32 row = threadIdx.x; row < kTile; row += P::kThreads) {
+        const float* source = scales + (span.first + row) * row_stride + column / kTile * tile_stride;
+        row_scales.at(row) = row < span.count ? ptx::load_global_nc_float(source) : 1.0f;
     }
     __syncthreads();
-
 #pragma unroll
-    for (u32 i = 0; i < P::kColumns; ++i)
-        tile_t.at(P::column() + i, P::row_group()) =
-            encode_column<Input, kPowerOf2Scales>(raw, i, scale_of[slot(i, P::position())]);
-    __syncthreads();
+    for (u32 r = 0; r < kRows; ++r) held.scale[r] = row_scales.at(P::row() + r);
 
-    const i64 line_stride = static_cast<i64>(tiles) * kTile;
-    tile_t.store(q_t + column * line_stride + static_cast<i64>(tile) * kTile, line_stride, width - column,
-                 kTile);
+    quantize_tile<kPowerOf2Scales, false, true>(
+        held, unused, {}, column_stage,
+        column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
 }
 
 }  // namespace dsv3

@@ -58,6 +58,13 @@ py::bytes encode_tensor_map(int data_type, uintptr_t address, const std::vector<
     return py::bytes(reinterpret_cast<const char*>(&map), sizeof map);
 }
 
+// A launch settled but for its stream and arguments, so that a call converts those alone.
+struct PreparedLaunch {
+    Kernel& kernel;
+    Device device;
+    Launch shape;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_runtime, m) {
@@ -71,6 +78,12 @@ PYBIND11_MODULE(_runtime, m) {
     m.def("device_count", &device_count);
     m.def("device_properties", &device_properties, py::arg("device"),
           "name, capability (major, minor), multiprocessors, shared_bytes (a block may have).");
+    m.def(
+        "error_word", [](Device device) { return device_state(device).error_address(); }, py::arg("device"),
+        "The address of the device's error word, for a kernel's parameter `u32* error`.");
+    m.def(
+        "take_error", [](Device device) { return device_state(device).take_error(); }, py::arg("device"),
+        "The code that a kernel stored in the error word, 0 if none did; clears it.");
     m.def("encode_tensor_map", &encode_tensor_map, py::arg("data_type"), py::arg("address"), py::arg("shape"),
           py::arg("strides"), py::arg("box"), py::arg("element_strides"), py::arg("swizzle"),
           py::arg("l2_promotion"), py::arg("fill_nan"),
@@ -84,10 +97,22 @@ PYBIND11_MODULE(_runtime, m) {
             [](Kernel& kernel, Device device, uintptr_t stream, const Dim3& grid, const Dim3& block,
                const py::tuple& arguments, const Dim3& cluster, unsigned shared_bytes, bool cooperative,
                bool programmatic) {
-                kernel.launch(device, stream, {grid, block, cluster, shared_bytes, cooperative, programmatic},
+                return kernel.launch(device, stream, {grid, block, cluster, shared_bytes, cooperative, programmatic},
                               arguments);
             },
             py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
             py::arg("cluster") = Dim3{1, 1, 1}, py::arg("shared_bytes") = 0, py::arg("cooperative") = false,
-            py::arg("programmatic") = false);
+            py::arg("programmatic") = false)
+        .def(
+            "prepare",
+            [](Kernel& kernel, Device device, const Dim3& grid, const Dim3& block, const Dim3& cluster,
+               unsigned shared_bytes, bool cooperative, bool programmatic) {
+                return PreparedLaunch{kernel, device, {grid, block, cluster, shared_bytes, cooperative, programmatic}};
+            },
+            py::keep_alive<0, 1>(), "launch's arguments without the stream and the kernel's own.");
+
+    py::class_<PreparedLaunch>(m, "PreparedLaunch")
+        .def("__call__", [](PreparedLaunch& self, uintptr_t stream, const py::tuple& arguments) {
+            return self.kernel.launch(self.device, stream, self.shape, arguments);
+        });
 }

@@ -5,6 +5,7 @@
 namespace dsv3 {
 namespace {
 
+constexpr Status kOutOfMemory = 2;
 constexpr int kOldest = 12000;  // cuLibraryLoadData and cuLaunchKernelEx came with CUDA 12.0
 
 std::string version_text(int version) {
@@ -44,6 +45,8 @@ Driver open_driver() {
     FIND(cuCtxGetCurrent);
     FIND(cuCtxPushCurrent_v2);
     FIND(cuCtxPopCurrent_v2);
+    FIND(cuMemHostAlloc);
+    FIND(cuMemHostGetDevicePointer_v2);
     FIND(cuLibraryLoadData);
     FIND(cuLibraryUnload);
     FIND(cuLibraryGetKernel);
@@ -64,7 +67,8 @@ void Driver::check(Status status, const char* call, const std::string& context) 
     if (cuGetErrorName(status, &name) != kSuccess || name == nullptr) name = "unknown error";
     if (cuGetErrorString(status, &text) != kSuccess || text == nullptr) text = "no description";
     throw DriverError(std::string(call) + ": " + name + " (" + std::to_string(status) + ", " + text + ")" +
-                      (context.empty() ? "" : ": " + context) + "; driver for CUDA " + version_text(version));
+                      (context.empty() ? "" : ": " + context) + "; driver for CUDA " + version_text(version) +
+                      (status == kOutOfMemory ? ". Mend: free memory of the GPU, say by torch.cuda.empty_cache()" : ""));
 }
 
 const Driver& driver() {

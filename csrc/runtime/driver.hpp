@@ -67,6 +67,8 @@ struct Driver {
     Status (*cuCtxGetCurrent)(Handle* context);
     Status (*cuCtxPushCurrent_v2)(Handle context);
     Status (*cuCtxPopCurrent_v2)(Handle* context);
+    Status (*cuMemHostAlloc)(void** host, size_t bytes, unsigned flags);
+    Status (*cuMemHostGetDevicePointer_v2)(uint64_t* address, void* host, unsigned flags);
     Status (*cuLibraryLoadData)(Handle* library, const void* image, void* jit_options, void* jit_values,
                                 unsigned jit_count, void* options, void* values, unsigned count);
     Status (*cuLibraryUnload)(Handle library);

@@ -14,25 +14,6 @@ std::string text(const Dim3& d) {
     return "(" + std::to_string(d[0]) + ", " + std::to_string(d[1]) + ", " + std::to_string(d[2]) + ")";
 }
 
-// Makes a context current for as long as it lives. torch keeps it current already, except on fresh threads.
-class CurrentContext {
-  public:
-    explicit CurrentContext(Handle context) {
-        Handle current = nullptr;
-        driver().check(driver().cuCtxGetCurrent(&current), "cuCtxGetCurrent");
-        if (current == context) return;
-        driver().check(driver().cuCtxPushCurrent_v2(context), "cuCtxPushCurrent");
-        pushed_ = true;
-    }
-    ~CurrentContext() {
-        Handle popped;
-        if (pushed_) driver().cuCtxPopCurrent_v2(&popped);
-    }
-
-  private:
-    bool pushed_ = false;
-};
-
 }  // namespace
 
 Kernel::Parameter Kernel::parse(const std::string& type) {
@@ -112,10 +93,7 @@ Kernel::OnDevice& Kernel::prepare(Device device, const Launch& shape) {
     const Driver& d = driver();
     auto found = devices_.find(device);
     if (found == devices_.end()) {
-        Handle context = nullptr;
-        d.check(d.cuDevicePrimaryCtxRetain(&context, device), "cuDevicePrimaryCtxRetain",
-                describe(device, shape));
-        found = devices_.insert({device, {context, kSharedWithoutAsking}}).first;
+        found = devices_.insert({device, {&device_state(device), kSharedWithoutAsking}}).first;
     }
     OnDevice& state = found->second;
     if (shape.shared_bytes > state.shared_bytes) {
@@ -126,7 +104,7 @@ Kernel::OnDevice& Kernel::prepare(Device device, const Launch& shape) {
     return state;
 }
 
-void Kernel::launch(Device device, uintptr_t stream, const Launch& shape, const py::tuple& arguments) {
+uint32_t Kernel::launch(Device device, uintptr_t stream, const Launch& shape, const py::tuple& arguments) {
     if (arguments.size() != parameters_.size())
         throw py::type_error(label_ + ": got " + std::to_string(arguments.size()) + " arguments, expected " +
                              std::to_string(parameters_.size()));
@@ -152,15 +130,17 @@ void Kernel::launch(Device device, uintptr_t stream, const Launch& shape, const 
                               reinterpret_cast<Handle>(stream),
                               attributes,
                               count};
-    const OnDevice& state = prepare(device, shape);
+    DeviceState& state = *prepare(device, shape).state;
+    if (const uint32_t code = state.take_error()) return code;
     const Driver& d = driver();
     Status status;
     {
         py::gil_scoped_release release;  // a launch blocks while the stream's queue is full
-        CurrentContext current(state.context);
+        const CurrentContext current(state.context());
         status = d.cuLaunchKernelEx(&config, kernel_, const_cast<void**>(pointers), nullptr);
     }
     if (status != kSuccess) d.check(status, "cuLaunchKernelEx", describe(device, shape));
+    return 0;
 }
 
 std::string Kernel::describe(Device device, const Launch& shape) const {

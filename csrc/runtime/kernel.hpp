@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "driver.hpp"
+#include "device.hpp"
 
 namespace dsv3 {
 
@@ -33,8 +33,8 @@ class Kernel {
     Kernel& operator=(const Kernel&) = delete;
 
     // Arguments: int for integers and addresses, float (or int) for floats, bytes for structures such as
-    // tensor maps.
-    void launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
+    // tensor maps. Returns 0, or an error code that an earlier kernel left on the device; then nothing was launched.
+    uint32_t launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
 
   private:
     enum class Kind { kInteger, kFloat, kBytes };
@@ -49,7 +49,7 @@ class Kernel {
         double double_;
     };
     struct OnDevice {
-        Handle context;
+        DeviceState* state;
         unsigned shared_bytes;  // the dynamic shared memory granted so far
     };
 

@@ -78,10 +78,16 @@ class _RankGPU(VirtualGPU):
 class VirtualCluster:
     """`nodes` x `gpus_per_node` virtual GPUs whose memories are one address space, as with NVLink peers.
 
-    NVSHMEM's device functions run on a virtual network between them: a message on a queue pair arrives
-    behind the earlier ones of that queue pair, late, in pieces, and in no order with any other. Remote
-    memory is named by tensors of `symmetric`. nvlink (inside a node) and ib (between nodes): what messages
-    take in virtual time.
+    PTX that NVSHMEM's headers make (`jit.compile_ptx(source, nvshmem=True)`) runs as it is. Inside a node it
+    stores to the peer itself. What goes through the library runs on a virtual network: a message on a queue
+    pair arrives behind the earlier ones of that queue pair, late, in pieces, and in no order with any other;
+    the default queue pair is any of several. A queue pair is any number from 2 on, as if nvshmemx_qp_create
+    had made it. Remote memory is named by tensors of `symmetric`. nvlink (inside a node) and ib (between
+    nodes): what messages take in virtual time.
+
+    Not there: teams but the world, collectives but barriers and syncs, regions, TMA within NVSHMEM, host
+    calls. A poll of what `nvshmem_<type>_p` writes is reported as the race that it is in PTX: use a signal or
+    an atomic.
     """
 
     def __init__(
@@ -145,9 +151,11 @@ class VirtualCluster:
         self._machine.core.stall_link(source, destination, 2**64 - 1 if until is None else until)
 
     def drop(self, source: int, destination: int, message: int) -> None:
-        """A fault: the link loses its message of this number (from 0; a put with signal is two messages).
+        """A fault: the link loses its message of this number, from 0.
 
-        As on a reliable connection, nothing behind it on its queue pair arrives either.
+        A put with signal is two messages; a get or a fetching atomic is one on the link to the other rank,
+        and its answer one on the link back. As on a reliable connection, nothing behind a lost message on its
+        queue pair arrives either.
         """
         self._check_ranks(source, destination)
         self._machine.core.drop_message(source, destination, message)
@@ -164,7 +172,11 @@ class VirtualCluster:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """As `VirtualGPU.counters`; `["links"][source, destination]` holds messages, bytes, lost and kind."""
+        """As `VirtualGPU.counters`; `["links"][source, destination]` holds messages, bytes, lost and kind.
+
+        Links count what goes through NVSHMEM's library (a get's request has no bytes, its answer has); direct
+        loads and stores of a peer's memory are in `["peer_bytes"]`.
+        """
         return self._machine.core.counters()
 
     def trace(self, path: str | Path) -> None:

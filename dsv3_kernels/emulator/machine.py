@@ -57,7 +57,8 @@ class _Memory:
         offset, size = self._heap_used, tensors[0].untyped_storage().nbytes()
         # Never reused, and apart by a guard: an overrun hits no neighbour.
         self._heap_used += -(-size // 512) * 512 + 65536
-        if not size or self._heap_used > 2**36:
+        # The last MiB is NVSHMEM's own, for its barriers.
+        if not size or self._heap_used > 2**36 - 2**20:
             raise ValueError(f"symmetric: shape {tuple(shape)} takes {size} bytes, expected 1 up to the rest")
         name = f"symmetric {str(dtype).removeprefix('torch.')}{list(tensors[0].shape)}"
         for rank, tensor in enumerate(tensors):

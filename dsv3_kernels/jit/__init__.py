@@ -3,6 +3,7 @@
 from .cache import CacheError
 from .compile import CompileError, Resources, compile_ptx, kernel_dir
 from .kernel import Cubin, Kernel, Ptx
+from .link import link_nvshmem
 from .toolchain import ToolchainError
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "ToolchainError",
     "compile_ptx",
     "kernel_dir",
+    "link_nvshmem",
 ]

@@ -1,7 +1,8 @@
 """NVRTC: CUDA C++ text to PTX and to a cubin. It needs no GPU, no driver and no CUDA toolkit.
 
 The cubin is what NVRTC assembles of the same PTX. nvJitLink, which assembles for linking, ignores
-`setmaxnreg`, so that a kernel whose warpgroups trade registers would spill: it is for what links NVSHMEM.
+`setmaxnreg`, so that a kernel whose warpgroups trade registers would spill: it is for what links NVSHMEM (see
+`link`).
 """
 
 import re
@@ -68,9 +69,17 @@ def source_options(
     include_dirs: Sequence[str | Path] = (),
     defines: Mapping[str, object] | None = None,
     lineinfo: bool = False,
+    nvshmem: bool = False,
 ) -> list[str]:
-    """NVRTC's options for what a source means; csrc/kernels is always on the include path."""
+    """NVRTC's options for what a source means; csrc/kernels is always on the include path.
+
+    With `nvshmem` the source may include nvshmem.h and nvshmemx.h (`ToolchainError` if they are missing).
+    """
     options = ["--std=c++17"]
+    if nvshmem:
+        # Relocatable: NVSHMEM's table stays extern, for the linker or the emulator to provide.
+        include_dirs = (*include_dirs, *toolchain.nvshmem_headers().folders)
+        options.append("--relocatable-device-code=true")
     options += [f"--include-path={path}" for path in (kernel_dir(), *include_dirs)]
     options += [f"--define-macro={name}={value}" for name, value in (defines or {}).items()]
     options += ["--generate-line-info"] if lineinfo else []
@@ -82,13 +91,16 @@ def compile_ptx(
     include_dirs: Sequence[str | Path] = (),
     defines: Mapping[str, object] | None = None,
     lineinfo: bool = False,
+    nvshmem: bool = False,
 ) -> str:
     """Compile CUDA C++ text for sm_90a to PTX text, uncached.
 
-    With `lineinfo` the PTX carries `.file` and `.loc`, which name the real files of csrc/kernels.
-    Raises `CompileError` with the compiler's log, `ToolchainError` if there is no NVRTC.
+    With `lineinfo` the PTX carries `.file` and `.loc`, which name the real files of csrc/kernels. With
+    `nvshmem` the source may include nvshmem.h and nvshmemx.h, whose parsing takes some 4 s; the PTX runs in
+    the emulator's VirtualCluster, and `link_nvshmem` makes a cubin of it. Raises `CompileError` with the
+    compiler's log, `ToolchainError` if there is no NVRTC.
     """
-    return compile_source(source, (), source_options(include_dirs, defines, lineinfo)).ptx
+    return compile_source(source, (), source_options(include_dirs, defines, lineinfo, nvshmem)).ptx
 
 
 def compile_source(

@@ -3,16 +3,20 @@
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from . import cache, toolchain
 from .compile import ARCHITECTURE, Resources, compile_source, kernel_dir, source_options
+from .link import link_nvshmem
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*[<"]([^>"\n]+)[>"]', re.MULTILINE)
 _PARAMETER = re.compile(
     r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+)\s+(?:\.ptr\s+(?:\.\w+\s+)?\.align\s+\d+\s+)?[\w$]+(?:\[(\d+)\])?"
 )
+
+
+compiled_here: "set[Kernel]" = set()  # whose cubin this process had to build: it was not in the cache
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Cubin:
 class Kernel:
     """One instance of a kernel of csrc/kernels: `Kernel("quantize.cuh", "quantize_1x128", ("Bf16", False))`.
 
-    `function` is looked up in namespace dsv3; `template` holds types (as text), integers and bools.
+    `function` is looked up in namespace dsv3; `template` holds types (as text), integers and bools. With
+    `nvshmem` the file may include NVSHMEM's headers, and its cubin is linked with NVSHMEM's device library.
     Compiled on first use, once for all processes (see `cache`), then held in this process.
     """
 
@@ -46,6 +51,7 @@ class Kernel:
     function: str
     template: tuple[str | int | bool, ...] = ()
     defines: tuple[tuple[str, str | int], ...] = ()
+    nvshmem: bool = False
 
     def __str__(self) -> str:
         arguments = ", ".join(str(a).lower() if isinstance(a, bool) else str(a) for a in self.template)
@@ -76,21 +82,29 @@ def _cubin(kernel: Kernel) -> Cubin:
 def _compiled(kernel: Kernel, lineinfo: bool, cubin: bool) -> cache.Entry:
     """The kernel's PTX or cubin, from the cache or else from the compiler."""
     source = f'#include "{kernel.file}"\nusing namespace dsv3;\n'
-    options = source_options(defines=dict(kernel.defines), lineinfo=lineinfo)
+    options = source_options(defines=dict(kernel.defines), lineinfo=lineinfo, nvshmem=kernel.nvshmem)
 
     def build() -> cache.Entry:
-        done = compile_source(source, [str(kernel)], options, cubin)
+        links = cubin and kernel.nvshmem
+        done = compile_source(source, [str(kernel)], options, cubin and not links)
         (name,) = done.names
+        if links:
+            image, log = link_nvshmem(done.ptx, str(kernel))
+            done = replace(done, cubin=image, log=log)
         facts: dict[str, object] = {
             "kernel": str(kernel),
             "name": name,
             "parameters": parameters(done.ptx, name),
         }
         if cubin:
+            compiled_here.add(kernel)
             facts["resources"] = asdict(done.resources(name))
         return cache.Entry(facts, done.cubin if cubin else done.ptx.encode())
 
     recipe = [str(kernel), *options, *_closure(source, [kernel_dir()])]
+    if kernel.nvshmem:
+        recipe.append(toolchain.nvshmem_headers().versions)
+        recipe.append(f"{toolchain.nvjitlink().build}, {toolchain.nvshmem().build}" if cubin else "")
     kind = "cubin" if cubin else "ptx"
     key = cache.key_of(kind, str(cache.FORMAT), ARCHITECTURE, toolchain.nvrtc().build, *recipe)
     return cache.get_or_build(key, build)

@@ -17,6 +17,8 @@ MEND = {
     "nvjitlink": "pip install 'dsv3_kernels[cu13]' (with a CUDA 12 driver: 'dsv3_kernels[cu12]')",
     "nvdisasm": "pip install 'nvidia-cuda-nvdisasm>=13.2,<14'",
     "nvshmem": "pip install 'nvidia-nvshmem-cu13>=3.5' (with a CUDA 12 driver: 'nvidia-nvshmem-cu12>=3.5')",
+    "cudart": "pip install 'nvidia-cuda-runtime>=13' (with CUDA 12: 'nvidia-cuda-runtime-cu12>=12.9')",
+    "cccl": "pip install 'nvidia-cuda-cccl>=13' (with CUDA 12: 'nvidia-cuda-cccl-cu12>=12.9')",
 }
 
 
@@ -50,12 +52,25 @@ class Nvshmem:
     device_library: Path
     host_library: Path
 
+    @property
+    def build(self) -> str:
+        """Tells two builds of the device library apart."""
+        return f"{self.version}, {self.device_library.stat().st_size} bytes"
+
     def host_version(self) -> str:
         """What the host library says of itself. Raises `OSError` if it does not load."""
         numbers = [ctypes.c_int() for _ in range(3)]
         library = ctypes.CDLL(str(self.host_library))
         library.nvshmemx_vendor_get_version_info(*(ctypes.byref(number) for number in numbers))
         return ".".join(str(number.value) for number in numbers)
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What a source needs to include nvshmem.h: its folders, and the `versions` of what lies in them."""
+
+    folders: tuple[Path, ...]
+    versions: str
 
 
 def _bindings(name: str) -> ModuleType:
@@ -136,3 +151,37 @@ def nvshmem() -> Nvshmem:
             version = ".".join(numbers.get(part, "?") for part in ("MAJOR", "MINOR", "PATCH"))
             return Nvshmem(version, root / "include", device, host)
     raise ToolchainError(f"found no NVSHMEM (headers, device and host library). Mend: {MEND['nvshmem']}")
+
+
+def nvshmem_headers() -> Headers:
+    """Where nvshmem.h lies, and the CUDA runtime's and CCCL's headers that it includes.
+
+    Looked for in wheels, then where CUDA_HOME points. Raises `ToolchainError` that names what is missing.
+    """
+    library = nvshmem()
+    folders, versions = [library.include], [f"NVSHMEM {library.version}"]
+    for name, label, file, macro in (
+        ("cudart", "CUDA runtime", "cuda_runtime_api.h", "CUDART_VERSION"),
+        ("cccl", "CUDA C++ libraries (CCCL)", "cuda/std/__cccl/version.h", "CCCL_VERSION"),
+    ):
+        folder = _header_folder(name)
+        if folder is None:
+            raise ToolchainError(
+                f"found no headers of the {label}, which nvshmem.h includes ({file}). Mend: {MEND[name]}"
+            )
+        header = folder / file
+        found = re.search(rf"#define\s+{macro}\s+(\d+)", header.read_text()) if header.is_file() else None
+        folders.append(folder)
+        versions.append(f"{macro} {found[1] if found else '?'}")
+    return Headers(tuple(folders), ", ".join(versions))
+
+
+def _header_folder(name: str) -> Path | None:
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+    except ImportError as error:
+        raise ToolchainError(
+            f"cuda.pathfinder is missing or older than 1.3 ({error}). Mend: {MEND['cuda-python']}"
+        ) from None
+    found = find_nvidia_header_directory(name)
+    return Path(found) if found else None

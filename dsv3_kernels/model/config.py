@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 
+from dsv3_kernels.model.rope import Yarn
+
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and constants of the model; the defaults are those of the released DeepSeek-V3."""
+    """Sizes and constants of the model; the defaults are those of DeepSeek-V3 as it is pre-trained.
+
+    As released it is stretched to 163,840 positions: `PRESETS["v3"]`.
+    """
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -31,6 +36,7 @@ class ModelConfig:
     """Whether an MTP module sees the state before it after that one's final norm (as released) or before."""
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
+    rope_scaling: Yarn | None = None
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006
 
@@ -89,5 +95,29 @@ PRESETS: dict[str, ModelConfig] = {
         max_position_embeddings=2048,
         initializer_range=0.02,
     ),
-    "v3": ModelConfig(),
+    "mini": ModelConfig(
+        vocab_size=32768,
+        hidden_size=1024,
+        intermediate_size=2816,
+        moe_intermediate_size=512,
+        num_hidden_layers=12,
+        first_k_dense_replace=1,
+        num_attention_heads=16,
+        q_lora_rank=384,
+        kv_lora_rank=256,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        n_routed_experts=24,
+        num_experts_per_tok=4,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=1.0,
+        max_position_embeddings=4096,
+        initializer_range=0.02,
+    ),
+    "v3": ModelConfig(
+        max_position_embeddings=163840,
+        rope_scaling=Yarn(factor=40, original_max_position_embeddings=4096, mscale_all_dim=1.0),
+    ),
 }

@@ -7,25 +7,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_kernels.model.attention import MultiHeadLatentAttention, rope_angles
+from dsv3_kernels.ep import Buffer
+from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
-from dsv3_kernels.model.moe import MLP, Gate, MoE
+from dsv3_kernels.model.moe import MLP, Experts, Gate, MoE
+from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, Linear, set_recipe
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: ModelConfig, dense: bool) -> None:
+    def __init__(self, config: ModelConfig, dense: bool, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = MultiHeadLatentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.mlp: MLP | MoE = MLP(config.hidden_size, config.intermediate_size) if dense else MoE(config)
+        self.mlp: MLP | MoE
+        if dense:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        else:
+            self.mlp = MoE(config, ep_buffer)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.attention(self.attention_norm(x), cos, sin, cache, start)
         y = self.mlp(self.mlp_norm(x))
         if isinstance(y, tuple):
             return x + y[0], y[1]
@@ -35,24 +43,30 @@ class Block(nn.Module):
 class MTPModule(nn.Module):
     """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.embedding_norm = nn.RMSNorm(hidden, eps=eps)
         self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
         self.eh_proj = Fp8Linear(2 * hidden, hidden)
-        self.block = Block(config, dense=False)
+        self.block = Block(config, False, ep_buffer)
         self.norm = nn.RMSNorm(hidden, eps=eps)
 
     def forward(
-        self, embedded: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor
+        self,
+        embedded: Tensor,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """hidden: [B, S, hidden], the state at each position; embedded: the token after it.
 
         Returns the new state, the same after the module's norm, for the head, and the balance loss.
         """
         joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
-        hidden, balance = self.block(self.eh_proj(joined), cos, sin)
+        hidden, balance = self.block(self.eh_proj(joined), cos, sin, cache, start)
         return hidden, self.norm(hidden), balance
 
 
@@ -66,18 +80,25 @@ class Losses:
 
 
 class DeepSeekV3(nn.Module):
-    """The reference model. Every linear layer but the head and the gates computes as the recipe says."""
+    """The reference model. Every linear layer but the head and the gates computes as the recipe says.
 
-    def __init__(self, config: ModelConfig, recipe: Fp8Recipe | None = None) -> None:
+    With an `ep_buffer` it is expert-parallel: each rank holds its share of the routed experts and a copy of
+    all else, and gives its own tokens. A gate counts the load of its own rank's tokens only.
+    """
+
+    def __init__(
+        self, config: ModelConfig, recipe: Fp8Recipe | None = None, ep_buffer: Buffer | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
-            Block(config, dense=i < config.first_k_dense_replace) for i in range(config.num_hidden_layers)
+            Block(config, i < config.first_k_dense_replace, ep_buffer)
+            for i in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
-        self.mtp = nn.ModuleList(MTPModule(config) for _ in range(config.num_nextn_predict_layers))
+        self.mtp = nn.ModuleList(MTPModule(config, ep_buffer) for _ in range(config.num_nextn_predict_layers))
         if recipe is not None:
             set_recipe(self, recipe)
 
@@ -85,21 +106,69 @@ class DeepSeekV3(nn.Module):
     def initialize(self, seed: int) -> None:
         """Draws all weights from N(0, initializer_range²), norms one; a seed gives the same everywhere."""
         generator = torch.Generator().manual_seed(seed)
+        shares = {p: m for m in self.modules() if isinstance(m, Experts) for p in m.parameters()}
         for parameter in self.parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            else:
-                draw = torch.randn(parameter.shape, generator=generator) * self.config.initializer_range
-                parameter.copy_(draw)
+                continue
+            shape, first = list(parameter.shape), 0
+            if parameter in shares:  # every rank draws all experts
+                first, shape[0] = shares[parameter].first_expert, shares[parameter].num_experts
+            draw = torch.randn(shape, generator=generator) * self.config.initializer_range
+            parameter.copy_(draw[first : first + parameter.shape[0]])
 
     def gates(self) -> Iterator[Gate]:
         return (module for module in self.modules() if isinstance(module, Gate))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
-        cos, sin = self._rope(tokens.shape[1])
+        cos, sin = self._rope(0, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin)
         return self._logits(self.norm(hidden))
+
+    def new_cache(self, batch: int, capacity: int) -> LatentCache:
+        """For `decode` of `batch` sequences of up to `capacity` positions."""
+        return self._new_cache(len(self.blocks), batch, capacity)
+
+    def new_mtp_cache(self, batch: int, capacity: int) -> LatentCache:
+        """For `decode_mtp`."""
+        return self._new_cache(1, batch, capacity)
+
+    def _new_cache(self, layers: int, batch: int, capacity: int) -> LatentCache:
+        width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        norm = self.norm.weight
+        return LatentCache(torch.zeros(layers, batch, capacity, width, dtype=norm.dtype, device=norm.device))
+
+    def decode(self, tokens: Tensor, cache: LatentCache) -> tuple[Tensor, Tensor]:
+        """Goes on from the cache by tokens [B, S], which it takes in.
+
+        Returns FP32 logits [B, S, vocab_size] and the state [B, S, hidden] that the first MTP module sees.
+        """
+        start, cos, sin = self._extend(cache, tokens.shape[1])
+        hidden, _ = self._trunk(tokens, cos, sin, cache, start)
+        normed = self.norm(hidden)
+        return self._logits(normed), normed if self.config.mtp_post_norm else hidden
+
+    def decode_mtp(self, tokens: Tensor, state: Tensor, cache: LatentCache) -> Tensor:
+        """The first MTP module's FP32 logits [B, S, vocab_size] of the token after `tokens`.
+
+        tokens: [B, S], each the one after the position whose state [B, S, hidden] `decode` returned.
+        """
+        start, cos, sin = self._extend(cache, tokens.shape[1])
+        module = self.mtp[0]
+        _, normed, _ = module(self.embedding(tokens), state, cos, sin, cache.layer(0), start)
+        return self._logits(normed)
+
+    def _extend(self, cache: LatentCache, count: int) -> tuple[int, Tensor, Tensor]:
+        start, capacity = cache.length, cache.rows.shape[2]
+        if start + count > capacity:
+            raise ValueError(
+                f"DeepSeekV3: the cache holds {start} of {capacity} positions, expected room for {count} "
+                "more. Mend: a larger capacity in new_cache"
+            )
+        cos, sin = self._rope(start, count)
+        cache.length = start + count
+        return start, cos, sin
 
     def next_token_loss(self, window: Tensor) -> Tensor:
         """Mean cross-entropy of window[:, 1:] given what stands before; window: int64 [B, S + 1]."""
@@ -113,7 +182,7 @@ class DeepSeekV3(nn.Module):
         """
         depth = len(self.mtp)
         length = window.shape[1] - 1 - depth
-        cos, sin = self._rope(length)
+        cos, sin = self._rope(0, length)
         hidden, balances = self._trunk(window[:, :length], cos, sin)
         normed = self.norm(hidden)
         main = self._cross_entropy(normed, window[:, 1 : 1 + length])
@@ -127,24 +196,30 @@ class DeepSeekV3(nn.Module):
             mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
         return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
 
-    def _trunk(self, tokens: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    def _trunk(
+        self,
+        tokens: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LatentCache | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, list[Tensor | None]]:
         hidden = self.embedding(tokens)
         balances: list[Tensor | None] = []
-        for block in self.blocks:
-            hidden, balance = block(hidden, cos, sin)
+        for i, block in enumerate(self.blocks):
+            hidden, balance = block(hidden, cos, sin, cache.layer(i) if cache is not None else None, start)
             balances.append(balance)
         return hidden, balances
 
-    def _rope(self, length: int) -> tuple[Tensor, Tensor]:
-        if not 0 <= length <= self.config.max_position_embeddings:
+    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        config = self.config
+        if start + count > config.max_position_embeddings:
             raise ValueError(
-                f"DeepSeekV3: the sequence has {length} positions, expected at most "
-                f"max_position_embeddings = {self.config.max_position_embeddings}"
+                f"DeepSeekV3: the sequence has {start + count} positions, expected at most "
+                f"max_position_embeddings = {config.max_position_embeddings}"
             )
-        angles = rope_angles(
-            length, self.config.qk_rope_head_dim, self.config.rope_theta, self.embedding.weight.device
-        )
-        return angles.cos(), angles.sin()
+        positions = torch.arange(start, start + count, device=self.embedding.weight.device)
+        return rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

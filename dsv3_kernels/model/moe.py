@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model.config import ModelConfig
-from dsv3_kernels.nn import Fp8Linear, GroupedFp8Linear
+from dsv3_kernels.nn import Fp8Linear, GroupedFp8Linear, MoECombine, MoEDispatch
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -149,16 +150,35 @@ class _FromExpertOrder(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """The routed experts as two grouped GEMMs over the tokens sorted by expert. No token is dropped."""
+    """The routed experts as two grouped GEMMs over the tokens sorted by expert. No token is dropped.
 
-    def __init__(self, num_experts: int, hidden_size: int, intermediate_size: int) -> None:
+    With an `ep_buffer` this rank holds local_experts of the num_experts, from first_expert on. Tokens travel
+    to their experts and back, so all ranks of the buffer call forward together, and backward.
+    """
+
+    def __init__(
+        self, num_experts: int, hidden_size: int, intermediate_size: int, ep_buffer: Buffer | None = None
+    ) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.gate_up_proj = GroupedFp8Linear(num_experts, hidden_size, 2 * intermediate_size)
-        self.down_proj = GroupedFp8Linear(num_experts, intermediate_size, hidden_size)
+        self.num_experts, self.first_expert, local = num_experts, 0, num_experts
+        self.dispatch = self.combine = None
+        if ep_buffer is not None:
+            if ep_buffer.num_experts != num_experts:
+                raise ValueError(
+                    f"Experts: ep_buffer has num_experts = {ep_buffer.num_experts}, expected {num_experts}"
+                )
+            local = ep_buffer.local_experts
+            self.first_expert = ep_buffer.rank * local
+            self.dispatch, self.combine = MoEDispatch(ep_buffer), MoECombine(ep_buffer)
+        self.gate_up_proj = GroupedFp8Linear(local, hidden_size, 2 * intermediate_size)
+        self.down_proj = GroupedFp8Linear(local, intermediate_size, hidden_size)
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x: [T, hidden]; experts, weights: [T, K]. Returns each token's weighted sum, [T, hidden]."""
+        if self.dispatch is not None and self.combine is not None:
+            got = self.dispatch(x, experts, weights)
+            rows = self.down_proj(swiglu(self.gate_up_proj(got.x, got.group_offsets)), got.group_offsets)
+            return self.combine(rows, got.handle, got.topk_weights)
         flat = experts.flatten()
         order = flat.argsort(stable=True)
         slot = torch.empty_like(order)
@@ -173,11 +193,11 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Shared experts, which see every token, plus the routed ones."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         self.gate = Gate(config)
-        self.experts = Experts(config.n_routed_experts, hidden, inner)
+        self.experts = Experts(config.n_routed_experts, hidden, inner, ep_buffer)
         self.shared_experts = (
             MLP(hidden, inner * config.n_shared_experts) if config.n_shared_experts else None
         )

@@ -6,8 +6,12 @@ For x [T, K] and a weight w [N, K] (section 3.3 of the DeepSeek-V3 report):
     backward   dx = dy · w    dy in 1x128 tiles along N,      wᵀ in 128x128 blocks
                dw = dyᵀ · x   dyᵀ and xᵀ in 1x128 tiles along the tokens, result in FP32
 
-The weight and its transpose are quantised in one pass in the forward; xᵀ is quantised there too, so that what
-is kept for the backward is FP8.
+Each operand is quantised in one pass, in both orientations where both are needed: x and the weight in the
+forward, so that what is kept for the backward is FP8, and dy in the backward.
+
+The weight's gradient is made in FP32. Where the weight has an attribute `main_grad`, a contiguous FP32 tensor
+of its shape, the kernel adds it to that, and `weight.grad` stays None; `deferred_wgrad` puts it off. Neither
+holds in a graph made by torch.compile: there the gradient goes to `weight.grad`.
 """
 
 import functools
@@ -19,7 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.gemm import fp8_gemm, grouped_fp8_gemm
+from dsv3_kernels.nn.deferred import active_store
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.nn.stored import StoresFp8
 from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, quantize_128x128
 from dsv3_kernels.quantized import ROW, SQUARE, QuantizedTensor
 from dsv3_kernels.wgrad import fp8_wgrad
@@ -36,30 +42,72 @@ class _Fp8LinearFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, group_offsets: Tensor | None, power_of_2: bool, training: bool
     ) -> Tensor:
-        x_q = quantize_1x128(x, power_of_2_scales=power_of_2)
         if not training:
-            return _gemm(x_q, quantize_128x128(weight, power_of_2_scales=power_of_2), group_offsets)
+            w_q = quantize_128x128(weight, power_of_2_scales=power_of_2)
+            return _gemm(quantize_1x128(x, power_of_2_scales=power_of_2), w_q, group_offsets)
         w_q, w_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
-        x_data = x_scales = None
+        x_data = x_scales = ctx.weight = None
         if ctx.needs_input_grad[1]:
-            x_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2)
+            x_q, x_t = quantize_1x128(
+                x, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2
+            )
             x_data, x_scales = x_t.data, x_t.scales
+            # Not among the saved tensors, which must not change: only its gradient's place is asked for.
+            if weight.is_leaf and not torch.compiler.is_compiling():
+                ctx.weight = weight
+        else:
+            x_q = quantize_1x128(x, power_of_2_scales=power_of_2)
         ctx.save_for_backward(w_t.data, w_t.scales, x_data, x_scales, group_offsets)
         ctx.power_of_2 = power_of_2
         return _gemm(x_q, w_q, group_offsets)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy = grad_outputs[0].contiguous()
+        dy, power_of_2 = grad_outputs[0].contiguous(), ctx.power_of_2
         w_data, w_scales, x_data, x_scales, group_offsets = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            dy_q = quantize_1x128(dy, power_of_2_scales=ctx.power_of_2)
+        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        dy_q = dy_t = dx = dw = None
+        if needs_dx and needs_dw:
+            dy_q, dy_t = quantize_1x128(
+                dy, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2
+            )
+        elif needs_dx:
+            dy_q = quantize_1x128(dy, power_of_2_scales=power_of_2)
+        elif needs_dw:
+            dy_t = quantize_1x128_t(dy, group_offsets, power_of_2_scales=power_of_2)
+        if dy_q is not None:
             dx = _gemm(dy_q, QuantizedTensor(w_data, w_scales, SQUARE), group_offsets)
-        if ctx.needs_input_grad[1]:
-            dy_t = quantize_1x128_t(dy, group_offsets, power_of_2_scales=ctx.power_of_2)
-            dw = fp8_wgrad(dy_t, QuantizedTensor(x_data, x_scales, ROW), group_offsets=group_offsets)
+        if dy_t is not None:
+            x_t = QuantizedTensor(x_data, x_scales, ROW)
+            dw = _weight_gradient(ctx.weight, dy_t, x_t, group_offsets)
         return dx, dw, None, None, None
+
+
+def _weight_gradient(
+    weight: Tensor | None, dy_t: QuantizedTensor, x_t: QuantizedTensor, group_offsets: Tensor | None
+) -> Tensor | None:
+    """The gradient for autograd to add to `weight.grad`, or None where it goes elsewhere, now or later."""
+    store = active_store()
+    if weight is None or (store is None and getattr(weight, "main_grad", None) is None):
+        return fp8_wgrad(dy_t, x_t, group_offsets=group_offsets)
+    work = functools.partial(_add_gradient, weight, dy_t, x_t, group_offsets)
+    if store is None:
+        work()
+    else:
+        store.put(work)
+    return None
+
+
+def _add_gradient(
+    weight: Tensor, dy_t: QuantizedTensor, x_t: QuantizedTensor, group_offsets: Tensor | None
+) -> None:
+    """Into `weight.main_grad` by the kernel, or else into `weight.grad` as autograd would."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is not None:
+        fp8_wgrad(dy_t, x_t, main_grad, accumulate=True, group_offsets=group_offsets)
+        return
+    dw = fp8_wgrad(dy_t, x_t, group_offsets=group_offsets).to(weight.grad_dtype or torch.float32)
+    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
 
 
 def _records_gradient(*tensors: Tensor) -> bool:
@@ -70,7 +118,8 @@ def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) ->
     """x · weightᵀ with all three GEMMs in FP8.
 
     x: [..., K], BF16 or FP32. weight: [N, K], BF16 or FP32. Returns [..., N] in x's dtype (the GEMM rounds to
-    BF16). The weight's gradient is made in FP32: where `weight.grad_dtype` is float32 it stays that.
+    BF16). The weight's gradient goes to `weight.main_grad` if it has one; else, where `weight.grad_dtype` is
+    float32, `weight.grad` stays FP32.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = _Fp8LinearFunction.apply(rows, weight, None, power_of_2_scales, _records_gradient(x, weight))
@@ -88,6 +137,14 @@ def grouped_fp8_linear(
     training = _records_gradient(x, weight)
     y = _Fp8LinearFunction.apply(x.contiguous(), weight, group_offsets, power_of_2_scales, training)
     return y.to(x.dtype)
+
+
+def _with_stored(
+    x: Tensor, weight: QuantizedTensor, group_offsets: Tensor | None, recipe: Fp8Recipe
+) -> Tensor:
+    """The forward GEMM with a weight that is kept in FP8. It has no backward."""
+    rows = quantize_1x128(x.reshape(-1, x.shape[-1]).contiguous(), power_of_2_scales=recipe.power_of_2_scales)
+    return _gemm(rows, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
 
 
 @functools.cache
@@ -127,7 +184,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
 
-class Fp8Linear(Linear):
+class Fp8Linear(Linear, StoresFp8):
     """A drop-in for `nn.Linear(in_features, out_features, bias=False)` that computes as its `recipe` says."""
 
     def __init__(
@@ -138,14 +195,17 @@ class Fp8Linear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe.precision == "bf16":
-            return linear(x, self.weight)
+            return linear(x, self.dequantized_weight().to(x.dtype))
+        stored = self.quantized_weight()
+        if stored is not None:
+            return _with_stored(x, stored, None, self.recipe)
         return fp8_linear(x, self.weight, power_of_2_scales=self.recipe.power_of_2_scales)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
 
 
-class GroupedFp8Linear(nn.Module):
+class GroupedFp8Linear(StoresFp8):
     """One linear layer an expert, rows sorted by expert: weight [num_groups, out_features, in_features]."""
 
     def __init__(
@@ -170,7 +230,10 @@ class GroupedFp8Linear(nn.Module):
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """x: [T, in_features]; group_offsets: int32 [num_groups + 1]. Returns [T, out_features]."""
         if self.recipe.precision == "bf16":
-            return grouped_linear(x, self.weight, group_offsets)
+            return grouped_linear(x, self.dequantized_weight().to(x.dtype), group_offsets)
+        stored = self.quantized_weight()
+        if stored is not None:
+            return _with_stored(x, stored, group_offsets, self.recipe)
         return grouped_fp8_linear(
             x, self.weight, group_offsets, power_of_2_scales=self.recipe.power_of_2_scales
         )
@@ -183,7 +246,7 @@ class GroupedFp8Linear(nn.Module):
 
 
 def set_recipe(model: nn.Module, recipe: Fp8Recipe) -> None:
-    """Makes every Fp8Linear and GroupedFp8Linear of the model compute as the recipe says from now on."""
+    """Makes every layer of the model that has a recipe compute, and send, as this one says from now on."""
     for module in model.modules():
-        if isinstance(module, (Fp8Linear, GroupedFp8Linear)):
-            module.recipe = recipe
+        if isinstance(getattr(module, "recipe", None), Fp8Recipe):
+            setattr(module, "recipe", recipe)  # noqa: B010

@@ -17,6 +17,7 @@ from dsv3_kernels.train.run import execute, read_config
 
 TRAINABLE = {"tiny": TrainConfig()}
 """The presets that one machine can train, with their training settings."""
+SAMPLE_BYTES = 120  # with a short prompt no longer than the sequences that the presets train on
 _RESUMABLE = {"steps", "checkpoint_every", "validate_every", "validation_windows", "keep"}
 _RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
 _TRAIN_FIELDS = {f.name for f in dataclasses.fields(TrainConfig)}
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("sample")
     option(group, "--prompt", str, "What the sample of generated text begins with.", repr("def "))
-    option(group, "--sample-bytes", int, "Its length; 0 for none.", 200)
+    option(group, "--sample-bytes", int, "Its length; 0 for none.", SAMPLE_BYTES)
     return parser
 
 
@@ -138,7 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "threads" in given:
             torch.set_num_threads(given["threads"])
         config, folder = resumed_run(given) if "resume" in given else new_run(given)
-        prompt, length = given.get("prompt", "def "), given.get("sample_bytes", 200)
+        prompt, length = given.get("prompt", "def "), given.get("sample_bytes", SAMPLE_BYTES)
+        limit = config.model.max_position_embeddings
+        if len(prompt.encode()) + length > limit:
+            raise TrainError(f"--prompt and --sample-bytes: expected at most {limit} bytes together")
         return execute(config, folder, Console(), prompt, length)
     except (TrainError, OSError) as error:
         print(f"dsv3_kernels.train: {error}", file=sys.stderr)

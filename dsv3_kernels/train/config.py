@@ -75,12 +75,15 @@ def from_json(cls: type[T], value: Any, where: str) -> T:
     if not isinstance(value, dict):
         raise TrainError(f"{where}: found {type(value).__name__}, expected an object")
     hints = typing.get_type_hints(cls)
-    names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    if set(value) != names:
-        unknown, missing = sorted(set(value) - names), sorted(names - set(value))
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names = {f.name for f in fields}
+    # What is None where it is not asked for may be missing: files of earlier versions lack it.
+    unknown = sorted(set(value) - names)
+    missing = sorted({f.name for f in fields if f.default is not None} - set(value))
+    if unknown or missing:
         raise TrainError(f"{where}: unknown keys {unknown}, missing keys {missing}")
     try:
-        return cls(**{name: _field(hints[name], value[name], f"{where}.{name}") for name in names})
+        return cls(**{name: _field(hints[name], value[name], f"{where}.{name}") for name in value})
     except ValueError as error:
         raise TrainError(f"{where}: {error}") from error
 
@@ -97,6 +100,9 @@ def _field(hint: Any, value: Any, where: str) -> Any:
     elif origin in (types.UnionType, typing.Union):
         if value is None or type(value) in arguments:
             return value
+        for argument in arguments:
+            if dataclasses.is_dataclass(argument):
+                return from_json(typing.cast(type, argument), value, where)
     elif hint is float and type(value) is int:
         return float(value)
     elif type(value) is hint:

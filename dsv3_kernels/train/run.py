@@ -11,7 +11,7 @@ from types import FrameType
 from rich.console import Console
 from torch import Tensor
 
-from dsv3_kernels.model import count_parameters
+from dsv3_kernels.model import Generator, Sampling, count_parameters
 from dsv3_kernels.nn import BF16, set_recipe
 from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train import report
@@ -20,7 +20,6 @@ from dsv3_kernels.train.config import RunConfig, from_json, to_json
 from dsv3_kernels.train.data import load_corpus, validation_windows
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.metrics import MetricsLog
-from dsv3_kernels.train.sample import sample
 from dsv3_kernels.train.trainer import Trainer
 
 TEMPERATURE = 0.7
@@ -49,11 +48,9 @@ def read_config(folder: Path) -> RunConfig:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise TrainError(
-            f"--resume: cannot read {path}: {error.strerror}; expected the folder of a run"
-        ) from error
+        raise TrainError(f"cannot read {path}: {error.strerror}; expected the folder of a run") from error
     except (ValueError, RecursionError) as error:
-        raise TrainError(f"--resume: {path} is not JSON: {error}") from error
+        raise TrainError(f"{path} is not JSON: {error}") from error
     return from_json(RunConfig, value, str(path))
 
 
@@ -163,15 +160,9 @@ class Run:
     def _print_sample(self, prompt: str, length: int) -> None:
         trainer = self.trainers[0]
         set_recipe(trainer.model, BF16)
-        train = self.config.train
-        text = sample(
-            trainer.model,
-            prompt.encode(),
-            length,
-            context=train.seq_len,
-            temperature=TEMPERATURE,
-            seed=train.seed,
-        )
+        generator = Generator(trainer.model, Sampling(TEMPERATURE), seed=self.config.train.seed)
+        start = prompt.encode() or b"\n"
+        text = start + bytes(generator.tokens(list(start), length))
         set_recipe(trainer.model, trainer.recipe)
         self.console.print(
             f"\nA sample of the weights trained in {trainer.precision.upper()}, temperature {TEMPERATURE}:",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_kernels import emulator, jit
+from dsv3_kernels import emulator, gemm, jit
 from dsv3_kernels.jit import Kernel
 from dsv3_kernels.tensor_map import TensorMap
 
@@ -32,7 +32,7 @@ def corpus() -> list[tuple[str, list[str]]]:
         text = path.read_text()
         ptx = jit.compile_ptx(text, include_dirs=[KERNELS], defines={"BUG": 0}, lineinfo=True)
         texts.append((ptx, re.findall(r"^KERNEL\((\w+)\)", text, re.MULTILINE)))
-    texts.append((Kernel("gemm.cuh", "fp8_gemm", (64, 16, 2, 16)).ptx().text, []))
+    texts.append((gemm.config_of_tile(16, 64, swap=True).kernel.ptx().text, []))
     texts.append((Kernel("quantize.cuh", "quantize_1x128", ("Bf16", False)).ptx().text, []))
     return texts
 

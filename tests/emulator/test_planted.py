@@ -133,6 +133,14 @@ CASES = [
         for name in ("map_changed_without_fence", "map_used_without_acquire")
     ),
     *(
+        Case("k_grouped.cu", name, HAZARD)
+        for name in (
+            "map_rewritten_while_copies_use_it",
+            "map_rewritten_without_release",
+            "map_rewritten_without_acquire",
+        )
+    ),
+    *(
         Case("deadlock.cu", name, DEADLOCK)
         for name in (
             "wrong_arrive_count",

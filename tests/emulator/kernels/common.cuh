@@ -95,3 +95,24 @@ __device__ __forceinline__ void st_async(u32 address, float v, u32 barrier) {
         "r"(__float_as_uint(v)), "r"(barrier)
         : "memory");
 }
+
+// Tensor maps that a kernel writes.
+__device__ __forceinline__ void replace_address_shared(void* map, const void* address) {
+    asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" ::"r"(
+                     ptx::shared_address(map)),
+                 "l"(address)
+                 : "memory");
+}
+
+// By a whole warp: 128 bytes from shared to global memory, released to the tensor-map proxy.
+__device__ __forceinline__ void publish_map(void* map, const void* draft) {
+    asm volatile(
+        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
+        "[%0], [%1], 128;" ::"l"(map),
+        "r"(ptx::shared_address(draft))
+        : "memory");
+}
+
+__device__ __forceinline__ void acquire_map(const void* map) {
+    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
+}

@@ -1,22 +1,9 @@
 // Tensor maps that a kernel writes. 64 threads.
 #include "common.cuh"
 
-__device__ __forceinline__ void acquire_map(const void* map) {
-    asm volatile("fence.proxy.tensormap::generic.acquire.gpu [%0], 128;" ::"l"(map) : "memory");
-}
-
 __device__ __forceinline__ void replace_address_global(void* map, const void* address) {
     asm volatile("tensormap.replace.tile.global_address.global.b1024.b64 [%0], %1;" ::"l"(map), "l"(address)
                  : "memory");
-}
-
-// By a whole warp: 128 bytes from shared to global memory, released to the tensor-map proxy.
-__device__ __forceinline__ void publish_map(void* map, const void* draft) {
-    asm volatile(
-        "tensormap.cp_fenceproxy.global.shared::cta.tensormap::generic.release.gpu.sync.aligned "
-        "[%0], [%1], 128;" ::"l"(map),
-        "r"(ptx::shared_address(draft))
-        : "memory");
 }
 
 __device__ __forceinline__ void load_and_copy(float* out, const TensorMap* map) {
@@ -55,11 +42,7 @@ KERNEL(map_used_without_acquire) {
     if (threadIdx.x < 32) {
         if (threadIdx.x < 16) draft[threadIdx.x] = out_map.opaque[threadIdx.x];
         __syncwarp();
-        if (threadIdx.x == 0)
-            asm volatile("tensormap.replace.tile.global_address.shared::cta.b1024.b64 [%0], %1;" ::"r"(
-                             ptx::shared_address(draft)),
-                         "l"(in)
-                         : "memory");
+        if (threadIdx.x == 0) replace_address_shared(draft, in);
         __syncwarp();
         publish_map(map, draft);  // BUG
     }

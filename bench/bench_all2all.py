@@ -1,0 +1,162 @@
+"""The all-to-all of expert parallelism against `all_to_all_single` of the same bytes, in the same run.
+
+    python -m bench.bench_all2all                                  # starts --ranks processes on this machine
+    torchrun --nproc-per-node 4 -m bench.bench_all2all             # or joins those of torchrun
+
+Routing is node-limited as in DeepSeek-V3: a token's experts are on at most --nodes-per-token nodes. The bytes
+are those that this rank sends to others, payload only; the peer sends as many to each. A rank's clock starts
+after a barrier, and the slowest rank of a round counts.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from bench.report import Report
+from dsv3_kernels import ep, quantize_1x128
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=2, help="processes to start where torchrun has not (default 2)")
+    add("--tokens", type=int, default=256, help="of each rank (default 256; DeepSeek-V3's figure is 4096)")
+    add("--hidden", type=int, default=7168)
+    add("--experts", type=int, default=64)
+    add("--topk", type=int, default=8)
+    add("--nodes-per-token", type=int, default=4)
+    add("--rounds", type=int, default=10)
+    return parser.parse_args()
+
+
+def route(options: argparse.Namespace, topology: ep.Topology, generator: torch.Generator) -> torch.Tensor:
+    """topk experts of each token, spread evenly over its random nodes."""
+    per_node = options.experts // topology.nodes
+    nodes = min(options.nodes_per_token, topology.nodes)
+    scores = torch.rand(options.tokens, topology.nodes, per_node, generator=generator)
+    chosen = torch.rand(options.tokens, topology.nodes, generator=generator).topk(nodes).indices
+    scores.scatter_add_(
+        1, chosen.unsqueeze(2).expand(-1, -1, per_node), torch.ones(1).expand_as(scores[:, :nodes])
+    )
+    return scores.flatten(1).topk(options.topk).indices
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the slowest rank."""
+    dist.barrier()
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = torch.tensor(time.perf_counter() - start, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def plain(send: list[int], receive: list[int], device: torch.device) -> Callable[[], object]:
+    """all_to_all_single of that many bytes to and from each rank."""
+    source = torch.zeros(sum(send), dtype=torch.uint8, device=device)
+    target = torch.empty(sum(receive), dtype=torch.uint8, device=device)
+    return lambda: dist.all_to_all_single(target, source, receive, send)
+
+
+def measure(rank: int, options: argparse.Namespace) -> None:
+    size = dist.get_world_size()
+    nccl = dist.get_backend() == "nccl"
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if nccl else torch.device("cpu")
+    buffer = ep.Buffer(None, options.experts, options.hidden, options.tokens, options.topk)
+    generator = torch.Generator().manual_seed(rank)
+    idx = route(options, buffer.topology, generator)
+    owner = idx // buffer.local_experts
+    rows = [int((owner == r).any(1).sum()) for r in range(size)]
+    x = torch.randn(options.tokens, options.hidden, generator=generator).bfloat16().to(device)
+    idx, weights = idx.to(device), torch.rand(idx.shape, generator=generator).to(device)
+    report = Report("all2all")
+    if rank == 0:
+        print(
+            f"{size} ranks on {dist.get_backend()}, {options.tokens} tokens x {options.hidden} each, "
+            f"top {options.topk} of {options.experts}, {buffer.topology}"
+        )
+    for name, tokens in {"BF16": x, "FP8": quantize_1x128(x)}.items():
+        row = 2 * options.hidden if name == "BF16" else options.hidden + 4 * tokens.scales.shape[1]
+        got = buffer.dispatch(tokens, idx, weights)
+        arrived = got.handle.layout.received
+        y = torch.randn(got.handle.rows, options.hidden).bfloat16().to(device)
+        there = plain([n * row for n in rows], [n * row for n in arrived], device)
+        home = plain(
+            [2 * options.hidden * n for n in arrived], [2 * options.hidden * n for n in rows], device
+        )
+        cases = {
+            f"dispatch {name}": (lambda t=tokens: buffer.dispatch(t, idx, weights), there, rows, row),
+            f"dispatch {name}, cached": (
+                lambda t=tokens, g=got: buffer.dispatch(t, handle=g.handle),
+                there,
+                rows,
+                row,
+            ),
+        }
+        if name == "BF16":
+            combine = lambda g=got, rows_=y: buffer.combine(rows_, g.handle, g.topk_weights)  # noqa: E731
+            cases["combine BF16"] = (combine, home, arrived, 2 * options.hidden)
+        for case, (call, peer, counts, width) in cases.items():
+            sent = (sum(counts) - counts[rank]) * width
+            ours, theirs = [], []
+            for i in range(options.rounds + 1):  # the first is warm-up
+                pair = timed(call, device), timed(peer, device)
+                if i:
+                    ours.append(pair[0])
+                    theirs.append(pair[1])
+            middle = statistics.median(ours)
+            line = report.add(
+                f"{case}, {size} ranks",
+                ours,
+                payload_bytes=sent,
+                GBps=sent / middle / 1e9,
+                tokens_per_s=options.tokens / middle,
+                peer="all_to_all_single of the same bytes",
+                speed_against_peer=statistics.median(theirs) / middle,
+            )
+            if rank == 0:
+                print(line)
+    if rank == 0:
+        print(f"written: {report.write()}")
+
+
+def join(rank: int, options: argparse.Namespace, port: int) -> None:
+    """One process of those that main started."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=options.ranks)
+    measure(rank, options)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    options = arguments()
+    if "RANK" in os.environ:
+        enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(
+            os.environ["LOCAL_WORLD_SIZE"]
+        )
+        if enough:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if enough else "gloo")
+        measure(dist.get_rank(), options)
+        dist.destroy_process_group()
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(join, (options, port), options.ranks)
+
+
+if __name__ == "__main__":
+    main()

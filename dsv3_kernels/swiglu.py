@@ -1,0 +1,277 @@
+"""SwiGLU fused with the quantisers around it (DeepSeek-V3 report, section 3.3.3).
+
+The forward writes silu(gate)·up as the operand of the next GEMM. The backward takes x from the FP8 codes
+that the forward kept, and writes the gradient as the operands of the two GEMMs before. What lies between,
+rounded to BF16, never goes to memory. The sigmoid is `reference.sigmoid`; on a GPU, whose approximations of
+2^x and 1/x err in the last bits of FP32, a BF16 value here and there lands on its neighbour.
+"""
+
+import functools
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import checks, launch, quantized, reference
+from .jit import Kernel
+from .quantized import ROW, TILE, QuantizedTensor, empty_rows, empty_transposed
+from .tile import address_of, groups_of, launch_tiles, token_tiles
+
+# As in csrc/kernels/swiglu.cuh.
+THREADS = 128
+BACKWARD_THREADS = 256
+
+Pair = tuple[Tensor, Tensor]
+
+
+@overload
+def swiglu_quantize(
+    x: Tensor,
+    weights: Tensor | None = ...,
+    *,
+    transpose: Literal[False] = ...,
+    group_offsets: None = ...,
+    power_of_2_scales: bool = ...,
+) -> QuantizedTensor: ...
+@overload
+def swiglu_quantize(
+    x: Tensor,
+    weights: Tensor | None = ...,
+    *,
+    transpose: Literal[True],
+    group_offsets: Tensor | None = ...,
+    power_of_2_scales: bool = ...,
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
+def swiglu_quantize(
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    transpose: bool = False,
+    group_offsets: Tensor | None = None,
+    power_of_2_scales: bool = False,
+) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
+    """`quantize_1x128` of y = silu(gate)·up·weight, x = [gate, up] along the last dimension.
+
+    x: bfloat16 `[M, 2·I]`, contiguous, 16-byte aligned, I a multiple of 16.
+    weights: float32 `[M]`, contiguous: a factor a row (the routing weight, where it is applied before the
+        second GEMM), or None.
+    transpose, group_offsets: as in `quantize_1x128`.
+    Returns block (1, 128), data `[M, I]`; with `transpose=True` `(q, q_t)`, data of q_t `[I, T]`. The bits
+    are those of `quantize_1x128` of y computed in FP32 and rounded once to BF16 (`reference.swiglu`).
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
+    or offsets.
+    """
+    op = "swiglu_quantize"
+    both = checks.flag(op, "transpose", transpose)
+    checks.tensor(op, "x", x, (torch.bfloat16,), (2,))
+    checks.multiple(op, "x", "2·I", x.shape[1], 32)
+    checks.contiguous(op, "x", x)
+    if weights is not None:
+        checks.tensor(op, "weights", weights, (torch.float32,), (1,))
+        checks.same_device(op, "weights", weights, "x", x)
+        checks.shape(op, "weights", weights, (x.shape[0],), "(M,)")
+        if not weights.is_contiguous():
+            raise ValueError(
+                f"{op}: weights has stride {weights.stride()}, expected (1,); pass weights.contiguous()"
+            )
+    checks.transposed_groups(op, group_offsets, both, x)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    if not both:
+        rows: Any = torch.ops.dsv3_kernels.swiglu_quantize if torch.compiler.is_compiling() else _forward
+        data, scales = rows(x, weights, power_of_2_scales)
+        return QuantizedTensor(data, scales, ROW)
+    run: Any = torch.ops.dsv3_kernels.swiglu_quantize_both if torch.compiler.is_compiling() else _forward_both
+    data, scales, data_t, scales_t = run(x, weights, group_offsets, power_of_2_scales)
+    return QuantizedTensor(data, scales, ROW), QuantizedTensor(data_t, scales_t, ROW)
+
+
+def _forward(x: Tensor, weights: Tensor | None, power_of_2_scales: bool) -> Pair:
+    if launch.world(x) == "reference":
+        q = reference.quantize_1x128(reference.swiglu(x, weights), power_of_2_scales=power_of_2_scales)
+    else:
+        q = empty_rows((x.shape[0], x.shape[1] // 2), x.device)
+        _launch_forward(x, weights, None, q, None, power_of_2_scales)
+    return q.data, q.scales
+
+
+def _forward_both(
+    x: Tensor, weights: Tensor | None, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if launch.world(x) == "reference":
+        y = reference.swiglu(x, weights)
+        q, q_t = reference.quantize_1x128_both(
+            y, group_offsets, power_of_2_scales=power_of_2_scales, op="swiglu_quantize"
+        )
+    else:
+        shape = x.shape[0], x.shape[1] // 2
+        q, q_t = empty_rows(shape, x.device), empty_transposed(shape, group_offsets, x.device)
+        _launch_forward(x, weights, group_offsets, q, q_t, power_of_2_scales)
+    return q.data, q.scales, q_t.data, q_t.scales
+
+
+def _launch_forward(
+    x: Tensor,
+    weights: Tensor | None,
+    group_offsets: Tensor | None,
+    q: QuantizedTensor,
+    q_t: QuantizedTensor | None,
+    power_of_2_scales: bool,
+) -> None:
+    tokens, width = q.shape
+    transposed = (0, 0) if q_t is None else (q_t.data, q_t.scales)
+    strides = (q.scales.stride(1), 0 if q_t is None else q_t.scales.stride(1))
+    arguments = (
+        *(x, address_of(weights), address_of(group_offsets), q.data, q.scales, *transposed, tokens, width),
+        *(groups_of(group_offsets), 0 if q_t is None else q_t.scales.shape[1], *strides),
+    )
+    kernel = kernel_forward(power_of_2_scales, q_t is not None)
+    down = token_tiles(tokens, group_offsets, rest=True)
+    launch_tiles("swiglu_quantize", "x", x, kernel, THREADS, down, width, arguments)
+
+
+@functools.cache
+def kernel_forward(power_of_2_scales: bool, transpose: bool) -> Kernel:
+    return Kernel("swiglu.cuh", "swiglu_quantize", (power_of_2_scales, transpose))
+
+
+@overload
+def swiglu_backward_quantize(
+    dy: Tensor,
+    x: QuantizedTensor,
+    group_offsets: Tensor | None = ...,
+    *,
+    recompute: Literal[False] = ...,
+    power_of_2_scales: bool = ...,
+) -> tuple[QuantizedTensor, QuantizedTensor]: ...
+@overload
+def swiglu_backward_quantize(
+    dy: Tensor,
+    x: QuantizedTensor,
+    group_offsets: Tensor | None = ...,
+    *,
+    recompute: Literal[True],
+    power_of_2_scales: bool = ...,
+) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]: ...
+def swiglu_backward_quantize(
+    dy: Tensor,
+    x: QuantizedTensor,
+    group_offsets: Tensor | None = None,
+    *,
+    recompute: bool = False,
+    power_of_2_scales: bool = False,
+) -> tuple[QuantizedTensor, ...]:
+    """The gradient of x = [gate, up] from that of y = silu(gate)·up, quantised in both orientations.
+
+    dy: bfloat16 `[M, I]`, contiguous, 16-byte aligned, I a multiple of 128.
+    x: block (1, 128), data `[M, 2·I]`: what the forward kept. Its scales may have any strides.
+    group_offsets: as in `quantize_1x128`, for what is transposed.
+    Returns `(dx, dx_t)`, block (1, 128), data `[M, 2·I]` and `[2·I, T]`: the operands of the input gradient
+    and of the weight gradient of the layer that made x. With `recompute=True` `(dx, dx_t, y_t)`: also y, made
+    again from x, as `quantize_1x128_t` gives it, data `[I, T]`: the other operand of the weight gradient of
+    the layer that took y. The bits are those of the quantisers of `reference.swiglu_backward`.
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, block, stride, alignment,
+    device or offsets.
+    """
+    op = "swiglu_backward_quantize"
+    checks.tensor(op, "dy", dy, (torch.bfloat16,), (2,))
+    checks.multiple(op, "dy", "I", dy.shape[1], TILE)
+    checks.contiguous(op, "dy", dy)
+    x = quantized.operand(op, "x", x, ROW, (2,))
+    checks.same_device(op, "x.data", x.data, "dy", dy)
+    checks.shape(op, "x.data", x.data, (dy.shape[0], 2 * dy.shape[1]), "(M, 2·I)")
+    if group_offsets is not None:
+        checks.offsets(op, group_offsets, "dy", dy)
+    checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    checks.flag(op, "recompute", recompute)
+    run: Any = _backward_y if recompute else _backward
+    if torch.compiler.is_compiling():
+        ops = torch.ops.dsv3_kernels
+        run = ops.swiglu_backward_quantize_y if recompute else ops.swiglu_backward_quantize
+    t = run(dy, x.data, x.scales, group_offsets, power_of_2_scales)
+    return tuple(QuantizedTensor(t[i], t[i + 1], ROW) for i in range(0, len(t), 2))
+
+
+def _backward(
+    dy: Tensor, x: Tensor, x_scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dx_t, _ = _run_backward(dy, x, x_scales, group_offsets, power_of_2_scales, False)
+    return dx.data, dx.scales, dx_t.data, dx_t.scales
+
+
+def _backward_y(
+    dy: Tensor, x: Tensor, x_scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dx_t, y_t = _run_backward(dy, x, x_scales, group_offsets, power_of_2_scales, True)
+    return dx.data, dx.scales, dx_t.data, dx_t.scales, y_t.data, y_t.scales
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_scales: Tensor,
+    group_offsets: Tensor | None,
+    power_of_2_scales: bool,
+    recompute: bool,
+) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor]:
+    """dx, dx_t and y_t, which is dx_t where y was not asked for."""
+    op = "swiglu_backward_quantize"
+    if launch.world(dy) == "reference":
+        quantise = functools.partial(
+            reference.quantize_1x128_both, power_of_2_scales=power_of_2_scales, op=op
+        )
+        values = reference.dequantize(QuantizedTensor(x, x_scales, ROW))
+        d, y = reference.swiglu_backward(dy, values)
+        dx, dx_t = quantise(d, group_offsets)
+        return dx, dx_t, quantise(y, group_offsets)[1] if recompute else dx_t
+    tokens, width = dy.shape
+    dx, dx_t = empty_rows(x.shape, x.device), empty_transposed(x.shape, group_offsets, x.device)
+    y_t = empty_transposed(dy.shape, group_offsets, x.device) if recompute else dx_t
+    arguments = (
+        *(dy, x, x_scales, address_of(group_offsets), dx.data, dx.scales, dx_t.data, dx_t.scales),
+        *(y_t.data, y_t.scales, tokens, width, groups_of(group_offsets), dx_t.scales.shape[1]),
+        *(*x_scales.stride(), dx.scales.stride(1)),
+    )
+    kernel = kernel_backward(power_of_2_scales, recompute)
+    down = token_tiles(tokens, group_offsets, rest=True)
+    launch_tiles(op, "dy", dy, kernel, BACKWARD_THREADS, down, width, arguments)
+    return dx, dx_t, y_t
+
+
+@functools.cache
+def kernel_backward(power_of_2_scales: bool, recompute: bool) -> Kernel:
+    return Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2_scales, recompute))
+
+
+def _fake_forward(x: Tensor, weights: Tensor | None, power_of_2_scales: bool) -> Pair:
+    q = empty_rows((x.shape[0], x.shape[1] // 2), x.device)
+    return q.data, q.scales
+
+
+def _fake_forward_both(
+    x: Tensor, weights: Tensor | None, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q_t = empty_transposed((x.shape[0], x.shape[1] // 2), group_offsets, x.device)
+    return *_fake_forward(x, weights, power_of_2_scales), q_t.data, q_t.scales
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, x_scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dx, dx_t = empty_rows(x.shape, x.device), empty_transposed(x.shape, group_offsets, x.device)
+    return dx.data, dx.scales, dx_t.data, dx_t.scales
+
+
+def _fake_backward_y(
+    dy: Tensor, x: Tensor, x_scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    y_t = empty_transposed(dy.shape, group_offsets, dy.device)
+    return *_fake_backward(dy, x, x_scales, group_offsets, power_of_2_scales), y_t.data, y_t.scales
+
+
+for _name, _op, _fake in (
+    ("swiglu_quantize", _forward, _fake_forward),
+    ("swiglu_quantize_both", _forward_both, _fake_forward_both),
+    ("swiglu_backward_quantize", _backward, _fake_backward),
+    ("swiglu_backward_quantize_y", _backward_y, _fake_backward_y),
+):
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)

@@ -1,0 +1,38 @@
+"""A model small enough for exhaustive checks."""
+
+import torch
+
+from dsv3_kernels.model import DeepSeekV3, ModelConfig
+from dsv3_kernels.nn import BF16
+
+SMALL = ModelConfig(
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=16,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=8,
+    num_experts_per_tok=4,
+    n_group=4,
+    topk_group=2,
+    routed_scaling_factor=1.5,
+    max_position_embeddings=32,
+    initializer_range=0.2,
+)
+
+
+def model_of(config=SMALL, recipe=BF16, dtype=torch.float32):
+    model = DeepSeekV3(config, recipe)
+    model.initialize(int(torch.randint(1 << 30, ())))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.uniform_(0.5, 1.5)  # norm weights of one would hide a missing multiplication
+    return model.to(dtype)

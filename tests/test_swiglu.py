@@ -1,0 +1,251 @@
+"""SwiGLU with its quantisers: reference against float64, kernels against the reference, bit for bit."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fp8_helpers import assert_same, fresh_generator, wide
+
+import dsv3_kernels as dk
+from dsv3_kernels import emulator, reference, swiglu
+from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
+
+powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
+GROUPS = (0, 128, 1, 200, 0)
+
+
+def offsets_of(*sizes):
+    return torch.tensor([0, *sizes]).cumsum(0).int()
+
+
+def ordinal(codes):
+    """e4m3 codes as integers in the order of their values."""
+    bytes_ = codes.view(torch.uint8).int()
+    return torch.where(bytes_ >= 128, 128 - bytes_, bytes_)
+
+
+# ---- Reference
+
+
+def test_sigmoid():
+    x = torch.cat([torch.linspace(-90, 90, 20_001), torch.tensor([0.0, -0.0, 1e-30, -87.0, 200.0, -200.0])])
+    exact = torch.sigmoid(x.double())
+    error = (reference.sigmoid(x).double() - exact).abs()
+    assert (error <= 1e-5 * exact + 2.0**-126).all()
+    special = torch.tensor([float("inf"), float("-inf"), float("nan")])
+    assert torch.equal(reference.sigmoid(special)[:2], torch.tensor([1.0, 0.0]))
+    assert reference.sigmoid(special)[2].isnan()
+
+
+@powers
+def test_codes_are_within_one_of_torch(power_of_2):
+    generator = fresh_generator()
+    x = (torch.randn(64, 512, generator=generator) * 3).bfloat16()
+    q = dk.swiglu_quantize(x, power_of_2_scales=power_of_2)
+    gate, up = x.double().chunk(2, -1)
+    y = F.silu(gate) * up
+    scale = q.scales.double().repeat_interleave(128, 1)
+    codes = (y / scale).clamp(-448, 448).float().to(torch.float8_e4m3fn)
+    off = (ordinal(codes) - ordinal(q.data)).abs()
+    assert off.max() <= 1 and (off > 0).double().mean() < 0.1
+
+
+def test_backward_is_the_gradient():
+    """Against float64 autograd: within BF16's rounding of the gradient and FP32's of its factors."""
+    generator = fresh_generator()
+    values = torch.randn(32, 256, generator=generator, dtype=torch.float64) * 3
+    values = values.float().double()
+    dy = torch.randn(32, 128, generator=generator).bfloat16()
+    x = values.clone().requires_grad_()
+    gate, up = x.chunk(2, -1)
+    y = F.silu(gate) * up
+    y.backward(dy.double())
+    dx, again = reference.swiglu_backward(dy, values.float())
+    assert dx.dtype == again.dtype == torch.bfloat16
+    torch.testing.assert_close(again.double(), y.detach(), rtol=2.0**-8, atol=0)
+    magnitude = (dy.double() * up.detach()).abs()
+    error = (dx.double() - x.grad).abs()
+    assert (error[:, :128] <= 2.0**-8 * x.grad[:, :128].abs() + 1e-5 * magnitude).all()
+    assert (error[:, 128:] <= 2.0**-8 * x.grad[:, 128:].abs()).all()
+
+
+@powers
+def test_the_fusion_changes_no_bit(power_of_2):
+    generator = fresh_generator()
+    x = torch.randn(200, 288, generator=generator).bfloat16()
+    weights, offsets = torch.rand(200, generator=generator), offsets_of(20, 0, 150)
+    y = reference.swiglu(x, weights)
+    assert y.dtype == torch.bfloat16
+    gate, up = x.float().chunk(2, -1)
+    torch.testing.assert_close(y.float(), F.silu(gate) * up * weights[:, None], rtol=2.0**-7, atol=0)
+    want = dk.quantize_1x128(y, transpose=True, group_offsets=offsets, power_of_2_scales=power_of_2)
+    got = dk.swiglu_quantize(x, weights, transpose=True, group_offsets=offsets, power_of_2_scales=power_of_2)
+    for g, w in zip(got, want, strict=True):
+        assert_same(g, w)
+    assert_same(dk.swiglu_quantize(x, weights, power_of_2_scales=power_of_2), want[0])
+
+
+# ---- Kernels
+
+
+def check_forward(x, weights=None, offsets=None, power_of_2=False, **gpu):
+    options = {"power_of_2_scales": power_of_2}
+    with emulator.virtual_gpu(**gpu):
+        q = dk.swiglu_quantize(x, weights, **options)
+        q_both, q_t = dk.swiglu_quantize(x, weights, transpose=True, group_offsets=offsets, **options)
+    y = reference.swiglu(x, weights)
+    want = reference.quantize_1x128(y, **options)
+    assert_same(q, want)
+    assert_same(q_both, want)
+    assert_same(q_t, reference.quantize_1x128_t(y, offsets, **options))
+
+
+def check_backward(dy, x, offsets=None, power_of_2=False, **gpu):
+    options = {"power_of_2_scales": power_of_2}
+    with emulator.virtual_gpu(**gpu):
+        got = dk.swiglu_backward_quantize(dy, x, offsets, **options)
+        again = dk.swiglu_backward_quantize(dy, x, offsets, recompute=True, **options)
+    dx, y = reference.swiglu_backward(dy, reference.dequantize(x))
+    want = (
+        *reference.quantize_1x128_both(dx, offsets, **options),
+        reference.quantize_1x128_t(y, offsets, **options),
+    )
+    assert len(got) == 2 and len(again) == 3
+    for g, w in zip((*got, *again), (*want[:2], *want), strict=True):
+        assert_same(g, w)
+    return again
+
+
+@powers
+@pytest.mark.parametrize("shape", [(1, 16), (130, 144), (64, 256)])
+def test_forward(power_of_2, shape):
+    generator = fresh_generator()
+    tokens, width = shape
+    weights = torch.rand(tokens, generator=generator)
+    x = torch.randn(tokens, 2 * width, generator=generator) * 4
+    check_forward(x.bfloat16(), None, None, power_of_2)
+    check_forward(wide(generator, tokens, 2 * width).bfloat16(), weights, None, power_of_2)
+
+
+@powers
+@pytest.mark.parametrize("rest", [0, 11])
+def test_forward_of_groups(power_of_2, rest):
+    tokens = sum(GROUPS) + rest
+    x = torch.randn(tokens, 64, generator=fresh_generator()).bfloat16()
+    x[3, 5], x[130, 40], x[129], x[7, 3] = float("nan"), float("inf"), 0.0, -300.0
+    check_forward(x, None, offsets_of(*GROUPS), power_of_2)
+
+
+@powers
+@pytest.mark.parametrize("shape", [(1, 128), (130, 256)])
+def test_backward(power_of_2, shape):
+    generator = fresh_generator()
+    tokens, width = shape
+    dy = torch.randn(shape, generator=generator).bfloat16()
+    values = torch.randn(tokens, 2 * width, generator=generator) * 4
+    x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
+    check_backward(dy, x, None, power_of_2)
+    values = wide(generator, tokens, 2 * width).clamp(-1e30, 1e30)
+    x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
+    row_major = dk.QuantizedTensor(x.data, x.scales.contiguous(), x.block)
+    check_backward(wide(generator, *shape).bfloat16(), row_major, None, power_of_2)
+
+
+@powers
+def test_backward_of_groups(power_of_2):
+    tokens = sum(GROUPS) + 11
+    generator = fresh_generator()
+    dy = torch.randn(tokens, 128, generator=generator).bfloat16()
+    values = torch.randn(tokens, 256, generator=generator)
+    values[3, 5], values[140, 200], values[129], dy[200, 3] = float("nan"), float("inf"), 0.0, float("nan")
+    dx, _, y_t = check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), power_of_2)
+    assert dk.dequantize(dx)[3].isnan().all() and dk.dequantize(dx)[4:129].isfinite().all()
+    assert dk.dequantize(y_t)[:, 640:].isfinite().all()
+
+
+def test_empty():
+    for shape in ((0, 128), (5, 0)):
+        dy, x = torch.zeros(shape).bfloat16(), torch.zeros(shape[0], 2 * shape[1])
+        check_forward(x.bfloat16(), None, offsets_of(0, 0, 0))
+        check_backward(dy, dk.quantize_1x128(x), offsets_of(0, 0, 0))
+
+
+def test_each_byte_moves_once_and_without_bank_conflicts():
+    generator = fresh_generator()
+    x = torch.randn(256, 512, generator=generator).bfloat16()
+    quantized = 256 * 256 + 256 * 256 // 128 * 4
+    for both in (False, True):
+        with emulator.virtual_gpu(checks=False) as gpu:
+            dk.swiglu_quantize(x, transpose=both)
+        counters = gpu.counters
+        assert counters["launches"] == 1 and counters["bank_conflicts"] == 0
+        assert counters["global_bytes_read"] == x.nbytes
+        assert counters["global_bytes_written"] == quantized * (1 + both)
+    x_q, dy = dk.quantize_1x128(x), torch.randn(256, 256, generator=generator).bfloat16()
+    for recompute in (False, True):
+        with emulator.virtual_gpu(checks=False) as gpu:
+            dk.swiglu_backward_quantize(dy, x_q, recompute=recompute)
+        counters = gpu.counters
+        assert counters["launches"] == 1 and counters["bank_conflicts"] == 0
+        assert counters["global_bytes_read"] == dy.nbytes + 2 * quantized
+        assert counters["global_bytes_written"] == quantized * (4 + recompute)
+
+
+@pytest.mark.parametrize("schedule", ["random", "round_robin", "pct"])
+def test_any_order_of_the_warps(schedule):
+    generator = fresh_generator()
+    seed = int(torch.randint(2**31, (), generator=generator))
+    x = torch.randn(144, 256, generator=generator).bfloat16()
+    check_forward(x, None, offsets_of(3, 0, 140), seed=seed, schedule=schedule, num_sms=2)
+    check_backward(x[:, :128].contiguous(), dk.quantize_1x128(x), seed=seed, schedule=schedule, num_sms=1)
+
+
+# What to break in swiglu.cuh, and by what: each must be seen as a hazard or a wrong result.
+MUTATIONS = {
+    "scales are read before all are there": (r"1\.0f;\n    }\n    __syncthreads\(\);", "1.0f;\n    }"),
+    "the scales of gate and up are swapped": (
+        r"half \? up_scale : gate_scale",
+        "half ? gate_scale : up_scale",
+    ),
+    "the slope forgets its second term": (r"__fsub_rn\(1\.0f, s\)", "0.0f"),
+    "both halves go to one place": (r"quantize_half\(d_up, width \+ column\)", "quantize_half(d_up, column)"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name):
+    broken, by = MUTATIONS[name]
+    text, count = re.subn(broken, by, (kernel_dir() / "swiglu.cuh").read_text())
+    assert count == 1
+    compiled = compile_source(text, ("dsv3::swiglu_backward_quantize<true, false>",), source_options())
+    generator = fresh_generator()
+    dy = torch.randn(128, 128, generator=generator).bfloat16()
+    x = dk.quantize_1x128(torch.randn(128, 256, generator=generator))
+    want, _ = dk.swiglu_backward_quantize(dy, x, power_of_2_scales=True)
+    seen = False
+    for seed in range(5):
+        codes, codes_t = torch.zeros(128, 256, dtype=torch.uint8), torch.zeros(256, 128, dtype=torch.uint8)
+        scales, scales_t = torch.zeros(256), torch.zeros(256)
+        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, codes, scales, codes_t, scales_t, 0, 0)
+        arguments += (128, 128, 0, 1, *x.scales.stride(), 128)
+        gpu = emulator.VirtualGPU(seed=seed)
+        try:
+            gpu.launch(compiled.ptx, compiled.names[0], grid=(1, 1, 1), block=(256, 1, 1), args=arguments)
+        except emulator.EmulationError:
+            seen = True
+        else:
+            seen |= not torch.equal(codes, want.data.view(torch.uint8))
+    assert seen
+
+
+def test_the_launch_constants_are_those_of_the_kernels():
+    compile_source(
+        f"""
+        #include "swiglu.cuh"
+        static_assert(dsv3::quantize::PartOf<dsv3::Bf16>::kThreads == {swiglu.THREADS});
+        static_assert(dsv3::swiglu::GradientPart::kThreads == {swiglu.BACKWARD_THREADS});
+        """,
+        (),
+        source_options(),
+    )
