@@ -17,10 +17,14 @@ _active = threading.local()
 class VirtualGPU:
     """A Hopper on the CPU.
 
-    num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module;
-    "pct" runs by random priorities
-        with few changes, "exhaustive" follows `choices` (see `explore`). checks=False runs faster and reports
-        only deadlocks and accesses outside memory. exact_accumulate: FP32 sums in wgmma, not Hopper's.
+    num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module; "pct" runs by random
+    priorities with few changes, "exhaustive" follows `choices` (see `explore`). checks=False runs faster and
+    reports only deadlocks and accesses outside memory. exact_accumulate: FP32 sums in wgmma, not Hopper's.
+
+    A kernel that holds setmaxnreg begins with the registers a thread that ptxas gives it: .maxnreg, else
+    65536 / (.minnctapersm * .maxntid), the threads rounded up to whole warpgroups and the quotient down to a
+    multiple of 8 (at most 256), and no more than its largest setmaxnreg.inc. Without .maxnreg and
+    .minnctapersm ptxas ignores setmaxnreg, and so does this GPU. Warps that have ended give nothing back.
     """
 
     def __init__(
