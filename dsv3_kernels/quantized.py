@@ -81,6 +81,7 @@ def empty_transposed(
     groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
     return empty_rows((width, padded_tokens(tokens, groups)), device)
 
+
 # Facts of operands that passed: what they decide, they decide again.
 _accepted: set[tuple[object, ...]] = set()
 _MOST_ACCEPTED = 4096

@@ -89,7 +89,6 @@ Target Context::locate(Space space, uint64_t address, uint32_t bytes, uint32_t a
             t.offset = address - r->base;
             t.region = r;
             if (!r->constant) t.shadow = &r->shadow, t.poison = r->poison.get(), t.published = &r->published;
-            if (r->rank != launch.device) m.counts.peer += bytes;
         }
     }
     return t;

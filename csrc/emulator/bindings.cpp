@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cxxabi.h>
+
+#include <cstdlib>
 #include <cstring>
 
 #include "network.hpp"
@@ -72,14 +75,62 @@ std::shared_ptr<Launch> make_launch(const std::shared_ptr<Program>& program, con
     return launch;
 }
 
+/// By Class.
+constexpr const char* class_names[] = {"integer", "float", "convert", "move", "memory", "atomic", "barrier", "async", "wgmma", "control", "warp"};
+
+/// What a slice of waiting waited for.
+std::string text_of(Machine& m, const Trace::Span& s) {
+    uint64_t x = s.cause.object;
+    auto number = [](uint64_t n) { return std::to_string(n); };
+    switch (s.cause.wait) {
+        case Wait::Mbarrier: return "mbarrier at shared offset " + number(x);
+        case Wait::Barrier: return "barrier " + number(x);
+        case Wait::ClusterBarrier: return "barrier.cluster";
+        case Wait::Wgmma: return "wgmma " + number(x) + " of its warpgroup";
+        case Wait::BulkGroup: return x ? "bulk stores to be read" : "bulk stores to complete";
+        case Wait::CpAsync: return "cp.async";
+        case Wait::Sleep: return "nanosleep";
+        case Wait::Dependency: return "the launch before";
+        case Wait::Network: return x ? "an answer of the network" : "quiet";
+        case Wait::Registers: return "registers of its block";
+        case Wait::Stores: return "its stores to reach memory";
+        case Wait::Load: {
+            const Inst& load = s.program->code[x];
+            return "the result of " + std::string(load.name) + " at PTX line " + number(load.line);
+        }
+        case Wait::Spin: {
+            if (x >> 62) return "a value in shared memory at offset " + number(x & 0xFFFFFFFF);
+            const Region* r = m.memory.find(x);
+            return r && r->alive ? "a value in '" + r->name + "' at byte " + number(x - r->base) : "a value in memory";
+        }
+        default: return "";
+    }
+}
+
+std::string text_of(const Machine& m, const Trace::Row& r) {
+    if (r.unit >= 0) return "warp " + std::to_string(r.unit);
+    if (r.unit == Trace::link) return std::string(m.network->same_node(r.device, r.peer) ? "NVLink" : "IB") + " to rank " + std::to_string(r.peer);
+    return r.unit == Trace::copy_engine ? "copy engine" : r.unit == Trace::tensor_core ? "tensor core" : "bulk stores";
+}
+
+/// "dsv3::fp8_gemm<128u, 128u, 5u, 16u>" of a mangled name; another as it is.
+std::string readable(const std::string& name) {
+    int status = 0;
+    char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
+    if (!text) return name;
+    std::string out = text;
+    std::free(text);
+    out = out.substr(0, out.find('('));
+    return out.compare(0, 5, "void ") ? out : out.substr(5);
+}
+
 py::dict counters(const Machine& m) {
-    static constexpr const char* names[] = {"integer", "float", "convert", "move", "memory", "atomic", "barrier", "async", "wgmma_warp", "control", "warp"};
     py::dict d;
     for (auto& [name, value] : m.counters) d[name.c_str()] = value;
     if (!d.contains("launches")) d["launches"] = 0;
     py::dict classes;
     uint64_t all = 0;
-    for (size_t i = 0; i < m.executed.size(); i++) classes[names[i]] = m.executed[i], all += m.executed[i];
+    for (size_t i = 0; i < m.executed.size(); i++) classes[class_names[i]] = m.executed[i], all += m.executed[i];
     d["instructions"] = all;
     d["instructions_by_class"] = classes;
     const Counts& c = m.counts;
@@ -89,12 +140,18 @@ py::dict counters(const Machine& m) {
     d["shared_bytes_read"] = c.shared_read;
     d["shared_bytes_written"] = c.shared_write;
     d["distributed_shared_bytes"] = c.distributed_shared;
-    d["peer_bytes"] = c.peer;
     d["copy_bytes_read"] = c.copy_read;
     d["copy_bytes_written"] = c.copy_write;
     d["multicast_bytes"] = c.multicast;
     d["bank_conflicts"] = c.bank_conflicts;
+    d["global_sectors"] = c.sectors;
     d["barrier_waits"] = c.barrier_waits;
+    d["barrier_wait_cycles"] = c.barrier_wait_cycles;
+    d["tensor_core_cycles"] = c.tensor_core_cycles;
+    uint64_t cycles = 0;
+    for (const Device& device : m.devices) cycles = std::max(cycles, device.cycle);
+    d["cycles"] = cycles;
+    d["launch_cycles"] = c.launch_cycles;
     d["nanoseconds"] = m.time;
     py::dict links;
     for (auto& [link, count] : m.network->counts) {
@@ -106,6 +163,11 @@ py::dict counters(const Machine& m) {
         links[py::make_tuple(link.first, link.second)] = one;
     }
     d["links"] = links;
+    py::dict direct;
+    uint64_t peer = 0;
+    for (auto& [link, bytes] : m.network->direct) direct[py::make_tuple(link.first, link.second)] = bytes, peer += bytes;
+    d["peer_bytes"] = peer;
+    d["peer_bytes_by_link"] = direct;
     return d;
 }
 
@@ -216,6 +278,11 @@ void bind_machine(py::module_& m) {
         .def("set_network", [](Machine& m, int per_node, std::pair<uint64_t, double> nvlink, std::pair<uint64_t, double> infiniband) {
             m.network = std::make_unique<Network>(m.options.devices, per_node, LinkModel{nvlink.first, nvlink.second},
                                                   LinkModel{infiniband.first, infiniband.second});
+            m.set_rates();
+        })
+        .def("set_memory", [](Machine& m, uint64_t latency, double bandwidth) {
+            m.memory_model = {latency, bandwidth};
+            m.set_rates();
         })
         .def("stall_link", [](Machine& m, int from, int to, uint64_t until) { m.network->stall(from, to, until); })
         .def("drop_message", [](Machine& m, int from, int to, uint64_t message) { m.network->drop(from, to, message); })
@@ -224,11 +291,23 @@ void bind_machine(py::module_& m) {
         .def_property_readonly("choice_widths", [](const Machine& m) { return m.choice_widths; })
         .def_property_readonly("time", [](const Machine& m) { return m.time; })
         .def("counters", &counters)
-        .def("spans", [](const Machine& m) {
+        .def_property_readonly("trace_rows", [](const Machine& m) {
             py::list out;
-            for (const Trace::Span& s : m.trace.spans) out.append(py::make_tuple(s.process, s.row, s.start, s.length, s.name));
+            for (const Trace::Row& r : m.trace.rows)
+                out.append(py::make_tuple(r.device, r.cta, r.unit, text_of(m, r), r.sm, r.launch, readable(r.kernel), py::make_tuple(r.block[0], r.block[1], r.block[2])));
             return out;
-        });
+        })
+        .def_property_readonly("trace_spans", [](Machine& m) {
+            static constexpr const char* kinds[] = {"run", "wait", "load", "store", "wgmma", "message"};
+            py::list out;
+            for (const Trace::Span& s : m.trace.spans) {
+                const char* name = s.kind == Trace::Kind::Run ? class_names[static_cast<int>(s.inst->klass)] : s.inst->name;
+                out.append(py::make_tuple(s.row, kinds[static_cast<int>(s.kind)], s.start, s.end, name, s.program->ast.source_text(s.inst->place), s.program->source_of(*s.inst), s.inst->line,
+                                          text_of(m, s), s.cause.object));
+            }
+            return out;
+        })
+        .def_property_readonly("trace_dropped", [](const Machine& m) { return m.trace.dropped; });
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "mbarrier.hpp"
+#include "network.hpp"
 
 namespace dsv3::emulator {
 namespace {
@@ -28,7 +29,7 @@ Target barrier_of(Context& c, Space space, uint64_t address, int lane, const Kno
 
 Copy::Copy(Context& c, const Inst& inst, int lane)
     : warp_(c.w), inst_(inst), lane_(lane), code_(static_cast<uint32_t>(&inst - c.w.cta->launch->program->code.data())) {
-    started_ = c.m.time;
+    issued_at_ = c.w.cycle;
     if (c.checks) knowledge = c.w.release(1u << lane);
     c.w.effects++;
 }
@@ -87,17 +88,26 @@ void Copy::to_global(const Context& c) {
 }
 
 void Copy::launch(Context& c, std::unique_ptr<Copy> self) {
-    for (const Chunk& chunk : chunks) total_ += chunk.bytes;
+    uint64_t total = 0;
+    for (const Chunk& chunk : chunks) total += chunk.bytes;
+    if (from_shared_ && !store_) {
+        cycle = c.m.transfer_between_blocks(*warp_.cta, issued_at_, total, inst_);
+    } else if (!generic) {
+        auto global = std::find_if(chunks.begin(), chunks.end(), [](const Chunk& x) { return x.in_bounds; });
+        const Region* region = global == chunks.end() ? nullptr : c.m.memory.find(global->global);
+        Machine::Transfer t = c.m.transfer(used_, region ? region->rank : warp_.cta->launch->device, issued_at_, total, store_, inst_);
+        read_at_ = t.through;
+        cycle = t.there;
+        if (store_) warp_.stored_at = std::max(warp_.stored_at, cycle);
+    }
     size_t n = chunks.size(), parts = 1;
-    if (c.m.options.schedule != "exhaustive" && c.m.options.schedule != "round_robin") parts = 1 + c.m.random.below(max_pieces);
+    if (c.m.options.schedule == "random" || c.m.options.schedule == "pct") parts = 1 + c.m.random.below(max_pieces);
     parts = std::max<size_t>(1, std::min(parts, n));
     for (size_t i = 0; i < parts; i++) pieces_.push_back({n * i / parts, n * (i + 1) / parts});
     for (size_t i = parts; i > 1; i--) std::swap(pieces_[i - 1], pieces_[c.m.random.below(static_cast<uint32_t>(i))]);
     if (store_) {
         later_ = pieces_;
-        size_t bytes = 0;
-        for (const Chunk& chunk : chunks) bytes += chunk.bytes;
-        payload.resize(bytes);
+        payload.resize(total);
     }
     warp_.cta->launch->operations++;
     c.m.start(std::move(self));
@@ -129,6 +139,7 @@ void Copy::read_chunk(Machine& m, size_t i, uint8_t* into, bool* poison) {
         t = {r->host + (chunk.global - r->base), chunk.global - r->base, r->constant ? nullptr : &r->shadow, r->poison.get(), nullptr, nullptr, r};
         by.global = true;
         m.counts.copy_read += chunk.bytes;
+        if (r->rank != warp_.cta->launch->device) m.network->count_direct(r->rank, warp_.cta->launch->device, chunk.bytes);
     }
     if (m.options.checks && t.shadow) {
         Conflict conflict = t.shadow->read(m.log, by, t.offset, chunk.bytes);
@@ -171,7 +182,7 @@ void Copy::write_global(Machine& m, const Chunk& chunk, const uint8_t* data) {
     Target t{r->host + at, at, &r->shadow, r->poison.get(), nullptr, nullptr, r};
     m.counts.copy_write += chunk.bytes;
     m.settle(*r, at, chunk.bytes);
-    if (r->rank != warp_.cta->launch->device) m.counts.peer += chunk.bytes;
+    if (r->rank != warp_.cta->launch->device) m.network->count_direct(warp_.cta->launch->device, r->rank, chunk.bytes);
     if (m.options.checks) {
         Accessor by{{&knowledge}, 1, write_access_, lane_, true};
         Conflict conflict = t.shadow->write(m.log, by, at, chunk.bytes);
@@ -210,6 +221,7 @@ bool Copy::step(Machine& m) {
             if (!pieces_.empty()) return false;
             BulkState& state = warp_.bulk[lane_];
             if (--state.reading[group_] == 0) state.reading.erase(group_);
+            state.read_at[group_] = std::max(state.read_at[group_], read_at_);
             for (Cta* cta : used_) cta->operations--;
             used_.clear();
             m.wake(Wait::BulkGroup, warp_.id);
@@ -221,8 +233,9 @@ bool Copy::step(Machine& m) {
         if (!later_.empty()) return false;
         BulkState& state = warp_.bulk[lane_];
         if (--state.writing[group_] == 0) state.writing.erase(group_);
+        state.written_at[group_] = std::max(state.written_at[group_], cycle);
         m.wake(Wait::BulkGroup, warp_.id);
-        finish(m);
+        finish();
         return true;
     }
     auto [first, last] = pieces_.back();
@@ -248,18 +261,18 @@ bool Copy::step(Machine& m) {
         auto it = d.cta->mbarriers.find(d.barrier);
         if (it == d.cta->mbarriers.end()) fail(m, ErrorKind::Hazard, "its mbarrier was invalidated while the copy was under way");
         if (pieces_.empty() && d.access) m.log[d.access].time = it->second.phase + 1;
-        std::string wrong = complete_bytes(m, *d.cta, it->second, static_cast<int64_t>(bytes));
+        std::string wrong = complete_bytes(m, *d.cta, it->second, static_cast<int64_t>(bytes), cycle);
         if (!wrong.empty()) fail(m, ErrorKind::Hazard, wrong);
     }
     if (!pieces_.empty()) return false;
-    finish(m);
+    finish();
     return true;
 }
 
-void Copy::finish(Machine& m) {
+void Copy::finish() {
     for (Cta* cta : used_) cta->operations--;
     warp_.cta->launch->operations--;
-    m.trace.span(warp_.cta->id, store_ ? 1001 : 1000, started_, m.time, inst_.name);
+    warp_.cta->launch->ends_at = std::max(warp_.cta->launch->ends_at, cycle);
 }
 
 }  // namespace dsv3::emulator

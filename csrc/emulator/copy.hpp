@@ -45,7 +45,7 @@ class Copy : public Operation {
     void read_chunk(Machine& m, size_t i, uint8_t* into, bool* poison);
     void write_shared(Machine& m, const Chunk& chunk, const Destination& d, const uint8_t* data);
     void write_global(Machine& m, const Chunk& chunk, const uint8_t* data);
-    void finish(Machine& m);
+    void finish();
     uint32_t new_access(Machine& m, Agent agent, uint32_t time);
 
     Warp& warp_;
@@ -60,8 +60,8 @@ class Copy : public Operation {
     bool store_ = false;
     std::vector<std::pair<size_t, size_t>> pieces_, later_;
     std::vector<Cta*> used_;
-    uint64_t started_ = 0;
-    uint64_t total_ = 0;
+    uint64_t issued_at_ = 0;
+    uint64_t read_at_ = 0;         ///< cycle at which the source of a store is read
 };
 
 /// The new value of a reduction; shared with atom.

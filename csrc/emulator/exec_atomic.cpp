@@ -121,6 +121,10 @@ Flow atomic(Context& c, const Inst& i) {
         }
         return c.block(Wait::Spin, c.w.id, "another value in memory that it polls with an atomic");
     }
+    if (op.order == Order::Release || op.order == Order::AcqRel) c.await_stores(i, op.scope);
+    if (!op.no_result) c.await_values(i, targets, bytes);
+    Context::Arrival arrival = c.access(targets, bytes, true, true);
+    each_active(c, [&](int l) { c.m.stamp(targets[l], bytes, arrival.there); });
     // What the value published is acquired before this operation adds its own.
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -133,6 +137,7 @@ Flow atomic(Context& c, const Inst& i) {
         for (int k = 0; k < op.vector; k++) {
             Ref d = i.list[op.vector + k];
             if (d == no_ref) continue;
+            c.m.expect_result(c.w, d, arrival.back, i);
             for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
                 int l = __builtin_ctz(rest);
                 size == 8 ? put<uint64_t>(c.dst(d), l, olds[l][k]) : put<uint32_t>(c.dst(d), l, static_cast<uint32_t>(olds[l][k]));

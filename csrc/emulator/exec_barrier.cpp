@@ -20,6 +20,9 @@ void complete_now(Context& c, uint32_t id, NamedBarrier& b) {
     b.completed.join(b.arriving);
     b.arriving = {};
     b.arrived = b.warps = 0;
+    b.completed_at = b.last_arrival;
+    b.stored_at = b.stores_arriving;
+    b.last_arrival = b.stores_arriving = 0;
     b.last_result = b.result;
     b.generation++;
     c.m.wake(Wait::Barrier, uint64_t{c.w.cta->id} << 8 | id);
@@ -38,8 +41,10 @@ uint32_t uniform(Context& c, Ref r, const char* what) {
     return v;
 }
 
-Flow leave(Context& c, const Inst& i, NamedBarrier& b) {
+Flow leave(Context& c, const Inst& i, uint32_t id, NamedBarrier& b) {
     c.group->stage = 0;
+    c.m.wait_until(c.w, i, b.completed_at, {Wait::Barrier, id});
+    c.w.stored_at = std::max(c.w.stored_at, b.stored_at);
     if (c.checks) c.w.acquire(c.mask, b.completed);
     if (i.flags & reduces) {
         if (i.imm == Popc) each<uint32_t>(c, i.a[0], [&](int) { return b.last_result; });
@@ -55,7 +60,7 @@ Flow bar(Context& c, const Inst& i) {
     NamedBarrier& b = cta.barriers[id];
     if (c.group->stage == 1) {
         if (b.generation == c.group->token && complete(cta, b)) complete_now(c, id, b);
-        if (b.generation != c.group->token) return leave(c, i, b);
+        if (b.generation != c.group->token) return leave(c, i, id, b);
         return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
     }
     uint32_t count = i.flags & has_count ? uniform(c, i.a[2], "number of threads") : 0;
@@ -69,10 +74,11 @@ Flow bar(Context& c, const Inst& i) {
     if (!first && c.mask == c.w.live) c.fail(ErrorKind::Hazard, "the warp arrives twice in one phase of " + barrier_name(id, b));
     b.warps |= 1u << c.w.number;
     b.arrived += threads;
+    b.last_arrival = std::max(b.last_arrival, c.w.cycle);
+    b.stores_arriving = std::max(b.stores_arriving, c.w.stored_at);
     if (b.expected && b.arrived > b.expected) c.fail(ErrorKind::Hazard, "more threads than expected at " + barrier_name(id, b));
     c.w.effects++;
     c.m.progress++;
-    c.m.counts.barrier_waits++;
     if (c.checks) b.arriving.join(c.w.release(c.mask));
     if (i.flags & reduces) {
         uint32_t p = (i.flags & negated ? ~c.pred(i.a[3]) : c.pred(i.a[3])) & c.mask;
@@ -83,7 +89,7 @@ Flow bar(Context& c, const Inst& i) {
     uint32_t generation = b.generation;
     if (complete(cta, b)) complete_now(c, id, b);
     if (i.flags & arrive_only) return Flow::Yield;
-    if (b.generation != generation) return leave(c, i, b);
+    if (b.generation != generation) return leave(c, i, id, b);
     c.group->stage = 1;
     c.group->token = generation;
     return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
@@ -136,6 +142,8 @@ void cluster_complete(Context& c) {
         for (auto& w : cta->warps)
             if (w->live && w->cluster_arrivals <= k.generation) return;
     k.generation++;
+    k.completed_at = k.last_arrival;
+    k.last_arrival = 0;
     k.completed.join(k.arriving);
     k.arriving = {};
     c.m.wake(Wait::ClusterBarrier, k.id);
@@ -145,6 +153,7 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     Warp& w = c.w;
     if (w.cluster_arrivals > w.cluster_waits) c.fail(ErrorKind::Hazard, "the warp arrives twice without a barrier.cluster.wait");
     w.cluster_arrivals++;
+    w.cta->cluster->last_arrival = std::max(w.cta->cluster->last_arrival, w.cycle);
     w.effects++;
     c.m.progress++;
     if (!(i.flags & relaxed)) c.make_visible(c.mask, Scope::Cluster);
@@ -152,7 +161,7 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     cluster_complete(c);
     return Flow::Yield;
 }
-Flow cluster_wait(Context& c, const Inst&) {
+Flow cluster_wait(Context& c, const Inst& i) {
     Warp& w = c.w;
     Cluster& k = *w.cta->cluster;
     if (w.cluster_arrivals == w.cluster_waits) c.fail(ErrorKind::Hazard, "waits without a barrier.cluster.arrive before it");
@@ -168,6 +177,7 @@ Flow cluster_wait(Context& c, const Inst&) {
         });
     }
     w.cluster_waits++;
+    c.m.wait_until(w, i, k.completed_at, {Wait::ClusterBarrier, 0});
     if (c.checks) w.acquire(c.mask, k.completed);
     return Flow::Yield;
 }

@@ -107,6 +107,12 @@ Flow bulk_wait(Context& c, const Inst& i) {
         if (!open.empty() && open.begin()->first <= done)
             return c.block(Wait::BulkGroup, c.w.id, "bulk group " + std::to_string(open.begin()->first) + " of lane " + std::to_string(l) + (read ? " to be read" : " to complete"));
     }
+    uint64_t done_at = 0;
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        BulkState& s = c.w.bulk[__builtin_ctz(rest)];
+        done_at = std::max(done_at, BulkState::done_at(read ? s.read_at : s.written_at, static_cast<int64_t>(s.group) - 1 - i.imm));
+    }
+    c.m.wait_until(c.w, i, done_at, {Wait::BulkGroup, read});
     if (!c.checks) return Flow::Yield;
     return for_lanes(c, [&](int l) {
         BulkState& s = c.w.bulk[l];
@@ -153,6 +159,7 @@ class SmallCopy : public Operation {
         m.counts.copy_read += source_bytes;
         BulkState& s = warp.copies[lane];
         if (--s.writing[group] == 0) s.writing.erase(group);
+        s.written_at[group] = std::max(s.written_at[group], cycle);
         m.wake(Wait::CpAsync, warp.id);
         cta.operations--;
         cta.launch->operations--;
@@ -173,6 +180,7 @@ class SmallCopy : public Operation {
 Flow cp_async(Context& c, const Inst& i) {
     const BulkOp& op = *static_cast<const BulkOp*>(i.extra);
     uint32_t bytes = static_cast<uint32_t>(i.imm);
+    uint64_t landed = c.m.reach_memory(*c.w.cta, c.w.cta->launch->device, c.w.cycle, uint64_t{bytes} * static_cast<uint32_t>(__builtin_popcount(c.mask)), false).back;
     return for_lanes(c, [&](int l) {
         uint32_t n = i.a[2] == no_ref ? bytes : std::min(c.src(i.a[2])[l], bytes);
         if (op.zero_fill && i.a[3] != no_ref && (c.pred(i.a[3]) >> l & 1)) n = 0;
@@ -186,6 +194,7 @@ Flow cp_async(Context& c, const Inst& i) {
         copy->from = from;
         copy->bytes = bytes;
         copy->source_bytes = n;
+        copy->cycle = s.last_at = std::max(s.last_at, landed);
         if (c.checks) {
             copy->knowledge = c.w.release(1u << l);
             Access a = c.m.log[c.m.log_access(c.w, i, false, Scope::None)];
@@ -210,6 +219,12 @@ Flow copy_wait(Context& c, const Inst& i) {
         if (!s.writing.empty() && s.writing.begin()->first <= done)
             return c.block(Wait::CpAsync, c.w.id, "cp.async group " + std::to_string(s.writing.begin()->first) + " of lane " + std::to_string(l));
     }
+    uint64_t done_at = 0;
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
+        BulkState& s = c.w.copies[__builtin_ctz(rest)];
+        done_at = std::max(done_at, BulkState::done_at(s.written_at, static_cast<int64_t>(s.group) - 1 - i.imm));
+    }
+    c.m.wait_until(c.w, i, done_at, {Wait::CpAsync, 0});
     if (!c.checks || !c.w.copy_agent) return Flow::Yield;
     return for_lanes(c, [&](int l) {
         BulkState& s = c.w.copies[l];
@@ -226,6 +241,7 @@ class LateArrival : public Operation {
         : warp(w), inst(inst), lane(lane), cta(cta), barrier(barrier), group(group) {
         cta->operations++;
         w.cta->launch->operations++;
+        cycle = std::max(w.cycle, w.copies[lane].last_at + 1);  // behind the copies, should time decide who moves
     }
     bool step(Machine& m) override {
         BulkState& s = warp.copies[lane];
@@ -236,7 +252,9 @@ class LateArrival : public Operation {
             it->second.arriving.join(knowledge);
             if (warp.copy_agent) it->second.arriving.generic.add(warp.copy_agent, 1u << lane, group);
         }
-        std::string wrong = arrive(m, *cta, it->second, 1);
+        for (auto& [at_group, at] : s.written_at)
+            if (at_group <= group) cycle = std::max(cycle, at);
+        std::string wrong = arrive(m, *cta, it->second, 1, cycle);
         if (!wrong.empty()) m.fail(ErrorKind::Hazard, wrong, warp, inst, lane);
         cta->operations--;
         warp.cta->launch->operations--;
@@ -373,10 +391,14 @@ void decode_cp_bulk(Decode& d, bool reduces) {
 Flow store_async(Context& c, const Inst& i) {
     const BulkOp& op = *static_cast<const BulkOp*>(i.extra);
     uint32_t size = static_cast<uint32_t>(size_of(op.type)), bytes = size * static_cast<uint32_t>(op.vector);
+    Target targets[32];
+    for_lanes(c, [&](int l) { targets[l] = c.locate(Space::SharedCluster, at(c, i.a[0], op.to_wide, op.to_offset, l), bytes, bytes, l, true); });
+    uint64_t there = c.access(targets, bytes, op.reduce >= 0, true).there;
     return for_lanes(c, [&](int l) {
         auto copy = std::make_unique<Copy>(c, i, l);
         copy->generic = true;
-        Target to = c.locate(Space::SharedCluster, at(c, i.a[0], op.to_wide, op.to_offset, l), bytes, bytes, l, true);
+        copy->cycle = there;
+        const Target& to = targets[l];
         Target barrier = barrier_of(c, Space::SharedCluster, at(c, i.a[3], op.barrier_wide, op.barrier_offset, l), l, copy->knowledge);
         if (barrier.cta != to.cta) c.fail(ErrorKind::MemoryAccess, "the mbarrier lies in another block than the destination", l);
         copy->payload.resize(bytes);

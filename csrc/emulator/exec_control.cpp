@@ -98,24 +98,31 @@ Flow trap(Context& c, const Inst&) { c.fail(ErrorKind::Emulation, "the kernel tr
 Flow nanosleep(Context& c, const Inst& i) {
     if (c.group->stage == 1) {
         c.group->stage = 0;
+        c.m.wait_until(c.w, i, c.group->token, {Wait::Sleep, 0});
         return Flow::Yield;
     }
     uint32_t longest = 0;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) longest = std::max(longest, c.src(i.a[1])[__builtin_ctz(rest)]);
     c.group->stage = 1;
     c.group->until = c.m.time + longest;
+    c.m.issue(c.w);
+    c.group->token = c.w.cycle + timing::cycles(longest);
     return c.block(Wait::Sleep, 0, "its nanosleep to end");
 }
 
 Flow launch_dependents(Context& c, const Inst&) {
     if (!c.w.cta->triggered) c.w.cta->launch->triggered++;
     c.w.cta->triggered = true;
+    Launch& l = *c.w.cta->launch;
+    c.m.issue(c.w);
+    l.triggered_at = std::max(l.triggered_at, c.w.cycle);
     return Flow::Yield;
 }
-Flow dependency_wait(Context& c, const Inst&) {
+Flow dependency_wait(Context& c, const Inst& i) {
     Launch& l = *c.w.cta->launch;
     if (l.predecessor && !l.predecessor->finished)
         return c.block(Wait::Dependency, static_cast<uint64_t>(l.device), "the launch before this one to finish");
+    if (l.predecessor) c.m.wait_until(c.w, i, c.m.devices[static_cast<size_t>(l.device)].cycle, {Wait::Dependency, 0});
     c.w.acquire(c.mask, c.m.devices[static_cast<size_t>(l.device)].done);
     return Flow::Yield;
 }

@@ -16,7 +16,7 @@ Flow matrix(Context& c, const Inst& i) {
     const MatrixOp& op = *static_cast<const MatrixOp*>(i.extra);
     const uint32_t* base = c.src(i.a[1]);
     uint32_t access = c.checks ? c.m.log_access(c.w, i, false, Scope::None) : 0;
-    (op.is_load ? c.m.counts.shared_read : c.m.counts.shared_write) += 128 * static_cast<uint64_t>(op.matrices);
+    Context::Arrival arrival{};
     for (int k = 0; k < op.matrices; k++) {
         uint8_t rows[8][16], unwritten[8][16] = {};
         uint32_t regs[32];
@@ -36,11 +36,12 @@ Flow matrix(Context& c, const Inst& i) {
             }
             ldmatrix_distribute(rows, op.transposed, regs);
             std::memcpy(c.dst(i.list[k]), regs, sizeof regs);
-            if (!poison && !c.w.poisoned) continue;
-            uint32_t lanes = 0;
-            ldmatrix_distribute(unwritten, op.transposed, regs);
-            for (uint32_t l = 0; l < 32; l++) lanes |= uint32_t{regs[l] != 0} << l;
-            c.mark_unwritten(i.list[k], lanes);
+            if (poison || c.w.poisoned) {
+                uint32_t lanes = 0;
+                ldmatrix_distribute(unwritten, op.transposed, regs);
+                for (uint32_t l = 0; l < 32; l++) lanes |= uint32_t{regs[l] != 0} << l;
+                c.mark_unwritten(i.list[k], lanes);
+            }
         } else {
             std::memcpy(regs, c.src(i.list[k]), sizeof regs);
             stmatrix_collect(regs, op.transposed, rows);
@@ -50,7 +51,12 @@ Flow matrix(Context& c, const Inst& i) {
                 c.changed(t[r], 16);
             }
         }
+        Context eight = c;
+        eight.mask = 0xFF;
+        arrival = eight.access(t, 16, op.is_load, !op.is_load);
     }
+    if (op.is_load)
+        for (int k = 0; k < op.matrices; k++) c.m.expect_result(c.w, i.list[k], arrival.back, i);
     return Flow::Next;
 }
 

@@ -17,6 +17,8 @@ void complete_phase(Machine& m, Cta& cta, Mbarrier& b) {
     b.completed.generic.add(b.agent, ~0u, b.phase + 1);
     b.completed.proxy.add(b.agent, ~0u, b.phase + 1);
     b.arriving = {};
+    b.completed_at = b.last_arrival;
+    b.last_arrival = 0;
     b.phase++;
     b.pending = b.expected;
     m.wake(Wait::Mbarrier, key_of(cta, b));
@@ -42,15 +44,17 @@ std::string expect_bytes(Mbarrier& b, int64_t bytes) {
     if (b.tx > max_count) return "transaction count over 2^20 - 1 at " + show(b);
     return {};
 }
-std::string complete_bytes(Machine& m, Cta& cta, Mbarrier& b, int64_t bytes) {
+std::string complete_bytes(Machine& m, Cta& cta, Mbarrier& b, int64_t bytes, uint64_t cycle) {
     b.tx -= bytes;
+    b.last_arrival = std::max(b.last_arrival, cycle);
     m.progress++;
     if (b.tx < -static_cast<int64_t>(max_count)) return "transaction count under -(2^20 - 1) at " + show(b);
     return settle(m, cta, b);
 }
-std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count) {
+std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count, uint64_t cycle) {
     if (count > b.pending) return "more arrivals than the phase expects at " + show(b);
     b.pending -= count;
+    b.last_arrival = std::max(b.last_arrival, cycle);
     m.progress++;
     return settle(m, cta, b);
 }
@@ -154,7 +158,8 @@ Flow arrive_on(Context& c, const Inst& i) {
                 if (count > b.expected) wrong = "drops more arrivals than are expected at " + show(b);
                 else b.expected -= count;
             }
-            if (wrong.empty()) wrong = arrive(c.m, *t.cta, b, count);
+            uint64_t cycle = c.w.cycle + (t.cta == c.w.cta ? 0 : timing::cluster_latency);
+            if (wrong.empty()) wrong = arrive(c.m, *t.cta, b, count, cycle);
             if (wrong.empty() && op.no_complete && b.phase != phase) wrong = "noComplete, but the phase completed";
             if (!wrong.empty()) c.fail(ErrorKind::Hazard, wrong, l);
             c.w.effects++;
@@ -172,7 +177,7 @@ Flow transact(Context& c, const Inst& i) {
         Target t = barrier_at(c, op, i, l);
         Mbarrier& b = find_mbarrier(c, t, l);
         uint32_t bytes = c.src(i.a[2])[l];
-        std::string wrong = op.expects ? expect_bytes(b, bytes) : complete_bytes(c.m, *t.cta, b, bytes);
+        std::string wrong = op.expects ? expect_bytes(b, bytes) : complete_bytes(c.m, *t.cta, b, bytes, c.w.cycle);
         if (!wrong.empty()) c.fail(ErrorKind::Hazard, wrong, l);
         c.w.effects++;
     }
@@ -182,7 +187,7 @@ Flow transact(Context& c, const Inst& i) {
 Flow wait(Context& c, const Inst& i) {
     const MbarrierOp& op = *static_cast<const MbarrierOp*>(i.extra);
     uint32_t done = 0;
-    uint64_t key = 0, hash = 0;
+    uint64_t key = 0, hash = 0, completed_at = 0, last = 0;
     std::function<std::string()> missing;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
@@ -194,6 +199,7 @@ Flow wait(Context& c, const Inst& i) {
             c.fail(ErrorKind::Hazard, "waits with the state of phase " + std::to_string(asked) + " at " + show(b), l);
         if (complete) {
             done |= 1u << l;
+            if (b.completed_at >= completed_at) completed_at = b.completed_at, last = b.offset;
             continue;
         }
         key = key_of(*t.cta, b);
@@ -209,13 +215,11 @@ Flow wait(Context& c, const Inst& i) {
         // only looks, and counts as blocked when it repeats itself.
         bool gives_up = c.group->timed_out || (!op.test && c.m.options.schedule == "random" && c.m.random.one_in(8));
         bool repeats = c.polls(hash);
-        if (op.test ? repeats : !gives_up || repeats) {
-            c.m.counts.barrier_waits++;
-            return c.block(Wait::Mbarrier, key, missing);
-        }
+        if (op.test ? repeats : !gives_up || repeats) return c.block(Wait::Mbarrier, key, missing);
     }
     c.group->timed_out = false;
     c.set_pred(i.a[0], done);
+    c.m.wait_until(c.w, i, completed_at, {Wait::Mbarrier, last});
     if (c.checks) {
         for (uint32_t left = done; left;) {
             Target t = barrier_at(c, op, i, __builtin_ctz(left));

@@ -50,31 +50,6 @@ Target element(Target t, uint32_t at) {
     return t;
 }
 
-void count(Context& c, const Target* t, uint32_t bytes, bool write) {
-    uint64_t total = static_cast<uint64_t>(__builtin_popcount(c.mask)) * bytes;
-    const Target& first = t[__builtin_ctz(c.mask)];
-    Counts& n = c.m.counts;
-    if (first.region) (write ? n.global_write : n.global_read) += total;
-    if (!first.cta) return;
-    (write ? n.shared_write : n.shared_read) += total;
-    if (first.cta != c.w.cta) n.distributed_shared += total;
-    // Banks are 4 bytes wide; lanes at one word share a pass, and wide accesses go in groups of 128 bytes.
-    uint32_t group = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
-    for (uint32_t from = 0; from < 32; from += group) {
-        uint32_t used[32] = {}, words[32][4], most = 1;
-        for (uint32_t l = from; l < from + group; l++) {
-            if (!(c.mask >> l & 1)) continue;
-            uint32_t word = static_cast<uint32_t>(t[l].offset / 4), bank = word % 32, k = 0;
-            while (k < std::min(used[bank], 4u) && words[bank][k] != word) k++;
-            if (k == std::min(used[bank], 4u)) {
-                if (k < 4) words[bank][k] = word;
-                most = std::max(most, ++used[bank]);
-            }
-        }
-        n.bank_conflicts += most - 1;
-    }
-}
-
 Flow load(Context& c, const Inst& i) {
     const MemoryOp& op = *static_cast<const MemoryOp*>(i.extra);
     uint32_t size = static_cast<uint32_t>(size_of(op.type)), bytes = size * static_cast<uint32_t>(op.vector);
@@ -117,11 +92,12 @@ Flow load(Context& c, const Inst& i) {
             if (c.check_read(targets[l], bytes, access, l)) poison |= 1u << l;
         }
     }
-    if (strong) acquire_from(c, op, targets, bytes);
-    if (first.cta || first.region) count(c, targets, bytes, false);
+    if (strong) acquire_from(c, op, targets, bytes), c.await_values(i, targets, bytes);
+    uint64_t back = c.access(targets, bytes, true, false, !strong).back;
     bool sign = is_signed(op.type);
     for (int k = 0; k < op.vector; k++) {
         if (i.list[k] == no_ref) continue;
+        if (first.cta || first.region) c.m.expect_result(c.w, i.list[k], back, i);
         uint32_t* d = c.dst(i.list[k]);
         uint32_t unwritten = 0;
         for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
@@ -148,6 +124,7 @@ Flow store(Context& c, const Inst& i) {
         targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, true);
     }
     const Target& first = targets[__builtin_ctz(c.mask)];
+    if (op.order == Order::Release) c.await_stores(i, op.scope);
     bool tracked = c.checks && (first.shadow || op.space == Space::Generic);
     uint32_t access = tracked ? c.m.log_access(c.w, i, false, op.scope) : 0;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
@@ -177,7 +154,8 @@ Flow store(Context& c, const Inst& i) {
         if (!same) c.changed(targets[l], bytes);
         if (targets[l].published) c.publish(targets[l], bytes, std::move(released), false);
     }
-    if (first.cta || first.region) count(c, targets, bytes, true);
+    uint64_t there = c.access(targets, bytes, false, true).there;
+    if (op.order != Order::Weak && (first.cta || first.region)) each_active(c, [&](int l) { c.m.stamp(targets[l], bytes, there); });
     return op.order != Order::Weak ? Flow::Yield : Flow::Next;
 }
 
@@ -228,7 +206,11 @@ constexpr uint32_t sequential = 8;  ///< fence.sc; beside the scope in `flags`
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (i.imm == fence_memory) memory_fence(c, static_cast<Scope>(i.flags & 7), i.flags & sequential);
+    if (i.imm == fence_memory) {
+        Scope scope = static_cast<Scope>(i.flags & 7);
+        c.await_stores(i, scope);
+        memory_fence(c, scope, i.flags & sequential);
+    }
     if (!c.checks || i.imm == fence_memory) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {

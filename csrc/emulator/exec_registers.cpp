@@ -58,8 +58,13 @@ Flow set_registers(Context& c, const Inst& i) {
         });
     }
     c.group->stage = 0;
-    if (increases) cta.free_registers -= (next - now) * 32;
-    else cta.free_registers += (now - next) * 32;
+    if (increases && next > now) {
+        c.m.wait_until(w, i, cta.registers_freed_at, {Wait::Registers, cta.id});
+        cta.free_registers -= (next - now) * 32;
+    } else if (next < now) {
+        cta.registers_freed_at = std::max(cta.registers_freed_at, w.cycle);
+        cta.free_registers += (now - next) * 32;
+    }
     w.register_limit = next;
     w.register_changes.push_back({&i, w.now});
     w.effects++;

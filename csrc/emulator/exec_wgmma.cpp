@@ -171,8 +171,14 @@ class TensorCore : public Operation {
             }
         }
         m.counts.wgmma++;
-        m.counts.shared_read += static_cast<uint64_t>(n + (op.a_in_registers ? 0 : kTileRows)) * kTileBytes;
-        m.trace.span(cta_.id, 1010 + static_cast<uint32_t>(index_), m.time, m.time + static_cast<uint64_t>(n) / 2, inst.name);
+        // The tensor core's rate, or that of shared memory where N is small.
+        uint64_t operand_bytes = static_cast<uint64_t>(n + (op.a_in_registers ? 0 : kTileRows)) * kTileBytes;
+        uint64_t cycles = std::max(static_cast<uint64_t>(n) / timing::tensor_columns_per_cycle, operand_bytes / timing::shared_bytes_per_cycle);
+        m.counts.shared_read += operand_bytes;
+        uint64_t ready = g.ends.empty() ? 0 : g.ends.back();
+        for (size_t k = 0; k < 4; k++) ready = std::max(ready, g.queue[k].front().issued_at);
+        cycle = m.occupy(cta_, Trace::Kind::Tensor, ready, cycles, inst, index_).end;
+        g.ends.push_back(cycle);
     }
 
     Cta& cta_;
@@ -219,6 +225,7 @@ Flow mma(Context& c, const Inst& i) {
     w.wgmma.issued++;
     w.wgmma.in_flight.push_back({w.wgmma.issued, &i});
     w.effects++;
+    issue.issued_at = w.cycle;
     g.queue[w.number % 4].push_back(std::move(issue));
     if (!g.active && TensorCore::ready(g)) c.m.start(std::make_unique<TensorCore>(cta, index));
     return Flow::Yield;
@@ -257,6 +264,7 @@ Flow wait(Context& c, const Inst& i) {
         s.in_flight.pop_front();
     }
     s.retired = std::max(s.retired, needed);
+    if (needed) c.m.wait_until(w, i, g.ends[needed - 1], {Wait::Wgmma, needed});
     if (c.checks && needed) {
         Knowledge k;
         k.generic.add(g.agent, ~0u, needed);

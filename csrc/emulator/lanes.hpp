@@ -55,6 +55,11 @@ inline void each(const Context& c, Ref d, F f) {
 }
 
 template <class F>
+inline void each_active(const Context& c, F f) {
+    for (uint32_t rest = c.mask; rest; rest &= rest - 1) f(__builtin_ctz(rest));
+}
+
+template <class F>
 inline uint32_t each_bit(const Context& c, F f) {
     uint32_t bits = 0;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {

@@ -51,6 +51,7 @@ Machine::Machine(Options o) : options(std::move(o)), random(options.seed) {
     devices.resize(static_cast<size_t>(options.devices));
     for (Device& d : devices) d.sms.resize(static_cast<size_t>(options.num_sms));
     network = std::make_unique<Network>(options.devices, options.devices, LinkModel{700, 450}, LinkModel{2500, 50});
+    set_rates();
     if (options.schedule == "pct") {
         for (int i = 0; i < 6; i++) change_points_.push_back(random.below(1u << (8 + 2 * random.below(6))));
         std::sort(change_points_.begin(), change_points_.end());
@@ -140,6 +141,7 @@ void Machine::admit() {
             if (!first.started) {
                 first.started = true;
                 first.before = d.done;
+                first.starts_at = d.cycle;
             }
             while (first.next_cluster < first.clusters && admit_cluster(first)) {}
             if (d.queue.size() > 1 && d.queue[1]->dependent && first.next_cluster == first.clusters &&
@@ -149,6 +151,7 @@ void Machine::admit() {
                     second.started = true;
                     second.predecessor = d.queue.front();
                     second.before = d.done;
+                    second.starts_at = first.triggered_at;
                 }
                 while (second.next_cluster < second.clusters && admit_cluster(second)) {}
             }
@@ -213,11 +216,22 @@ bool Machine::admit_cluster(Launch& l) {
     }
     cluster->live_ctas = size;
     l.live_ctas += size;
+    // The blocks of a cluster start together, in places that were free or that others have left longest ago.
+    uint64_t starts_at = l.starts_at;
+    for (Cta* cta : cluster->ctas) {
+        std::vector<uint64_t>& freed = d.sms[cta->sm].freed;
+        auto first = std::min_element(freed.begin(), freed.end());
+        if (first == freed.end()) continue;
+        starts_at = std::max(starts_at, *first);
+        freed.erase(first);
+    }
     for (Cta* cta : cluster->ctas) {
         for (uint32_t i = 0; i < (threads + 31) / 32; i++) {
             auto w = std::make_unique<Warp>();
             w->cta = cta;
             w->number = i;
+            w->cycle = w->slice_start = starts_at;
+            w->partition = d.sms[cta->sm].warps++ % timing::partitions;
             w->live = threads - i * 32 >= 32 ? ~0u : (1u << (threads - i * 32)) - 1;
             start_warp(*w);
             cta->warps.push_back(std::move(w));
@@ -319,6 +333,12 @@ void Machine::lanes_exit(Warp& w, uint32_t mask) {
     cta.live_threads -= static_cast<uint32_t>(__builtin_popcount(mask));
     wake(Wait::Lanes, w.id);
     if (w.live) return;
+    close_slice(w);
+    cta.launch->ends_at = std::max({cta.launch->ends_at, w.cycle, w.stored_at});
+    // Its exit may be what a barrier waits for.
+    for (NamedBarrier& b : cta.barriers)
+        if (b.arrived && !b.expected) b.last_arrival = std::max(b.last_arrival, w.cycle);
+    cta.cluster->last_arrival = std::max(cta.cluster->last_arrival, w.cycle);
     for (uint32_t b = 0; b < cta.barriers.size(); b++) wake(Wait::Barrier, uint64_t{cta.id} << 8 | b);
     wake(Wait::ClusterBarrier, cta.cluster->id);
     cta_may_finish(cta);
@@ -329,6 +349,9 @@ void Machine::cta_may_finish(Cta& cta) {
     Launch& l = *cta.launch;
     cta.exited = true;
     check_register_changes(*this, cta);
+    uint64_t ended_at = 0;
+    for (auto& w : cta.warps) ended_at = std::max(ended_at, w->cycle);
+    if (!cta.triggered) l.triggered_at = std::max(l.triggered_at, ended_at);
     l.live_ctas--;
     l.triggered -= cta.triggered;
     Operation::Issuer by{};
@@ -339,8 +362,12 @@ void Machine::cta_may_finish(Cta& cta) {
     if (--cluster.live_ctas) return;
     // The blocks of a cluster leave together, for their shared memory is shared among them.
     Device& d = devices[static_cast<size_t>(l.device)];
+    uint64_t left_at = 0;
+    for (Cta* c : cluster.ctas)
+        for (auto& w : c->warps) left_at = std::max(left_at, w->cycle);
     for (Cta* c : cluster.ctas) {
         Device::Sm& sm = d.sms[c->sm];
+        sm.freed.push_back(left_at);
         sm.ctas--;
         sm.threads -= static_cast<uint32_t>(volume(l.block));
         sm.shared -= l.shared_total;
@@ -363,6 +390,8 @@ void Machine::finish_launch(Launch& l) {
     l.finished = true;
     progress++;
     spread_late([&](const LateWrite& w) { return w.from.device == static_cast<uint32_t>(l.device) ? same_device : w.reach; });
+    d.cycle = std::max(d.cycle, l.ends_at);
+    counts.launch_cycles = l.ends_at - l.starts_at;
     Clock done = d.done.generic;
     for (Agent a : l.agents) done.add(a, ~0u, in_flight - 1);
     d.done = everything(done);
@@ -379,6 +408,7 @@ void Machine::finish_launch(Launch& l) {
         late_.clear();
         log.clear();
         for (Device& x : devices) x.done = {};
+        align_clocks();
         warps_by_id.clear();
         priorities_.clear();
         programs_.clear();

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <deque>
@@ -8,12 +9,14 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "error.hpp"
 #include "memory.hpp"
 #include "program.hpp"
 #include "random.hpp"
+#include "timing.hpp"
 #include "trace.hpp"
 
 namespace dsv3::emulator {
@@ -25,7 +28,9 @@ struct Warp;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
-enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Registers };
+enum class Wait : uint8_t {
+    None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Load, Stores, Registers
+};
 
 /// Lanes of a warp that stand at one instruction.
 struct Group {
@@ -54,6 +59,7 @@ struct Mbarrier {
     uint32_t init_access = 0;
     int init_lane = 0;
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles: so far in this phase, and of the last one
 };
 
 struct NamedBarrier {
@@ -62,6 +68,8 @@ struct NamedBarrier {
     uint32_t generation = 0;
     uint32_t result = 0, last_result = 0;  ///< of bar.red
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles: so far in this phase, and of the last one
+    uint64_t stores_arriving = 0, stored_at = 0;  ///< likewise: when the stores before it lie in memory
 };
 
 /// Something asynchronous that moves in steps of its own.
@@ -72,6 +80,7 @@ class Operation {
     struct Issuer { const Warp* warp; const Inst* inst; int lane; };
     virtual bool uses_shared(const Cta&, Issuer&) const { return false; }  ///< of a block, until it is over
     uint64_t priority = 0;                ///< "pct"
+    uint64_t cycle = 0;                   ///< when it ends
 };
 
 /// The instructions that one warp has issued to the tensor core.
@@ -80,6 +89,7 @@ struct WgmmaIssue {
     uint64_t a_descriptor, b_descriptor;
     bool scale_d;
     Knowledge knowledge;
+    uint64_t issued_at = 0;  ///< cycle
 };
 
 struct Warpgroup {
@@ -87,6 +97,7 @@ struct Warpgroup {
     uint32_t executed = 0;            ///< instructions, in order; the agent's time
     std::deque<WgmmaIssue> queue[4];  ///< by warp
     bool active = false;              ///< its operation is listed
+    std::vector<uint64_t> ends;       ///< cycle at which each executed instruction ended
 };
 
 struct WgmmaState {
@@ -102,6 +113,18 @@ struct WgmmaState {
 struct BulkState {
     uint32_t group = 1;               ///< being filled, per lane
     std::map<uint32_t, int> reading, writing;  ///< operations of a group that still read, still write
+    std::map<uint32_t, uint64_t> read_at, written_at;  ///< cycles, by group
+    uint64_t last_at = 0;             ///< cycle of the last one issued
+
+    /// The cycle at which all groups up to `last` were done; forgets them.
+    static uint64_t done_at(std::map<uint32_t, uint64_t>& times, int64_t last) {
+        uint64_t at = 0;
+        while (!times.empty() && times.begin()->first <= last) {
+            at = std::max(at, times.begin()->second);
+            times.erase(times.begin());
+        }
+        return at;
+    }
 };
 
 struct Warp {
@@ -142,7 +165,18 @@ struct Warp {
     Agent bulk_read_agent = 0, bulk_write_agent = 0, copy_agent = 0;
     std::map<int, BulkState> bulk;    ///< by lane
     std::map<int, BulkState> copies;  ///< cp.async, by lane
-    uint64_t trace_start = 0;
+
+    // Virtual time; see timeline.cpp.
+    uint64_t cycle = 0;                   ///< up to its last instruction that had an issue slot
+    uint64_t issued = 0;                  ///< instructions since then
+    uint64_t stored_at = 0;               ///< cycle at which all its stores to global memory lie there
+    struct Loading { uint32_t word; uint64_t at; const Inst* inst; };
+    std::vector<Loading> loading;         ///< registers whose values are on their way
+    uint32_t partition = 0;               ///< of its SM
+    uint64_t slice_start = 0;
+    uint32_t row = Trace::no_row;
+    struct Run { const Inst* inst = nullptr; uint32_t key = 0, length = 0; uint64_t start = 0; };
+    Run run, short_run;                   ///< of instructions from one place: the open one, and of the open slice's others
 
     bool runnable() const;
     Knowledge release(uint32_t mask);
@@ -154,6 +188,7 @@ struct Cluster {
     std::vector<Cta*> ctas;
     uint32_t generation = 0;  ///< of barrier.cluster
     Knowledge arriving, completed;
+    uint64_t last_arrival = 0, completed_at = 0;  ///< cycles
     uint32_t live_ctas = 0;
 };
 
@@ -168,6 +203,7 @@ struct Cta {
     bool triggered = false;
     uint32_t live_threads = 0;
     uint32_t free_registers = 0;  ///< given up by setmaxnreg.dec
+    uint64_t registers_freed_at = 0;  ///< cycle of the last one
     std::vector<uint8_t> shared;  ///< by shared address
     std::unique_ptr<Shadow> shadow;
     std::unique_ptr<Poison> poison;
@@ -178,6 +214,7 @@ struct Cta {
     std::vector<Warpgroup> warpgroups;
     int operations = 0;     ///< asynchronous, that use its shared memory
     Locality locality() const;
+    uint32_t rows[3] = {Trace::no_row, Trace::no_row, Trace::no_row};  ///< of its engines in the trace
 };
 
 /// A kernel on its way through a device.
@@ -202,6 +239,7 @@ struct Launch {
     bool dependent = false;      ///< programmatic dependent launch: may start before its predecessor ends
     std::shared_ptr<Launch> predecessor;
     Knowledge before;            ///< what is ordered before it
+    uint64_t starts_at = 0, ends_at = 0, triggered_at = 0;  ///< cycles
     std::vector<std::unique_ptr<Cluster>> cluster_list;
     std::vector<std::unique_ptr<Cta>> ctas;
 };
@@ -210,12 +248,26 @@ inline Locality Cta::locality() const { return {id, cluster->id, static_cast<uin
 
 struct Device {
     bool dead = false;           ///< a fault: nothing of it moves any more
-    struct Sm { uint32_t ctas = 0, threads = 0, shared = 0; };
+    struct Sm {
+        uint32_t ctas = 0, threads = 0, shared = 0;
+        uint32_t warps = 0;                 ///< so far: they take the partitions in turn
+        std::vector<uint64_t> freed;        ///< cycles at which blocks left whose place no other has taken
+        Engine copy_engine, bulk_stores, tensor_core;
+        Rate issue[timing::partitions];
+        struct Cached { uint64_t sector = UINT64_MAX, at = 0; };
+        std::vector<Cached> l1;
+        Rate loads{timing::sm_bytes_per_cycle}, stores{timing::sm_bytes_per_cycle}, shared_memory;  ///< the last by passes
+    };
     std::vector<Sm> sms;
+    uint64_t cycle = 0;          ///< at which the last finished launch ended
+    Rate memory, out[2], in[2];  ///< bytes; the ports to NVLink and to InfiniBand
     std::deque<std::shared_ptr<Launch>> queue;  ///< in stream order; the first runs
     Knowledge done;              ///< all that finished launches did
     std::map<std::shared_ptr<const Program>, std::vector<uint64_t>> modules;  ///< addresses of module variables
 };
+
+/// Latency in nanoseconds, from a load to its data or from one GPU to another, and bandwidth, of a link each way.
+struct LinkModel { uint64_t latency; double bytes_per_nanosecond; };
 
 struct Options {
     int devices = 1;
@@ -240,8 +292,9 @@ using ExternHandler = std::function<void(ExternCall&)>;
 
 /// Bytes and events, for `counters`.
 struct Counts {
-    uint64_t global_read = 0, global_write = 0, shared_read = 0, shared_write = 0, distributed_shared = 0, peer = 0;
-    uint64_t copy_read = 0, copy_write = 0, multicast = 0, bank_conflicts = 0, barrier_waits = 0, wgmma = 0;
+    uint64_t global_read = 0, global_write = 0, shared_read = 0, shared_write = 0, distributed_shared = 0;
+    uint64_t copy_read = 0, copy_write = 0, multicast = 0, bank_conflicts = 0, sectors = 0, wgmma = 0;
+    uint64_t barrier_waits = 0, barrier_wait_cycles = 0, tensor_core_cycles = 0, launch_cycles = 0;
 };
 
 /// Where an address leads.
@@ -307,6 +360,13 @@ struct Context {
     /// These lanes release at this scope: others' writes that they have seen become visible that far; of a fence.sc
     /// (`sequential`), all that it orders.
     void make_visible(uint32_t lanes, Scope scope, bool sequential = false) const;
+
+    /// Counts the access of the active lanes, `bytes` each, and says when it reaches memory and when its result is back.
+    struct Arrival { uint64_t there, back; };
+    /// `cached`: a load that may find its sectors in L1.
+    Arrival access(const Target* targets, uint32_t bytes, bool reads, bool writes, bool cached = false) const;
+    void await_values(const Inst& inst, const Target* targets, uint32_t bytes) const;
+    void await_stores(const Inst& inst, Scope scope) const;
 };
 
 uint32_t registers_at_entry(const Function& f);
@@ -347,6 +407,25 @@ class Machine {
     uint64_t progress = 0;  ///< counts whatever may let a blocked warp move
     uint32_t spinners = 0;
 
+    // Virtual time; see timeline.cpp.
+    LinkModel memory_model{350, 4800};
+    using Arrival = Context::Arrival;
+    struct Transfer { uint64_t through, there; };
+    void issue(Warp& w);
+    void wait_until(Warp& w, const Inst& inst, uint64_t at, Cause cause);
+    void expect_result(Warp& w, Ref destination, uint64_t at, const Inst& inst);
+    Slot occupy(Cta& cta, Trace::Kind kind, uint64_t ready, uint64_t cycles, const Inst& inst, uint64_t object);
+    Device::Sm& sm_of(const Cta& cta);
+    Slot cross(int from, int to, uint64_t ready, uint64_t bytes);
+    uint64_t one_way(int device, int owner) const;
+    Arrival reach_memory(const Cta& cta, int owner, uint64_t ready, uint64_t bytes, bool write);
+    Transfer transfer(const std::vector<Cta*>& ctas, int owner, uint64_t ready, uint64_t bytes, bool store, const Inst& inst);
+    uint64_t transfer_between_blocks(Cta& from, uint64_t ready, uint64_t bytes, const Inst& inst);
+    uint64_t message(const Warp& w, int from, int to, uint64_t bytes, uint64_t ready, const Inst& inst);
+    void stamp(const Target& t, uint32_t bytes, uint64_t at);
+    uint64_t stamp_of(const Target& t, uint32_t bytes) const;
+    void set_rates();
+
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
     void wake_watchers(uint64_t low, uint64_t high);
@@ -377,6 +456,11 @@ class Machine {
     void finish_launch(Launch& launch);
     bool step_warp(Warp& w);
     void merge_groups(Warp& w);
+    void close_slice(Warp& w);
+    void slice(Warp& w, uint64_t end, const Inst* named);
+    void await_results(Warp& w, const Inst& inst);
+    void align_clocks();
+    void advance(Warp& w, const Inst& inst);
     uint32_t slice_length();
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
@@ -390,6 +474,8 @@ class Machine {
     void slow_checks_before(Context& c, const Inst& inst);
     void slow_checks_after(Context& c, const Inst& inst);
 
+    std::map<std::pair<int, int>, uint32_t> link_rows_;  ///< in the trace
+    std::unordered_map<uint64_t, uint64_t> stamps_;  ///< cycles, by Target::watch() / 4
     std::vector<Warp*> runnable_;
     std::vector<std::shared_ptr<Launch>> dead_launches_;  ///< kept while others may refer to their warps
     std::vector<std::unique_ptr<Operation>> operations_;

@@ -11,8 +11,8 @@ bool init_visible(const AccessLog& log, const Mbarrier& b, const Knowledge& k, c
 
 /// Changes of a phase. They return what is wrong, or an empty string; a completed phase wakes those that wait for it.
 std::string expect_bytes(Mbarrier& b, int64_t bytes);
-std::string complete_bytes(Machine& m, Cta& cta, Mbarrier& b, int64_t bytes);
-std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count);
+std::string complete_bytes(Machine& m, Cta& cta, Mbarrier& b, int64_t bytes, uint64_t cycle);
+std::string arrive(Machine& m, Cta& cta, Mbarrier& b, uint32_t count, uint64_t cycle);
 std::string show(const Mbarrier& b);
 
 }  // namespace dsv3::emulator

@@ -64,8 +64,12 @@ bool replaces(int op) {
 /// Moves one queue pair; listed while anything is in it.
 class Network::Delivery : public Operation {
   public:
-    Delivery(Network& network, QueuePair& qp) : network_(network), qp_(qp) {}
-    bool step(Machine& m) override { return network_.step(m, qp_); }
+    Delivery(Network& network, QueuePair& qp) : network_(network), qp_(qp) { cycle = qp.queue.front()->ends; }
+    bool step(Machine& m) override {
+        bool finished = network_.step(m, qp_);
+        if (!qp_.queue.empty()) cycle = qp_.queue.front()->ends;
+        return finished;
+    }
 
   private:
     Network& network_;
@@ -193,6 +197,7 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
     // Queue pairs take different ways: their messages overtake each other in time, too.
     uint64_t spread = (same_node(from, route.rank) ? nvlink_ : infiniband_).latency / 4;
     if (m.options.schedule == "random" || m.options.schedule == "pct") r.ready_at += m.random.below(static_cast<uint32_t>(std::min(spread, uint64_t{UINT32_MAX - 1})) + 1);
+    schedule(m, r, qp);
     qp.broken |= r.lost;
     if (r.call) {
         Call& call = calls_[r.call];
@@ -216,6 +221,16 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
     if (qp.active || stands_still(qp)) return;
     qp.active = true;
     m.start(std::make_unique<Delivery>(*this, qp));
+}
+
+/// In virtual time: behind what the queue pair carries and what a fence says, over the ports of both ranks.
+void Network::schedule(Machine& m, Request& r, QueuePair& qp) const {
+    m.issue(*r.warp);
+    r.there = m.message(*r.warp, qp.from, qp.to, r.kind == Kind::Get ? 0 : r.bytes, r.warp->cycle, *r.inst);
+    r.there = qp.last_there = std::max(qp.last_there, r.there);
+    for (const Fence& fence : r.fences) r.there = qp.last_there = std::max(r.there, fence.cycle);
+    r.ends = r.answers ? m.message(*r.warp, qp.to, qp.from, r.bytes, r.there, *r.inst) : r.there;
+    r.known = r.answers ? r.ends : r.there + m.one_way(qp.from, qp.to);
 }
 
 uint64_t Network::stalled_until(const QueuePair& qp) const {
@@ -272,16 +287,20 @@ bool Network::step(Machine& m, QueuePair& qp) {
 
 void Network::finish(Machine& m, QueuePair& qp, bool delivered) {
     Request& r = *qp.queue.front();
+    Launch& launch = *r.warp->cta->launch;
+    launch.ends_at = std::max(launch.ends_at, r.ends);
+    qp.done_at = std::max(qp.done_at, r.known);
     if (delivered) qp.done = r.number;
     else counts[r.lost_on].lost++;
     auto call = calls_.find(r.call);
     if (delivered && call != calls_.end()) {
         call->second.open--;
+        call->second.done_at = std::max(call->second.done_at, r.known);
         Call::Answer& answer = call->second.answers[r.lane];
         answer.sources.generic.add(qp.reads, ~0u, r.number);
         answer.destinations.generic.add(qp.writes, ~0u, r.number);
     }
-    r.warp->cta->launch->operations--;
+    launch.operations--;
     qp.queue.pop_front();
     m.wake(Wait::Network, static_cast<uint64_t>(qp.from));
 }
@@ -334,6 +353,7 @@ void Network::write_value(Machine& m, Request& r) {
     check(m, r, to, r.bytes, r.write_access, true);
     m.settle(*to.region, to.offset, r.bytes);
     std::memcpy(to.data, &r.atomic.value, r.bytes);
+    m.stamp(to, static_cast<uint32_t>(r.bytes), r.there);
     written(m, to, r.bytes);
 }
 
@@ -346,6 +366,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     std::memcpy(&old, t.data, r.bytes);
     uint64_t value = result_of(r.atomic, old);
     std::memcpy(t.data, &value, r.bytes);
+    m.stamp(t, static_cast<uint32_t>(r.bytes), r.there);
     auto call = calls_.find(r.call);
     if (call != calls_.end()) call->second.answers[r.lane].value = old;
     if (m.options.checks) {
@@ -366,13 +387,14 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     if (m.spinners) m.wake_watchers(t.watch(), t.watch() + r.bytes);
 }
 
-std::string Network::pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const {
+std::string Network::pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed, uint64_t* done_at) const {
     std::string text;
     for (auto& [key, qp] : queue_pairs_) {
         if (qp.from != from || (to != static_cast<int>(nvshmem::pe_all) && qp.to != to) || !names(queue_pairs, qp.index)) continue;
         if (qp.issued != qp.done)
             text += (text.empty() ? "" : ", ") + std::to_string(qp.issued - qp.done) + " message(s) to rank " + std::to_string(qp.to) +
                     (qp.broken ? ", of which some were lost" : "");
+        *done_at = std::max(*done_at, qp.done_at);
         if (!qp.reads || !completed) continue;
         completed->generic.add(qp.reads, ~0u, qp.done);
         completed->generic.add(qp.writes, ~0u, qp.done);
@@ -385,8 +407,10 @@ void Network::fence(int from, int to, const std::vector<int>& queue_pairs) {
     for (int rank = 0; rank < ranks_; rank++) {
         if (to != static_cast<int>(nvshmem::pe_all) && rank != to) continue;
         Clock before;
+        uint64_t there = 0;
         for (auto& [key, qp] : queue_pairs_) {
             if (qp.from != from || qp.to != rank || !names(queue_pairs, qp.index) || !qp.reads) continue;
+            there = std::max(there, qp.last_there);
             before.add(qp.reads, ~0u, qp.issued);
             before.add(qp.writes, ~0u, qp.issued);
         }
@@ -400,6 +424,7 @@ void Network::fence(int from, int to, const std::vector<int>& queue_pairs) {
             Fence& fence = fences_[{from, rank, index}];
             fence.serial = serial_;
             fence.before.join(before);
+            fence.cycle = std::max(fence.cycle, there);
             fence.queue_pairs.insert(fence.queue_pairs.end(), queue_pairs.begin(), queue_pairs.end());
         }
     }

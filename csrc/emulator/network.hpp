@@ -12,9 +12,6 @@
 
 namespace dsv3::emulator {
 
-/// Virtual time that a message takes: latency, and its bytes one behind the other on the link.
-struct LinkModel { uint64_t latency; double bytes_per_nanosecond; };
-
 /// Queue pairs between devices, beneath NVSHMEM's device functions. What one queue pair carries arrives in order, nothing
 /// else does; data is read from its source and lands late, in pieces, at moments that the scheduler chooses.
 ///
@@ -46,6 +43,7 @@ class Network {
     struct Call {
         struct Answer { uint64_t value = 0; Knowledge sources, destinations, published; };
         uint32_t open = 0;
+        uint64_t done_at = 0;   ///< cycle, of what is done
         std::map<int, Answer> answers;
         std::string what;
     };
@@ -53,8 +51,9 @@ class Network {
     Call& call(uint64_t id) { return calls_[id]; }
     void end_call(uint64_t id) { calls_.erase(id); }
 
-    /// Empty once nothing that matches is under way; else what is. Then `completed` is what the caller may know.
-    std::string pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed) const;
+    /// Empty once nothing that matches is under way; else what is. Then `completed` is what the caller may know, and
+    /// `done_at` the cycle at which the sender knows that all is there.
+    std::string pending(int from, int to, const std::vector<int>& queue_pairs, Knowledge* completed, uint64_t* done_at) const;
     void fence(int from, int to, const std::vector<int>& queue_pairs);
     /// Writes the table that NVSHMEM's headers read; see nvshmem_state.cpp.
     void fill_device_state(Machine& m, int rank, Region& state);
@@ -67,14 +66,20 @@ class Network {
     void reset();                   ///< after a failure
 
     bool same_node(int a, int b) const { return a / ranks_per_node_ == b / ranks_per_node_; }
-    struct LinkCounts { uint64_t messages = 0, bytes = 0, lost = 0; };
+    struct LinkCounts { uint64_t messages = 0, bytes = 0, lost = 0; };  ///< of messages
     std::map<std::pair<int, int>, LinkCounts> counts;
     int ranks() const { return ranks_; }
+    /// Bytes of accesses to a peer's memory by its address.
+    void count_direct(int from, int to, uint64_t bytes) { direct[{from, to}] += bytes; }
+    std::map<std::pair<int, int>, uint64_t> direct;
+    const LinkModel& link(int a, int b) const { return same_node(a, b) ? nvlink_ : infiniband_; }
+    const LinkModel& nvlink() const { return nvlink_; }
+    const LinkModel& infiniband() const { return infiniband_; }
 
   private:
     enum class Kind : uint8_t { Put, Value, Get, Atomic };
     /// The last request before it, all of them as clocks, and which queue pairs they are on (empty: any).
-    struct Fence { uint64_t serial = 0; Clock before; std::vector<int> queue_pairs; };
+    struct Fence { uint64_t serial = 0; Clock before; std::vector<int> queue_pairs; uint64_t cycle = 0; };
     struct Request {
         Kind kind;
         Warp* warp = nullptr;
@@ -82,6 +87,7 @@ class Network {
         int lane = 0;
         uint64_t to = 0, from = 0, bytes = 0, serial = 0, ready_at = 0, call = 0;
         bool answers = false, lost = false;
+        uint64_t there = 0, ends = 0, known = 0;  ///< cycles: at the other rank; with the answer here; known here to be done
         std::pair<int, int> lost_on;
         Atomic atomic{};
         std::vector<Fence> fences;
@@ -94,6 +100,7 @@ class Network {
         uint32_t launch = 0;           ///< whose agents these are
         Agent reads = 0, writes = 0;
         uint32_t issued = 0, done = 0;
+        uint64_t last_there = 0, done_at = 0;  ///< cycles: of the last one issued; known of what is done
         bool active = false, broken = false;
         std::deque<std::unique_ptr<Request>> queue{};
     };
@@ -105,6 +112,7 @@ class Network {
     void post(Context& c, const Inst& inst, Route route, std::unique_ptr<Request> request);
     /// One message on a link: counts it, and returns when it arrives, if it does.
     uint64_t send(int from, int to, uint64_t bytes, uint64_t at, Request& r);
+    void schedule(Machine& m, Request& r, QueuePair& qp) const;
     bool step(Machine& m, QueuePair& qp);
     uint64_t stalled_until(const QueuePair& qp) const;
     bool stands_still(const QueuePair& qp) const;

@@ -72,7 +72,7 @@ Flow send(Context& c, NetworkCall::Group group, F f) {
 
 /// A call that waits for what it sends: f(lane, call), then returned(lane, answer) of each lane that sent.
 template <class F, class G>
-Flow send_and_wait(Context& c, NetworkCall::Group group, const char* what, F f, G returned) {
+Flow send_and_wait(Context& c, const Inst& i, NetworkCall::Group group, const char* what, F f, G returned) {
     Network& n = *c.m.network;
     if (c.group->stage == 0) {
         if (!assembled(c, group)) return wait_for_lanes(c);
@@ -85,6 +85,7 @@ Flow send_and_wait(Context& c, NetworkCall::Group group, const char* what, F f, 
     Network::Call& call = n.call(id);
     if (call.open)
         return c.block(Wait::Network, static_cast<uint64_t>(c.w.cta->launch->device), std::string(what) + " of " + call.what);
+    c.m.wait_until(c.w, i, call.done_at, {Wait::Network, 1});
     for (auto& [lane, answer] : call.answers) returned(group == NetworkCall::Thread ? 1u << lane : c.mask, lane, answer);
     n.end_call(id);
     c.group->stage = 0;
@@ -105,7 +106,7 @@ Flow copy_nbi(Context& c, const Inst& i, const CallTarget& t, Variant v) {
 }
 Flow copy_blocking(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     expect_arguments(c, t, 5);
-    return send_and_wait(c, v.group, v.gets ? "a get" : "a put", [&](int l, uint64_t call) { copy(c, i, t, v, l, call); },
+    return send_and_wait(c, i, v.group, v.gets ? "a get" : "a put", [&](int l, uint64_t call) { copy(c, i, t, v, l, call); },
                          [&](uint32_t lanes, int, const Network::Call::Answer& answer) {
                              c.w.acquire(lanes, answer.sources);
                              if (v.gets) c.w.acquire(lanes, answer.destinations);
@@ -124,7 +125,7 @@ Flow put_signal(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     };
     bool waits = more && !(argument(c, t, 7, __builtin_ctz(c.mask)) & 1);
     if (!waits) return send(c, v.group, [&](int l) { put(l, 0); });
-    return send_and_wait(c, v.group, "a put with signal", put,
+    return send_and_wait(c, i, v.group, "a put with signal", put,
                          [&](uint32_t lanes, int, const Network::Call::Answer& answer) { c.w.acquire(lanes, answer.sources); });
 }
 
@@ -140,7 +141,7 @@ Flow put_value(Context& c, const Inst& i, const CallTarget& t, Variant v) {
 /// (address, rank, queue pair), gives back the value
 Flow get_value(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     expect_arguments(c, t, 3, 1);
-    return send_and_wait(c, NetworkCall::Thread, "a get", [&](int l, uint64_t call) {
+    return send_and_wait(c, i, NetworkCall::Thread, "a get", [&](int l, uint64_t call) {
         Network& n = *c.m.network;
         n.get(c, i, l, 0, argument(c, t, 0, l), static_cast<uint64_t>(size_of(v.type)),
               {integer(c, t, 1, l), n.choose_queue_pair(c, integer(c, t, 2, l), l), call});
@@ -163,7 +164,7 @@ Flow atomic(Context& c, const Inst& i, const CallTarget& t, Variant v) {
 /// others; like a relaxed load, it takes a fence behind it to acquire that.
 Flow fetching_atomic(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     expect_arguments(c, t, 6, 1);
-    return send_and_wait(c, NetworkCall::Thread, "an atomic", [&](int l, uint64_t call) {
+    return send_and_wait(c, i, NetworkCall::Thread, "an atomic", [&](int l, uint64_t call) {
         Network& n = *c.m.network;
         n.atomic(c, i, l, argument(c, t, 0, l), {integer(c, t, 4, l), v.type, argument(c, t, 1, l), argument(c, t, 2, l)},
                  {integer(c, t, 3, l), n.choose_queue_pair(c, integer(c, t, 5, l), l), call});
@@ -202,22 +203,24 @@ std::vector<int> queue_pairs(Context& c, const CallTarget& t, size_t list_at) {
 }
 
 /// Returns once all is done, and then orders it and the lanes' own stores before what comes, as a fence would.
-Flow wait_quiet(Context& c, int to, const std::vector<int>& queue_pairs, bool fences) {
+Flow wait_quiet(Context& c, const Inst& i, int to, const std::vector<int>& queue_pairs, bool fences) {
     int from = c.w.cta->launch->device;
     Knowledge completed;
-    std::string pending = c.m.network->pending(from, to, queue_pairs, c.checks ? &completed : nullptr);
+    uint64_t done_at = 0;
+    std::string pending = c.m.network->pending(from, to, queue_pairs, c.checks ? &completed : nullptr, &done_at);
     if (!pending.empty()) return c.block(Wait::Network, static_cast<uint64_t>(from), "quiet: " + pending);
+    c.m.wait_until(c.w, i, done_at, {Wait::Network, 0});
     c.w.acquire(c.mask, completed);
-    if (fences) memory_fence(c, Scope::Sys);
+    if (fences) c.await_stores(i, Scope::Sys), memory_fence(c, Scope::Sys);
     return Flow::Yield;
 }
 /// (use_membar, rank, queue pairs, how many)
-Flow transfer_quiet(Context& c, const Inst&, const CallTarget& t, Variant) {
+Flow transfer_quiet(Context& c, const Inst& i, const CallTarget& t, Variant) {
     expect_arguments(c, t, 4);
     int l = __builtin_ctz(c.mask);
-    return wait_quiet(c, integer(c, t, 1, l), queue_pairs(c, t, 2), argument(c, t, 0, l) & 1);
+    return wait_quiet(c, i, integer(c, t, 1, l), queue_pairs(c, t, 2), argument(c, t, 0, l) & 1);
 }
-Flow quiet(Context& c, const Inst&, const CallTarget&, Variant) { return wait_quiet(c, nvshmem::pe_all, {}, true); }
+Flow quiet(Context& c, const Inst& i, const CallTarget&, Variant) { return wait_quiet(c, i, nvshmem::pe_all, {}, true); }
 
 /// (rank, queue pairs, how many); the headers fence the lanes' own stores themselves.
 Flow transfer_fence(Context& c, const Inst&, const CallTarget& t, Variant) {
@@ -225,8 +228,9 @@ Flow transfer_fence(Context& c, const Inst&, const CallTarget& t, Variant) {
     c.m.network->fence(c.w.cta->launch->device, integer(c, t, 0, __builtin_ctz(c.mask)), queue_pairs(c, t, 1));
     return Flow::Yield;
 }
-Flow fence(Context& c, const Inst&, const CallTarget&, Variant) {
+Flow fence(Context& c, const Inst& i, const CallTarget&, Variant) {
     c.m.network->fence(c.w.cta->launch->device, nvshmem::pe_all, {});
+    c.await_stores(i, Scope::Sys);
     memory_fence(c, Scope::Sys);
     return Flow::Yield;
 }

@@ -268,6 +268,14 @@ std::shared_ptr<Program> Builder::build() {
     program->variables = ast.variables;
     program->ast.files = ast.files;
     program->ast.sources = ast.sources;
+    std::map<std::pair<uint32_t, uint32_t>, uint32_t> places;
+    uint32_t before = 0;
+    for (Inst& inst : program->code) {
+        const SourceLine& own = ast.sources[inst.source];
+        uint32_t caller = own.inlined_at ? own.inlined_at : inst.source;
+        const SourceLine& at = ast.sources[caller];
+        inst.place = before = at.line ? places.try_emplace({at.file, at.line}, caller).first->second : before;
+    }
     return program;
 }
 

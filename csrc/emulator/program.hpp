@@ -53,6 +53,7 @@ struct Inst {
     Class klass = Class::Integer;
     Type type = Type::None;
     uint32_t line = 0, source = 0;
+    uint32_t place = 0;        ///< source line that calls the inlined function it is from, or its own: names slices of the trace
     const char* name = "";
 };
 

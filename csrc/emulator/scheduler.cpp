@@ -61,13 +61,21 @@ void Machine::wake_watchers(uint64_t low, uint64_t high) {
 size_t Machine::pick() {
     size_t n = runnable_.size() + operations_.size();
     if (late_.size() > most_late || (!late_.empty() && steps - late_.front()->step > latest)) return n;
-    if (options.schedule != "pct") {
+    if (options.schedule != "pct" && options.schedule != "timed") {
         // All late writes together are one agent, so that many of them do not crowd out the others.
         size_t all = n + !late_.empty();
         size_t i = options.schedule == "round_robin" ? turn_++ % all : choose(static_cast<uint32_t>(all));
         return i < n ? i : n + choose(static_cast<uint32_t>(late_.size()));
     }
     size_t best = 0;
+    if (options.schedule == "timed") {
+        uint64_t earliest = UINT64_MAX;
+        for (size_t i = 0; i < n; i++) {
+            uint64_t at = i < runnable_.size() ? runnable_[i]->cycle + runnable_[i]->issued : operations_[i - runnable_.size()]->cycle;
+            if (at < earliest) earliest = at, best = i;
+        }
+        return best;
+    }
     uint64_t highest = 0;
     for (size_t i = 0; i < n + late_.size(); i++) {
         uint64_t p = i < runnable_.size() ? priorities_[runnable_[i]->id]
@@ -84,7 +92,7 @@ size_t Machine::pick() {
 
 uint32_t Machine::slice_length() {
     if (options.schedule == "random") return 1 + random.below(random.one_in(4) ? 512 : 64);
-    return options.schedule == "round_robin" ? 32 : options.schedule == "pct" ? 64 : 4096;
+    return options.schedule == "round_robin" || options.schedule == "timed" ? 32 : options.schedule == "pct" ? 64 : 4096;
 }
 
 void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
@@ -157,7 +165,7 @@ bool Machine::step_warp(Warp& w) {
         if (chosen == w.groups.size() || w.groups[i].pc < w.groups[chosen].pc) chosen = i;
     }
     if (ready == 0) return true;
-    if (ready > 1 && options.schedule != "exhaustive" && choose(8) == 0) {
+    if (ready > 1 && options.schedule != "exhaustive" && options.schedule != "timed" && choose(8) == 0) {
         uint32_t n = choose(ready);
         for (chosen = 0;; chosen++)
             if (w.groups[chosen].wait == Wait::None && n-- == 0) break;
@@ -166,6 +174,13 @@ bool Machine::step_warp(Warp& w) {
     Context c{*this, w, nullptr, w.registers.data(), launch.constants.data(), 0, options.checks};
     return run_group(w, w.groups[chosen], c, slice_length());
 }
+
+namespace {
+
+/// What this instruction reads of virtual time must be settled first.
+bool on_the_clock(const Inst& inst) { return inst.klass >= Class::Memory && inst.klass <= Class::Wgmma; }
+
+}  // namespace
 
 /// True if it ended at a step that synchronises.
 bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
@@ -176,7 +191,6 @@ bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
         const Inst& inst = code[g->pc];
         uint32_t mask = g->mask;
         if (inst.guard != no_ref) mask &= inst.guard_negated ? ~c.registers[inst.guard] : c.registers[inst.guard];
-        executed[static_cast<size_t>(inst.klass)]++;
         steps++;
         time++;
         Flow flow = Flow::Next;
@@ -189,9 +203,17 @@ bool Machine::run_group(Warp& w, Group& start, Context& c, uint32_t budget) {
                 c.block(Wait::Lanes, w.id, "other lanes at a .aligned instruction");
                 return true;
             }
+            if (!w.loading.empty()) await_results(w, inst);
+            if (on_the_clock(inst)) issue(w);
             flow = inst.execute(c, inst);
-            if (flow == Flow::Jump || flow == Flow::Blocked) return flow == Flow::Blocked;
+            if (flow == Flow::Blocked) return true;
+            executed[static_cast<size_t>(inst.klass)]++;
+            advance(w, inst);
+            if (flow == Flow::Jump) return false;
             if (slow) slow_checks_after(c, inst);
+        } else {
+            executed[static_cast<size_t>(inst.klass)]++;
+            advance(w, inst);
         }
         g->pc++;
         if (w.groups.size() > 1) {
@@ -230,6 +252,7 @@ void Machine::nothing_moves() {
             if (g.wait == Wait::Spin) spinners--;
             std::vector<Warp*>& list = waiters_[{g.wait, g.key}];
             list.erase(std::remove(list.begin(), list.end(), w), list.end());
+            wait_until(*w, w->cta->launch->program->code[g.pc], w->cycle + timing::cycles(jump_), {g.wait, g.key & 0xFFFFFF});
             g.wait = Wait::None;
             g.timed_out = true;
         }
@@ -307,8 +330,9 @@ void Machine::abandon() {
         for (auto& launch : d.queue) launch->finished = true;
         d.queue.clear();
         d.done = {};
-        for (Device::Sm& sm : d.sms) sm = {};
+        for (Device::Sm& sm : d.sms) sm.ctas = sm.threads = sm.shared = 0;
     }
+    align_clocks();
     memory.forget_order();
     log.clear();
     warps_by_id.clear();

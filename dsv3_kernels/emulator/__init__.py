@@ -11,7 +11,7 @@ depends on nothing but its inputs and its seed: a tensor passed as an argument b
 """
 
 from ..tensor_map import TensorMap
-from .cluster import IB, NVLINK, Group, Link, VirtualCluster
+from .cluster import Group, VirtualCluster
 from .errors import (
     DeadlockError,
     EmulationError,
@@ -20,8 +20,10 @@ from .errors import (
     UnsupportedInstructionError,
 )
 from .gpu import VirtualGPU, current, explore, virtual_gpu
+from .links import HBM, IB, NVLINK, Link
 
 __all__ = [
+    "HBM",
     "IB",
     "NVLINK",
     "DeadlockError",

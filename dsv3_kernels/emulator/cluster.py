@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +10,8 @@ from torch import Tensor
 
 from .errors import DeadlockError, EmulationError
 from .gpu import VirtualGPU, _active
+from .links import HBM, IB, NVLINK, Link
 from .machine import Argument, Dim3, Machine
-
-
-@dataclass(frozen=True)
-class Link:
-    """What a message takes in virtual time: latency in nanoseconds, bandwidth in GB/s one way."""
-
-    latency: int
-    bandwidth: float
-
-    def __post_init__(self) -> None:
-        if self.latency < 0 or not self.bandwidth > 0:
-            raise ValueError(f"Link: got {self}, expected latency >= 0 ns and bandwidth > 0 GB/s")
-
-
-# Orders of magnitude to compare protocols with: NVLink 4 and one 400 Gbit/s NIC a GPU.
-NVLINK = Link(latency=700, bandwidth=450.0)
-IB = Link(latency=2500, bandwidth=50.0)
 
 
 class Group:
@@ -82,8 +65,9 @@ class VirtualCluster:
     stores to the peer itself. What goes through the library runs on a virtual network: a message on a queue
     pair arrives behind the earlier ones of that queue pair, late, in pieces, and in no order with any other;
     the default queue pair is any of several. A queue pair is any number from 2 on, as if nvshmemx_qp_create
-    had made it. Remote memory is named by tensors of `symmetric`. nvlink (inside a node) and ib (between
-    nodes): what messages take in virtual time.
+    had made it. Remote memory is named by tensors of `symmetric`. nvlink (inside a node), ib (between
+    nodes) and memory (of a GPU): latency and bandwidth in virtual time. A GPU has one port to NVLink and one
+    to InfiniBand, each with its link's bandwidth in and out, for all its peers together.
 
     Not there: teams but the world, collectives but barriers and syncs, regions, TMA within NVSHMEM, host
     calls. A poll of what `nvshmem_<type>_p` writes is reported as the race that it is in PTX: use a signal or
@@ -103,6 +87,7 @@ class VirtualCluster:
         max_steps: int = 2**40,
         nvlink: Link = NVLINK,
         ib: Link = IB,
+        memory: Link = HBM,
     ) -> None:
         if nodes < 1 or gpus_per_node < 1:
             raise ValueError(f"nodes is {nodes}, gpus_per_node is {gpus_per_node}, expected 1 or more")
@@ -112,6 +97,7 @@ class VirtualCluster:
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )
+        self._machine.core.set_memory(memory.latency, memory.bandwidth)
 
     def launch(
         self,
@@ -172,7 +158,7 @@ class VirtualCluster:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """As `VirtualGPU.counters`; `["links"][source, destination]` holds messages, bytes, lost and kind.
+        """As `VirtualGPU.counters`, over all ranks; `launch_cycles` is of the launch that ended last.
 
         Links count what goes through NVSHMEM's library (a get's request has no bytes, its answer has); direct
         loads and stores of a peer's memory are in `["peer_bytes"]`.
@@ -180,6 +166,7 @@ class VirtualCluster:
         return self._machine.core.counters()
 
     def trace(self, path: str | Path) -> None:
+        """As `VirtualGPU.trace`, with the links between ranks."""
         self._machine.trace(path)
 
 

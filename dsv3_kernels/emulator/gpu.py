@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .errors import EmulationError
+from .links import HBM, Link
 from .machine import Argument, Dim3, Machine
 
 _active = threading.local()
@@ -18,8 +19,11 @@ class VirtualGPU:
     """A Hopper on the CPU.
 
     num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module; "pct" runs by random
-    priorities with few changes, "exhaustive" follows `choices` (see `explore`). checks=False runs faster and
-    reports only deadlocks and accesses outside memory. exact_accumulate: FP32 sums in wgmma, not Hopper's.
+    priorities with few changes, "timed" moves who is earliest in virtual time (to compare figures of
+    `counters["cycles"]` without the noise of a schedule; it finds few bugs), "exhaustive" follows `choices`
+    (see `explore`). checks=False runs faster and reports only deadlocks and accesses outside memory.
+    exact_accumulate: FP32 sums in wgmma, not Hopper's. memory: latency and bandwidth of the GPU's memory in
+    virtual time (see `trace`).
 
     A kernel that holds setmaxnreg begins with the registers a thread that ptxas gives it: .maxnreg, else
     65536 / (.minnctapersm * .maxntid), the threads rounded up to whole warpgroups and the quotient down to a
@@ -37,8 +41,10 @@ class VirtualGPU:
         exact_accumulate: bool = False,
         max_steps: int = 2**40,
         choices: Sequence[int] = (),
+        memory: Link = HBM,
     ) -> None:
         self._machine = Machine(1, num_sms, seed, schedule, checks, exact_accumulate, max_steps, choices)
+        self._machine.core.set_memory(memory.latency, memory.bandwidth)
         self.num_sms, self.seed, self._rank = num_sms, seed, 0
 
     def launch(
@@ -94,11 +100,48 @@ class VirtualGPU:
 
     @property
     def counters(self) -> dict[str, Any]:
-        """Deterministic figures of all that ran so far: instructions by class, bytes by memory, launches."""
+        """Figures of all that ran so far; the same seed gives the same ones.
+
+        launches: kernels submitted.
+        cycles: virtual time at which the last launch ended, in cycles of an SM (1.755 GHz); launches follow
+            each other without a gap. launch_cycles: of the launch that ended last, from its start to its end,
+            with the stores and messages that it left behind. What virtual time is: see `trace`.
+        instructions: executed by warps, one for up to 32 lanes; instructions_by_class: the same by "integer",
+            "float", "convert", "move" (and address conversions), "memory" (ld, st, ldmatrix, stmatrix),
+            "atomic", "barrier" (mbarrier, bar, fences), "async" (copies, and waits for them), "wgmma",
+            "control", "warp" (shuffles, votes, ...). A test of a barrier that fails and is repeated counts
+            each time.
+        wgmma: wgmma.mma_async of whole warpgroups. tensor_core_cycles: how long they kept tensor cores busy.
+        global_bytes_read, global_bytes_written: bytes by ld, st, atom and red (which do both).
+        global_sectors: the 32-byte sectors those touched, each once an instruction: bytes / 32 where accesses
+            coalesce.
+        copy_bytes_read, copy_bytes_written: bytes of global memory by cp.async and bulk and tensor copies;
+            what is out of bounds is not among them.
+        multicast_bytes: bytes that multicast copies brought into shared memories, once for each.
+        shared_bytes_read, shared_bytes_written: bytes by ld, st, atomics, ldmatrix, stmatrix, st.async and
+            red.async, and what wgmma reads. distributed_shared_bytes: those of them by warps in another block
+            of the cluster.
+        bank_conflicts: passes through the 32 banks of shared memory beyond those that the access's width
+            needs anyway, of the same instructions but wgmma. Lanes at one word share a pass.
+        barrier_waits: waits of a warp at an mbarrier, bar or barrier.cluster that took virtual time.
+            barrier_wait_cycles: how much.
+        peak_shared_bytes: the largest shared memory of a block, static and dynamic.
+        peer_bytes: bytes of other GPUs' memory by plain address. peer_bytes_by_link: the same by (source,
+            destination) of the data.
+        links: by (source, destination), the messages of NVSHMEM's functions: kind ("NVLink", "IB", "local"),
+            messages, bytes, lost.
+        nanoseconds: what kernels read as %globaltimer. It counts steps of the scheduler, not virtual time.
+        """
         return self._machine.core.counters()
 
     def trace(self, path: str | Path) -> None:
-        """Write what ran so far as JSON for Perfetto or chrome://tracing."""
+        """Write what ran so far as JSON for ui.perfetto.dev or chrome://tracing: a row a warp, one an engine.
+
+        Time in it is virtual: warps, copy engine, tensor core and links overlap, at rates that are round
+        figures of a Hopper. It serves to compare schedules and protocols, not to predict seconds. The first
+        2**18 slices are kept; `otherData.dropped_slices` says how many are not. Form and rates:
+        `dsv3_kernels/emulator/trace.py`.
+        """
         self._machine.trace(path)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..tensor_map import TensorMap
 from .errors import EmulationError
+from .trace import chrome_trace
 
 _emulator: Any = importlib.import_module("dsv3_kernels._emulator")
 
-SCHEDULES = ("random", "round_robin", "pct", "exhaustive")
+SCHEDULES = ("random", "round_robin", "pct", "timed", "exhaustive")
 Dim3 = Sequence[int]
 Argument = Tensor | TensorMap | int | float | bytes
 
@@ -191,27 +192,4 @@ class Machine:
         )
 
     def trace(self, path: str | Path) -> None:
-        engines = {1000: "copy engine, loads", 1001: "copy engine, stores"}
-        events: list[dict[str, Any]] = []
-        rows = set()
-        for block, row, start, length, name in self.core.spans():
-            rows.add((block, row))
-            events.append(
-                {
-                    "ph": "X",
-                    "pid": block,
-                    "tid": row,
-                    "ts": start / 1e3,
-                    "dur": max(length, 1) / 1e3,
-                    "name": name,
-                }
-            )
-        for block, row in sorted(rows):
-            name = engines.get(row) or (f"tensor core {row - 1010}" if row >= 1010 else f"warp {row}")
-            events.append(
-                {"ph": "M", "pid": block, "tid": row, "name": "thread_name", "args": {"name": name}}
-            )
-            events.append(
-                {"ph": "M", "pid": block, "name": "process_name", "args": {"name": f"block {block}"}}
-            )
-        Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ns"}))
+        Path(path).write_text(json.dumps(chrome_trace(self.core)))

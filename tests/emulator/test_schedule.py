@@ -1,7 +1,5 @@
 """Seeds replay, schedules differ, small cases can be explored whole."""
 
-import json
-
 import pytest
 import torch
 from test_sync import cuda
@@ -99,22 +97,6 @@ def test_endless_loops_end_at_max_steps():
             torch.zeros(32, dtype=torch.int32),
             max_steps=10_000,
         )
-
-
-def test_trace_is_json_with_a_row_an_engine(tmp_path):
-    gpu = emulator.VirtualGPU()
-    source = """k(const int* x) { __shared__ __align__(128) int s[32]; __shared__ u64 b;
-        if (threadIdx.x == 0) { ptx::mbarrier_init(&b, 1); ptx::fence_mbarrier_init();
-    ptx::mbarrier_arrive_expect(&b, 128);
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::
-    "r"(ptx::shared_address(s)), "l"(x), "r"(ptx::shared_address(&b)) : "memory");
-    ptx::mbarrier_wait(&b, 0); } }"""
-    cuda(source, torch.zeros(32, dtype=torch.int32), gpu=gpu)
-    gpu.trace(tmp_path / "t.json")
-    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    assert any(e["ph"] == "X" and e["name"].startswith("cp.async.bulk") for e in events)
-    assert any(e.get("args", {}).get("name") == "copy engine, loads" for e in events)
-    assert gpu.counters["copy_bytes_read"] == 128
 
 
 def test_current_gpu_is_that_of_the_innermost_with():
