@@ -1,4 +1,4 @@
-"""E5M6 on the CPU backend, against PyTorch's cast to float16 and back."""
+"""E5M6 on the CPU against PyTorch's cast to float16 and back; with --gpu the kernels against their peers."""
 
 import sys
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 SHAPES = [(1024, 1024), (512, 256)]
 
@@ -24,4 +25,6 @@ def test_unpack_e5m6(against, shape):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.main("e5m6"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -26,7 +26,8 @@ def gemm_case(tile: tuple[int, int]) -> Callable[[emulator.VirtualGPU], None]:
     out = torch.empty(m, n, dtype=torch.bfloat16)
     config = gemm.config_of_tile(*tile)
     ptx = config.kernel.ptx()
-    arguments = gemm.arguments(config, a.data, a.scales, b.data, b.scales, out)
+    prepared = gemm.prepare(config, m, k, n, groups=1, num_sms=2)
+    arguments = prepared.arguments(gemm.operands(a.data, a.scales, b.data, b.scales, out, None))
 
     def launch(gpu: emulator.VirtualGPU) -> None:
         gpu.launch(

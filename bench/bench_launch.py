@@ -26,7 +26,8 @@ from dsv3_kernels.tensor_map import MapLayout
 from .report import Report
 
 ROOT = Path(__file__).parents[1]
-M, N, K = 64, 2112, 7168  # the kernel is short, so that the queue does not fill
+CALLS, LOOPS = 20, 500  # short loops and their median: on a busy machine few of them are interrupted
+M, N, K = 64, 256, 512  # small, so that neither a queue fills nor an allocation goes to the system
 
 
 class PassesForCuda(torch.Tensor):
@@ -79,18 +80,18 @@ def measure(fake: bool, out: Path | None) -> None:
     on_device = (lambda tensor: tensor.as_subclass(PassesForCuda)) if fake else torch.Tensor.cuda
     for name, call in calls(on_device):
         _seconds(call)  # compiles, loads, fills caches
-        print(report.add(name, [_seconds(call) for _ in range(7)]), flush=True)
+        print(report.add(name, [_seconds(call) for _ in range(LOOPS)]), flush=True)
     print(f"written: {report.write(out)}")
 
 
-def _seconds(call: Callable[[], object], repeats: int = 300) -> float:
-    """Of one call on the host. So few calls that the queue, of about a thousand launches, never fills."""
+def _seconds(call: Callable[[], object]) -> float:
+    """Of one call on the host; of so few that the queue, of about a thousand launches, never fills."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
-    for _ in range(repeats):
+    for _ in range(CALLS):
         call()
-    return (time.perf_counter() - started) / repeats
+    return (time.perf_counter() - started) / CALLS
 
 
 def pretend() -> None:

@@ -1,4 +1,4 @@
-"""SwiGLU with its quantisers on the CPU backend, against PyTorch's SwiGLU and its bare casts to FP8."""
+"""SwiGLU with its quantisers on the CPU against PyTorch's SwiGLU, cast; with --gpu the kernels."""
 
 import sys
 
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import dsv3_kernels as dk
+from bench import gpu_bench
 
 SHAPES = [(1024, 1024), (512, 256)]
 
@@ -39,4 +40,6 @@ def test_swiglu_backward_quantize(against, shape):
 
 
 if __name__ == "__main__":
+    if "--gpu" in sys.argv:
+        sys.exit(gpu_bench.main("swiglu"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -35,5 +35,5 @@ def test_grouped_fp8_wgrad(against, groups, tokens, n, k):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("wgrad"))
+        sys.exit(gpu_bench.script("wgrad"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

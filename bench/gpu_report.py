@@ -31,6 +31,7 @@ from .report import machine
 ROOT = Path(__file__).parents[1]
 MINUTES = 8.7  # in all, by default
 BENCH_SECONDS = 150.0  # of them for what is measured
+SANITIZER_SECONDS = 75.0  # for each of them
 SANITIZERS = ("memcheck", "synccheck", "initcheck", "racecheck")
 _FOUND_ERRORS = 86  # compute-sanitizer's exit status when it found something
 
@@ -69,7 +70,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
     return [
         Part("machine", 60, [*python, "dsv3_kernels.doctor"]),
         Part("build", 150, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]),
-        Part("tests", 150, tests, read=_read_tests),
+        Part("tests", 150, tests, {"OMP_NUM_THREADS": "2"}, read=_read_tests),
         *(_bench(op, folder, dry, limit) for op, limit in seconds.items()),
         Part("host", 40, host, read=_read_host),
         *(_sanitizer(tool, dry) for tool in SANITIZERS),
@@ -105,7 +106,7 @@ def _bench(op: str, folder: Path, dry: bool, seconds: float) -> Part:
 
 
 def _sanitizer(tool: str, dry: bool) -> Part:
-    run = [sys.executable, "-m", "bench.run_cases"]
+    run = [sys.executable, "-m", "bench.run_cases", "--each", "4", "--seconds", f"{SANITIZER_SECONDS - 25}"]
     if dry:
         return Part(f"sanitize-{tool}", 60, [*run, "--device", "emulator", "--only", "quantize_1x128 bf16"])
     sanitizer = find_sanitizer()
@@ -113,7 +114,13 @@ def _sanitizer(tool: str, dry: bool) -> Part:
     # Without its cache the allocator gives every tensor memory of its own: the tools know its end and state.
     environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
     missing = "found no compute-sanitizer on the PATH, in /usr/local/cuda* or in $CUDA_HOME"
-    return Part(f"sanitize-{tool}", 75, [*command, *run], environment, skip="" if sanitizer else missing)
+    return Part(
+        f"sanitize-{tool}",
+        SANITIZER_SECONDS,
+        [*command, *run],
+        environment,
+        skip="" if sanitizer else missing,
+    )
 
 
 def find_sanitizer() -> str | None:

@@ -1,4 +1,4 @@
-"""How a GPU bench measures: CUDA events, L2 emptied before every call, candidates in turn, medians."""
+"""How a GPU bench measures: CUDA events, a cold L2 before every call, candidates in turn, medians."""
 
 import statistics
 import time
@@ -8,16 +8,20 @@ import torch
 
 from .cases import Call
 
-FLUSH_BYTES = 512 * 2**20  # well past any L2; writing it also gives the host time to queue what follows
+FLUSH_BYTES = 512 * 2**20  # well past any L2; the time it takes also lets the host queue what follows
 MOST_ROUNDS, FEWEST_ROUNDS, ROUNDS_AT_ONCE = 100, 5, 5
 COPY_BYTES = 2 * 2**30
 
 
 class ColdTimer:
-    """Times of calls on the current CUDA device, each after a write that leaves none of its data in L2."""
+    """Times of calls on the current CUDA device, none of whose data is in L2.
+
+    Before each call a large buffer is read. Writing it, as is often done, would leave L2 full of lines that
+    still have to go to memory, and the call would share the way.
+    """
 
     def __init__(self) -> None:
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+        self._flush = torch.zeros(FLUSH_BYTES // 4, device="cuda")
 
     def measure(self, calls: Mapping[str, Call], seconds: float) -> dict[str, list[float]]:
         """Seconds of each call, in rounds that take every call once, for about `seconds` in all."""
@@ -40,7 +44,7 @@ class ColdTimer:
 
     def _timed(self, call: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
+        self._flush.sum()
         start.record()
         call()
         stop.record()

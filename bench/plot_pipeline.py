@@ -46,7 +46,8 @@ def trace(k: int, tiles: int, seed: int) -> list[dict[str, Any]]:
     a, b = dsv3.quantize_1x128(torch.randn(rows, k)), dsv3.quantize_128x128(torch.randn(columns, k))
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     with emulator.virtual_gpu(num_sms=1, schedule="timed") as gpu:
-        gemm.run_config(gemm.config_of_tile(*TILE), a.data, a.scales, b.data, b.scales, out, None, 1)
+        launch = gemm.prepare(gemm.config_of_tile(*TILE), rows, k, columns, groups=1, num_sms=1)
+        launch(*gemm.operands(a.data, a.scales, b.data, b.scales, out, None))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         gpu.trace(path)

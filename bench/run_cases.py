@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -9,30 +10,46 @@ import torch
 
 from . import cases
 
+NOT_REACHED = 3  # exit status: all was right, but the time was over before the last case
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "emulator"), default="cuda")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument(
+        "--each", type=int, default=1000, help="at most so many of an op, spread over its cases"
+    )
+    parser.add_argument("--seconds", type=float, default=3600.0, help="start no case after that")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    failed = 0
-    for case in cases.cases():
-        if options.only not in case.name:
-            continue
-        started = time.perf_counter()
+    end = time.monotonic() + options.seconds
+    failed, left = 0, spread([case for case in cases.cases() if options.only in case.name], options.each)
+    while left and time.monotonic() < end:
+        case = left.pop(0)
+        started = time.monotonic()
         try:
             problems = run(case, options.device, options.seed)
         except Exception as error:  # the other cases still tell something
             problems = [f"{type(error).__name__}: {error}"]
         failed += bool(problems)
-        print(
-            f"{'FAILED' if problems else 'ok':6s} {time.perf_counter() - started:6.2f} s  {case.name}",
-            flush=True,
-        )
-        for problem in problems:
-            print(f"       {problem}", flush=True)
-    return int(failed > 0)
+        verdict, seconds = "FAILED" if problems else "ok", time.monotonic() - started
+        print(f"{verdict:6s} {seconds:6.2f} s  {case.name}", *problems, sep="\n       ", flush=True)
+    if left:
+        print(f"not reached in {options.seconds:.0f} s: {', '.join(case.name for case in left)}")
+    return 1 if failed else NOT_REACHED if left else 0
+
+
+def spread(found: Sequence[cases.Case], each: int) -> list[cases.Case]:
+    """At most `each` cases of an op, first, last and between; one of every op before a second of any."""
+    by_op: dict[str, list[cases.Case]] = {}
+    for case in found:
+        by_op.setdefault(case.name.split()[0], []).append(case)
+    for op, of_op in by_op.items():
+        count = min(each, len(of_op))
+        by_op[op] = [of_op[i * (len(of_op) - 1) // max(1, count - 1)] for i in range(count)]
+    rounds = itertools.zip_longest(*by_op.values())
+    return [case for one_each in rounds for case in one_each if case is not None]
 
 
 def run(case: cases.Case, device: str, seed: int) -> list[str]:

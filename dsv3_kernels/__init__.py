@@ -15,6 +15,8 @@ _API = {
     "quantize_1x128_t": "quantize",
     "quantize_128x128": "quantize",
     "requantize_1x128_t": "quantize",
+    "permute_quantize": "permute",
+    "unpermute": "permute",
     "PackedE5M6": "e5m6",
     "pack_e5m6": "e5m6",
     "unpack_e5m6": "e5m6",

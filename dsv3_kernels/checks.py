@@ -185,3 +185,14 @@ def read_counts(op: str, counts: Tensor, max_m: int) -> list[int]:
         if not 0 <= count <= max_m:
             raise ValueError(f"{op}: counts[{g}] is {count}, expected 0 to {max_m}, the rows of a group of a")
     return values
+
+
+def read_index(op: str, name: str, index: Tensor, below: int, of: str) -> None:
+    """The values of a CPU `index`: each -1 or within 0..below - 1."""
+    wrong = ((index < -1) | (index >= below)).nonzero()
+    if wrong.numel():
+        at = wrong[0].tolist()
+        raise ValueError(
+            f"{op}: {name}{at} is {int(index[tuple(at)])}, expected -1 (none) to {below - 1}, "
+            f"{of} being {below}"
+        )

@@ -11,7 +11,8 @@ from typing import Protocol
 from .jit import Kernel
 from .jit.kernel import compiled_here
 
-_OPS = ("gemm", "quantize", "wgrad")  # modules; one with kernels has `kernels()`: op name -> its instances
+# Modules; one with kernels has `kernels()`: op name -> its instances.
+_OPS = ("gemm", "quantize", "wgrad", "swiglu", "permute", "e5m6")
 
 
 class Configuration(Protocol):

@@ -27,6 +27,8 @@ class ErrorCode(enum.IntEnum):
     MASKED_GEMM_COUNTS = 2
     WGRAD_OFFSETS = 3
     QUANTIZE_OFFSETS = 4
+    DISPATCH_EXPERTS = 5
+    DISPATCH_OVERFLOW = 6
 
 
 _REBUILD = "clear the kernel cache, its kernels are of another version"
@@ -48,5 +50,13 @@ _MESSAGES: dict[int, tuple[str, str]] = {
     ErrorCode.QUANTIZE_OFFSETS: (
         f"quantize_1x128_t: group_offsets {_RUNNING_SUM} end past tokens, the rows of x",
         _OFFSETS,
+    ),
+    ErrorCode.DISPATCH_EXPERTS: (
+        "dispatch: topk_idx held an expert out of range, or twice in its row",
+        "distinct experts 0 to num_experts - 1 in a row, or -1 for none",
+    ),
+    ErrorCode.DISPATCH_OVERFLOW: (
+        "dispatch: more rows arrived than max_recv_tokens",
+        "raise max_recv_tokens; print tokens_per_expert.sum()",
     ),
 }

@@ -3,7 +3,8 @@
 A code has a sign, 5 bits of exponent (bias 15) and 6 of fraction: the upper 12 bits of a float16. Tiles of
 1x128 have a power-of-two scale, `amax/65024` rounded up, at least 2^-126, and 1 for a tile of zeros
 (DeepSeek-V3 report, section 3.3.3). Codes are rounded to nearest even and never have to saturate. A NaN or an
-Inf makes its whole tile NaN. The relative error is at most 2^-7, against 2^-4 of e4m3 and 2^-9 of BF16.
+Inf makes its whole tile NaN, code 0x7FF. The relative error is at most 2^-7, against 2^-4 of e4m3 and 2^-9 of
+BF16.
 """
 
 import functools
@@ -100,6 +101,14 @@ def _unpack(data: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def kernel_unpack(dtype: torch.dtype) -> Kernel:
     return Kernel("e5m6.cuh", "unpack_e5m6", (NAMES[dtype],))
+
+
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    return {
+        "pack_e5m6": [kernel_pack(dtype) for dtype in NAMES],
+        "unpack_e5m6": [kernel_unpack(dtype) for dtype in _UNPACKED],
+    }
 
 
 def _launch(

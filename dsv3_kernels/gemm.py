@@ -17,7 +17,7 @@ from .checks import ceil_div, round_up
 from .hopper import L2_BYTES, SHARED_MEMORY, WARPGROUP, WAVE
 from .jit import Kernel
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, mn_major
-from .tensor_map import TensorMap
+from .tensor_map import MapLayout
 
 Grouping = Literal["none", "offsets", "counts"]
 Multicast = Literal["none", "a", "b"]
@@ -148,6 +148,16 @@ def configs(grouping: Grouping) -> tuple[GemmConfig, ...]:
     )
 
 
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    ops: dict[str, Grouping] = {
+        "fp8_gemm": "none",
+        "grouped_fp8_gemm": "offsets",
+        "masked_grouped_fp8_gemm": "counts",
+    }
+    return {op: [config.kernel for config in configs(grouping)] for op, grouping in ops.items()}
+
+
 @functools.lru_cache(maxsize=4096)
 def choose_config(grouping: Grouping, m: int, n: int, groups: int, num_sms: int) -> GemmConfig:
     """The one of `configs` with the least estimated time on `num_sms` SMs, for `[m, n]` or groups of it.
@@ -231,8 +241,8 @@ def grouped_fp8_gemm(
     num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[M, N]`. Rows past the last group are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for offsets that descend, overrun or do not start at 0. Offsets on a
-    GPU are not read back: there the kernel bends such offsets into ascending ones within M, and raises the
-    device's error flag (`launch.error_flag`).
+    GPU are not read back: there the kernel bends such offsets into ascending ones within M, and the next
+    launch or `synchronize()` raises DeviceValueError.
     """
     op = "grouped_fp8_gemm"
     a, b = _operands(op, a, b, 2, 3)
@@ -252,7 +262,7 @@ def masked_grouped_fp8_gemm(
     num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[G, max_m, N]`. Rows past a group's count are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for counts out of range. Counts on a GPU are not read back: there the
-    kernel clamps them to 0..max_m, and raises the device's error flag (`launch.error_flag`).
+    kernel clamps them to 0..max_m, and the next launch or `synchronize()` raises DeviceValueError.
     """
     op = "masked_grouped_fp8_gemm"
     a, b = _operands(op, a, b, 3, 3)
@@ -312,30 +322,47 @@ def _run(
     out = _fake(a, a_scales, b, b_scales)
     if a.numel() == 0 or b.numel() == 0:
         return out.zero_()
-    sms = launch.num_sms(a)
-    sms = sms if num_sms is None else min(num_sms, sms)
+    sms = launch.num_sms(a, num_sms)
     groups = 1 if grouping == "none" else b.shape[0]
-    config = choose_config(grouping, a.shape[-2], b.shape[-2], groups, sms)
-    run_config(config, a, a_scales, b, b_scales, out, group_list, sms)
+    run = _prepare_best(grouping, a.shape[-2], a.shape[-1], b.shape[-2], groups, sms)
+    run(*operands(a, a_scales, b, b_scales, out, group_list))
     return out
 
 
-def run_config(
-    config: GemmConfig,
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    out: Tensor,
-    group_list: Tensor | None,
-    num_sms: int,
-) -> None:
-    """Launch one instance of the kernel on at most `num_sms` SMs."""
-    launch.launch(
+@functools.lru_cache(maxsize=1024)
+def _prepare_best(grouping: Grouping, m: int, k: int, n: int, groups: int, num_sms: int) -> launch.Prepared:
+    return prepare(choose_config(grouping, m, n, groups, num_sms), m, k, n, groups, num_sms)
+
+
+def operands(
+    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, out: Tensor, group_list: Tensor | None
+) -> tuple[Tensor, ...]:
+    """The tensors of a launch, in the kernel's order."""
+    lists = () if group_list is None else (group_list,)
+    return a, b, mn_major(a_scales), out, b_scales.contiguous(), out, *lists
+
+
+def prepare(config: GemmConfig, m: int, k: int, n: int, groups: int, num_sms: int) -> launch.Prepared:
+    """The launch for A of `[m, k]`, or with counts groups of it, and weights `[n, k]`; takes `operands`."""
+    counted = groups if config.grouping == "counts" else 1
+    box_a = config.block_m // 2 if config.multicast == "a" else config.block_m
+    box_b = config.block_n // 2 if config.multicast == "b" else config.block_n
+    e4m3, scale_rows = torch.float8_e4m3fn, counted * ceil_div(k, TILE)
+    grouped = config.grouping != "none"
+    return launch.Prepared(
         config.kernel,
-        (_blocks(config, a.shape[-2], b.shape[-2], len(b) if b.ndim == 3 else 1, num_sms), 1, 1),
+        (_blocks(config, m, n, groups, num_sms), 1, 1),
         (config.threads, 1, 1),
-        arguments(config, a, a_scales, b, b_scales, out, group_list),
+        (
+            MapLayout(e4m3, (box_a, TILE), (counted * m, k), (k, 1)),
+            MapLayout(e4m3, (box_b, TILE), (groups * n, k), (k, 1)),
+            MapLayout(torch.float32, (1, config.block_m), (scale_rows, m), (round_up(m, 4), 1), swizzle=0),
+            MapLayout(torch.bfloat16, config.panel, (counted * m, n), (n, 1), swizzle=2 * config.panel[1]),
+            *(launch.Slot.ADDRESS, launch.Slot.ADDRESS),
+            launch.Slot.ADDRESS if grouped else 0,
+            launch.Slot.ERROR_WORD if grouped else 0,
+            *(m, n, k, groups, config.strip),
+        ),
         cluster=(config.cluster, 1, 1),
         shared_bytes=config.shared_bytes,
         programmatic=True,
@@ -348,36 +375,6 @@ def _blocks(config: GemmConfig, m: int, n: int, groups: int, num_sms: int) -> in
     tails = min(groups, m)  # a group that is not empty has at most one
     rows = m // unit_m + tails if config.grouping == "offsets" else groups * ceil_div(m, unit_m)
     return max(1, min(rows * ceil_div(n, unit_n), num_sms // config.cluster)) * config.cluster
-
-
-def arguments(
-    config: GemmConfig,
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    out: Tensor,
-    group_list: Tensor | None = None,
-) -> tuple[launch.Argument, ...]:
-    """The arguments of the kernel, in its order."""
-    (m, k), n = a.shape[-2:], b.shape[-2]
-    groups = len(b) if b.ndim == 3 else 1
-    counted = groups if config.grouping == "counts" else 1
-    a_scales = mn_major(a_scales)
-    scale_rows = counted * a_scales.shape[-1]
-    box_a = config.block_m // 2 if config.multicast == "a" else config.block_m
-    box_b = config.block_n // 2 if config.multicast == "b" else config.block_n
-    return (
-        TensorMap(a, (box_a, TILE), shape=(counted * m, k), strides=(k, 1)),
-        TensorMap(b, (box_b, TILE), shape=(groups * n, k), strides=(k, 1)),
-        TensorMap(a_scales, (1, config.block_m), 0, shape=(scale_rows, m), strides=(round_up(m, 4), 1)),
-        TensorMap(out, config.panel, 2 * config.panel[1], shape=(counted * m, n), strides=(n, 1)),
-        b_scales.contiguous(),
-        out,
-        0 if group_list is None else group_list,
-        0 if group_list is None else launch.error_flag(a),
-        *(m, n, k, groups, config.strip),
-    )
 
 
 def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:

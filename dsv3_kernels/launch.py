@@ -32,6 +32,8 @@ Parameter = MapLayout | Slot | int | float
 
 CAPABILITY = (9, 0)
 
+_NUMBERS, _TENSORS = (int, float), (TensorMap, Tensor)
+
 _virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
 
@@ -92,7 +94,7 @@ def launch(
     Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
     `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
     """
-    first = next((a for a in args if isinstance(a, TensorMap | Tensor)), None)
+    first = next((a for a in args if isinstance(a, _TENSORS)), None)
     if first is None:
         raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
     tensor = first.tensor if isinstance(first, TensorMap) else first
@@ -100,7 +102,7 @@ def launch(
         _emulate(kernel, args, grid, block, cluster, shared_bytes)
         return
     device = tensor.get_device()
-    values = tuple([_value(kernel, device, i, argument) for i, argument in enumerate(args)])
+    values = tuple([a if type(a) in _NUMBERS else _value(kernel, device, i, a) for i, a in enumerate(args)])
     raw_stream = torch._C._cuda_getCurrentRawStream(device) if stream is None else stream.cuda_stream
     code = _loaded(kernel, device).launch(
         device, raw_stream, grid, block, values, cluster, shared_bytes, cooperative, programmatic
@@ -245,7 +247,7 @@ def _emulate(
 
 def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int | float | bytes:
     """The argument as the runtime takes it: an address, a number, or the bytes of a tensor map."""
-    if isinstance(argument, int | float):
+    if isinstance(argument, _NUMBERS):
         return argument
     tensor = argument.tensor if isinstance(argument, TensorMap) else argument
     if tensor.get_device() != device:

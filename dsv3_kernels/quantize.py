@@ -1,8 +1,10 @@
-"""Quantisation to e4m3 with one FP32 scale a tile (DeepSeek-V3 report, section 3.3.2).
+"""Quantisation to e4m3 with one scale a tile (DeepSeek-V3 report, section 3.3.2).
 
 `scale = amax/448` of the tile, in FP32, at least 2^-126, and 1 for a tile of zeros; `data = e4m3(x/scale)`,
 round to nearest even, saturating. `power_of_2_scales=True` rounds the scale up to a power of two (exact in
-UE8M0). A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile dequantises to NaN: never a
+UE8M0). `ue8m0_scales=True` does that too and gives the scales as float8_e8m0fnu, a byte each, strides as in
+FP32: every op takes such an operand, and first turns its scales into FP32, exactly, by one small PyTorch
+operation. A NaN or an Inf in a tile makes the scale NaN or Inf, so the whole tile dequantises to NaN: never a
 silent finite value. An input that requires grad is refused while gradients are recorded.
 """
 
@@ -15,7 +17,16 @@ from torch import Tensor
 
 from . import checks, launch, quantized, reference
 from .jit import Kernel
-from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_rows, empty_transposed, scales_shape
+from .quantized import (
+    ROW,
+    SQUARE,
+    TILE,
+    QuantizedTensor,
+    empty_rows,
+    empty_transposed,
+    scale_dtype,
+    scales_shape,
+)
 from .tile import NAMES, address_of, groups_of, launch_tiles, threads_of, token_tiles
 
 _DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,7 +40,12 @@ MAX_GRID = 4096  # blocks; a few waves on any GPU, and each block takes as many 
 
 @overload
 def quantize_1x128(
-    x: Tensor, *, transpose: Literal[False] = ..., group_offsets: None = ..., power_of_2_scales: bool = ...
+    x: Tensor,
+    *,
+    transpose: Literal[False] = ...,
+    group_offsets: None = ...,
+    power_of_2_scales: bool = ...,
+    ue8m0_scales: bool = ...,
 ) -> QuantizedTensor: ...
 @overload
 def quantize_1x128(
@@ -38,6 +54,7 @@ def quantize_1x128(
     transpose: Literal[True],
     group_offsets: Tensor | None = ...,
     power_of_2_scales: bool = ...,
+    ue8m0_scales: bool = ...,
 ) -> tuple[QuantizedTensor, QuantizedTensor]: ...
 def quantize_1x128(
     x: Tensor,
@@ -45,6 +62,7 @@ def quantize_1x128(
     transpose: bool = False,
     group_offsets: Tensor | None = None,
     power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise activations or gradients in tiles of 1x128 along the last dimension.
 
@@ -65,21 +83,24 @@ def quantize_1x128(
     checks.contiguous(op, "x", x)
     checks.transposed_groups(op, group_offsets, both, x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    checks.flag(op, "ue8m0_scales", ue8m0_scales)
     if both:
         if not torch.compiler.is_compiling():
-            return _quantize_1x128_both(x, group_offsets, power_of_2_scales)
-        tensors = torch.ops.dsv3_kernels.quantize_1x128_both(x, group_offsets, power_of_2_scales)
+            return _quantize_1x128_both(x, group_offsets, power_of_2_scales, ue8m0_scales)
+        tensors = torch.ops.dsv3_kernels.quantize_1x128_both(
+            x, group_offsets, power_of_2_scales, ue8m0_scales
+        )
         data, scales, data_t, scales_t = tensors
         return QuantizedTensor(data, scales, ROW), QuantizedTensor(data_t, scales_t, ROW)
     if torch.compiler.is_compiling():
-        data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales)
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128(x, power_of_2_scales, ue8m0_scales)
         return QuantizedTensor(data, scales, ROW)
-    return _quantize_1x128(x, power_of_2_scales)
+    return _quantize_1x128(x, power_of_2_scales, ue8m0_scales)
 
 
-def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
+def _quantize_1x128(x: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> QuantizedTensor:
     if launch.world(x) == "reference":
-        return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales)
+        return reference.quantize_1x128(x, power_of_2_scales=power_of_2_scales, ue8m0_scales=ue8m0_scales)
     rows, width = x.shape[-2:]
     batches = x.shape[0] if x.ndim == 3 else 1
     tasks = batches * checks.ceil_div(rows, ROWS_PER_WARP) * checks.ceil_div(width, TILE)
@@ -88,24 +109,35 @@ def _quantize_1x128(x: Tensor, power_of_2_scales: bool) -> QuantizedTensor:
             f"quantize_1x128: x of shape {tuple(x.shape)} has {tasks} blocks of {ROWS_PER_WARP}x{TILE}, "
             f"expected at most {MAX_TASKS}; split it"
         )
-    q = empty_rows(x.shape, x.device)
+    q = empty_rows(x.shape, x.device, ue8m0_scales)
     if tasks:
         grid = min(checks.ceil_div(tasks, THREADS // 32), MAX_GRID)
         strides = (rows * width, width, q.scales.stride(0) if x.ndim == 3 else 0, q.scales.stride(-1))
         arguments = (x, q.data, q.scales, batches, rows, width, *strides)
-        kernel = kernel_1x128(x.dtype, power_of_2_scales)
+        kernel = kernel_1x128(x.dtype, power_of_2_scales, ue8m0_scales)
         launch.launch(kernel, (grid, 1, 1), (THREADS, 1, 1), arguments)
     return q
 
 
+def _template(
+    dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool, *more: bool
+) -> tuple[str | bool, ...]:
+    scale = ("E8m0",) if ue8m0_scales else ()  # float
+    return NAMES[dtype], power_of_2_scales or ue8m0_scales, *more, *scale
+
+
 @functools.cache
-def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool) -> Kernel:
+def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
-    return Kernel("quantize.cuh", "quantize_1x128", (NAMES[dtype], power_of_2_scales))
+    return Kernel("quantize.cuh", "quantize_1x128", _template(dtype, power_of_2_scales, ue8m0_scales))
 
 
 def quantize_1x128_t(
-    x: Tensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    x: Tensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor:
     """Quantise the transpose of `x` in tiles of 128 tokens: an operand of `fp8_wgrad`.
 
@@ -126,28 +158,37 @@ def quantize_1x128_t(
     if group_offsets is not None:
         checks.offsets(op, group_offsets, "x", x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    checks.flag(op, "ue8m0_scales", ue8m0_scales)
     if torch.compiler.is_compiling():
-        data, scales = torch.ops.dsv3_kernels.quantize_1x128_t(x, group_offsets, power_of_2_scales)
+        data, scales = torch.ops.dsv3_kernels.quantize_1x128_t(
+            x, group_offsets, power_of_2_scales, ue8m0_scales
+        )
         return QuantizedTensor(data, scales, ROW)
-    return _quantize_1x128_t(x, group_offsets, power_of_2_scales)
+    return _quantize_1x128_t(x, group_offsets, power_of_2_scales, ue8m0_scales)
 
 
-def _quantize_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> QuantizedTensor:
+def _quantize_1x128_t(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
+) -> QuantizedTensor:
     if launch.world(x) == "reference":
-        return reference.quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales)
-    q_t = empty_transposed(x.shape, group_offsets, x.device)
-    _launch_1x128_t("quantize_1x128_t", x, group_offsets, None, q_t, power_of_2_scales)
+        return reference.quantize_1x128_t(
+            x, group_offsets, power_of_2_scales=power_of_2_scales, ue8m0_scales=ue8m0_scales
+        )
+    q_t = empty_transposed(x.shape, group_offsets, x.device, ue8m0_scales)
+    _launch_1x128_t("quantize_1x128_t", x, group_offsets, None, q_t, power_of_2_scales, ue8m0_scales)
     return q_t
 
 
 def _quantize_1x128_both(
-    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
     if launch.world(x) == "reference":
-        return reference.quantize_1x128_both(x, group_offsets, power_of_2_scales=power_of_2_scales)
-    q = empty_rows(x.shape, x.device)
-    q_t = empty_transposed(x.shape, group_offsets, x.device)
-    _launch_1x128_t("quantize_1x128", x, group_offsets, q, q_t, power_of_2_scales)
+        return reference.quantize_1x128_both(
+            x, group_offsets, power_of_2_scales=power_of_2_scales, ue8m0_scales=ue8m0_scales
+        )
+    q = empty_rows(x.shape, x.device, ue8m0_scales)
+    q_t = empty_transposed(x.shape, group_offsets, x.device, ue8m0_scales)
+    _launch_1x128_t("quantize_1x128", x, group_offsets, q, q_t, power_of_2_scales, ue8m0_scales)
     return q, q_t
 
 
@@ -158,6 +199,7 @@ def _launch_1x128_t(
     q: QuantizedTensor | None,
     q_t: QuantizedTensor,
     power_of_2_scales: bool,
+    ue8m0_scales: bool,
 ) -> None:
     tokens, width = x.shape
     rows = (0, 0, 0) if q is None else (q.data, q.scales, q.scales.stride(1))
@@ -165,15 +207,18 @@ def _launch_1x128_t(
         *(x, address_of(group_offsets), *rows[:2], q_t.data, q_t.scales, tokens, width),
         *(groups_of(group_offsets), q_t.scales.shape[1], rows[2], q_t.scales.stride(1)),
     )
-    kernel = kernel_1x128_t(x.dtype, power_of_2_scales, q is not None)
+    kernel = kernel_1x128_t(x.dtype, power_of_2_scales, q is not None, ue8m0_scales)
     down = token_tiles(tokens, group_offsets, q is not None)
     launch_tiles(op, "x", x, kernel, threads_of(x.dtype), down, width, arguments)
 
 
 @functools.cache
-def kernel_1x128_t(dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool = False) -> Kernel:
+def kernel_1x128_t(
+    dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool = False, ue8m0_scales: bool = False
+) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (NAMES[dtype], power_of_2_scales, row_wise))
+    template = _template(dtype, power_of_2_scales, ue8m0_scales, row_wise)
+    return Kernel("quantize_tile.cuh", "quantize_1x128_t", template)
 
 
 def requantize_1x128_t(
@@ -230,14 +275,14 @@ def kernel_requantize(power_of_2_scales: bool) -> Kernel:
 
 @overload
 def quantize_128x128(
-    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[False] = ...
+    w: Tensor, *, power_of_2_scales: bool = ..., ue8m0_scales: bool = ..., transpose: Literal[False] = ...
 ) -> QuantizedTensor: ...
 @overload
 def quantize_128x128(
-    w: Tensor, *, power_of_2_scales: bool = ..., transpose: Literal[True]
+    w: Tensor, *, power_of_2_scales: bool = ..., ue8m0_scales: bool = ..., transpose: Literal[True]
 ) -> tuple[QuantizedTensor, QuantizedTensor]: ...
 def quantize_128x128(
-    w: Tensor, *, power_of_2_scales: bool = False, transpose: bool = False
+    w: Tensor, *, power_of_2_scales: bool = False, ue8m0_scales: bool = False, transpose: bool = False
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """Quantise weights in blocks of 128x128.
 
@@ -256,45 +301,54 @@ def quantize_128x128(
         checks.multiple(op, "w", "N", w.shape[-2], 16)
     checks.contiguous(op, "w", w)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
+    checks.flag(op, "ue8m0_scales", ue8m0_scales)
     if not torch.compiler.is_compiling():
-        both = _quantize_128x128(w, power_of_2_scales, transpose)
+        both = _quantize_128x128(w, power_of_2_scales, ue8m0_scales, transpose)
         return both if transpose else both[0]
     if not transpose:
-        data, scales = torch.ops.dsv3_kernels.quantize_128x128(w, power_of_2_scales)
+        data, scales = torch.ops.dsv3_kernels.quantize_128x128(w, power_of_2_scales, ue8m0_scales)
         return QuantizedTensor(data, scales, SQUARE)
-    data, scales, data_t, scales_t = torch.ops.dsv3_kernels.quantize_128x128_both(w, power_of_2_scales)
+    data, scales, data_t, scales_t = torch.ops.dsv3_kernels.quantize_128x128_both(
+        w, power_of_2_scales, ue8m0_scales
+    )
     return QuantizedTensor(data, scales, SQUARE), QuantizedTensor(data_t, scales_t, SQUARE)
 
 
 def _quantize_128x128(
-    w: Tensor, power_of_2_scales: bool, transpose: bool
+    w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool, transpose: bool
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
     """`q` and its transpose, which is `q` itself where it was not asked for."""
     if launch.world(w) == "reference":
-        q = reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales)
+        q = reference.quantize_128x128(w, power_of_2_scales=power_of_2_scales, ue8m0_scales=ue8m0_scales)
         return q, reference.transpose(q) if transpose else q
-    q = QuantizedTensor(*_fake_128x128(w, power_of_2_scales), SQUARE)
-    q_t = QuantizedTensor(*_fake_128x128(w.mT, power_of_2_scales), SQUARE) if transpose else q
+    q = QuantizedTensor(*_fake_128x128(w, power_of_2_scales, ue8m0_scales), SQUARE)
+    q_t = QuantizedTensor(*_fake_128x128(w.mT, power_of_2_scales, ue8m0_scales), SQUARE) if transpose else q
     arguments = (w, q.data, q.scales, q_t.data, q_t.scales, *w.shape[-2:])
-    kernel = kernel_128x128(w.dtype, power_of_2_scales, transpose)
+    kernel = kernel_128x128(w.dtype, power_of_2_scales, transpose, ue8m0_scales)
     down = q.scales.shape[:-1].numel()
     launch_tiles("quantize_128x128", "w", w, kernel, threads_of(w.dtype), down, w.shape[-1], arguments)
     return q, q_t
 
 
 @functools.cache
-def kernel_128x128(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool) -> Kernel:
+def kernel_128x128(
+    dtype: torch.dtype, power_of_2_scales: bool, transpose: bool, ue8m0_scales: bool = False
+) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    return Kernel("quantize_tile.cuh", "quantize_128x128", (NAMES[dtype], power_of_2_scales, transpose))
+    template = _template(dtype, power_of_2_scales, ue8m0_scales, transpose)
+    return Kernel("quantize_tile.cuh", "quantize_128x128", template)
 
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
-    inputs = list(itertools.product(_INPUT, (False, True)))
+    both = (False, True)
+    scales = ((False, False), (True, False), (True, True))  # powers of two, UE8M0
+    tiled = list(itertools.product(NAMES, scales, both))
     return {
-        "quantize_1x128": [kernel_1x128(*facts) for facts in inputs],
-        "quantize_1x128_t": [kernel_1x128_t(*facts) for facts in inputs],
-        "quantize_128x128": [kernel_128x128(*facts, both) for facts in inputs for both in (False, True)],
+        "quantize_1x128": [kernel_1x128(dtype, *s) for dtype, s in itertools.product(NAMES, scales)],
+        "quantize_1x128_t": [kernel_1x128_t(dtype, p, row_wise, u) for dtype, (p, u), row_wise in tiled],
+        "requantize_1x128_t": [kernel_requantize(power_of_2) for power_of_2 in both],
+        "quantize_128x128": [kernel_128x128(dtype, p, transpose, u) for dtype, (p, u), transpose in tiled],
     }
 
 
@@ -320,30 +374,34 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Tensor
 # The same functions as torch.library ops, on plain tensors: what torch.compile traces.
 
 
-def _op_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q = _quantize_1x128(x, power_of_2_scales)
+def _op_1x128(x: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128(x, power_of_2_scales, ue8m0_scales)
     return q.data, q.scales
 
 
-def _op_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q = _quantize_1x128_t(x, group_offsets, power_of_2_scales)
+def _op_1x128_t(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
+) -> tuple[Tensor, Tensor]:
+    q = _quantize_1x128_t(x, group_offsets, power_of_2_scales, ue8m0_scales)
     return q.data, q.scales
 
 
 def _op_1x128_both(
-    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, q_t = _quantize_1x128_both(x, group_offsets, power_of_2_scales)
+    q, q_t = _quantize_1x128_both(x, group_offsets, power_of_2_scales, ue8m0_scales)
     return q.data, q.scales, q_t.data, q_t.scales
 
 
-def _op_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q, _ = _quantize_128x128(w, power_of_2_scales, False)
+def _op_128x128(w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> tuple[Tensor, Tensor]:
+    q, _ = _quantize_128x128(w, power_of_2_scales, ue8m0_scales, False)
     return q.data, q.scales
 
 
-def _op_128x128_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, q_t = _quantize_128x128(w, power_of_2_scales, True)
+def _op_128x128_both(
+    w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, q_t = _quantize_128x128(w, power_of_2_scales, ue8m0_scales, True)
     return q.data, q.scales, q_t.data, q_t.scales
 
 
@@ -351,36 +409,41 @@ def _op_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.d
     return reference.dequantize(QuantizedTensor(data, scales, (block_rows, TILE))).to(dtype)
 
 
-def _fake_1x128(x: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q = empty_rows(x.shape, x.device)
+def _fake_1x128(x: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> tuple[Tensor, Tensor]:
+    q = empty_rows(x.shape, x.device, ue8m0_scales)
     return q.data, q.scales
 
 
-def _fake_1x128_t(x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q_t = empty_transposed(x.shape, group_offsets, x.device)
+def _fake_1x128_t(
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
+) -> tuple[Tensor, Tensor]:
+    q_t = empty_transposed(x.shape, group_offsets, x.device, ue8m0_scales)
     return q_t.data, q_t.scales
 
 
 def _fake_1x128_both(
-    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+    x: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row_wise = _fake_1x128(x, power_of_2_scales)
-    return *row_wise, *_fake_1x128_t(x, group_offsets, power_of_2_scales)
+    row_wise = _fake_1x128(x, power_of_2_scales, ue8m0_scales)
+    return *row_wise, *_fake_1x128_t(x, group_offsets, power_of_2_scales, ue8m0_scales)
 
 
 def _fake_requantize(
     data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
 ) -> tuple[Tensor, Tensor]:
-    return _fake_1x128_t(data, group_offsets, power_of_2_scales)
+    return _fake_1x128_t(data, group_offsets, power_of_2_scales, False)
 
 
-def _fake_128x128(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
+def _fake_128x128(w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> tuple[Tensor, Tensor]:
     data = torch.empty(w.shape, dtype=torch.float8_e4m3fn, device=w.device)
-    return data, torch.empty(scales_shape(w.shape, SQUARE), dtype=torch.float32, device=w.device)
+    return data, torch.empty(scales_shape(w.shape, SQUARE), dtype=scale_dtype(ue8m0_scales), device=w.device)
 
 
-def _fake_both(w: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_fake_128x128(w, power_of_2_scales), *_fake_128x128(w.mT, power_of_2_scales)
+def _fake_both(
+    w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q = _fake_128x128(w, power_of_2_scales, ue8m0_scales)
+    return *q, *_fake_128x128(w.mT, power_of_2_scales, ue8m0_scales)
 
 
 def _fake_dequantize(data: Tensor, scales: Tensor, block_rows: int, dtype: torch.dtype) -> Tensor:

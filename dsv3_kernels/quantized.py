@@ -1,4 +1,4 @@
-"""QuantizedTensor: FP8 values and the FP32 scales of their tiles, and the shape arithmetic of both."""
+"""QuantizedTensor: FP8 values and the scales of their tiles, and the shape arithmetic of both."""
 
 from dataclasses import dataclass
 
@@ -16,12 +16,13 @@ SQUARE: Block = (TILE, TILE)
 
 @dataclass(frozen=True, eq=False)
 class QuantizedTensor:
-    """FP8 data with one FP32 scale a tile: `data[m, k] · scales[m // block[0], k // block[1]]` at `[m, k]`.
+    """FP8 data with one scale a tile: `data[m, k] · scales[m // block[0], k // block[1]]` at `[m, k]`.
 
     data: float8_e4m3fn `[.., M, K]`, row-major contiguous.
     scales: float32; for block (1, 128) `[.., M, ceil(K/128)]`, MN-major, strides `(.., 1, round_up(M, 4))`,
         so that a kernel loads the scales of neighbouring rows with one access; for block (128, 128)
-        `[.., ceil(M/128), ceil(K/128)]`, contiguous.
+        `[.., ceil(M/128), ceil(K/128)]`, contiguous. Or the same in float8_e8m0fnu, a byte each, powers of
+        two: an op that takes such an operand first turns its scales into FP32, exactly.
     block: rows and columns of a tile, (1, 128) or (128, 128).
 
     The ops check what they are given; building one checks nothing.
@@ -41,25 +42,27 @@ def scales_shape(data_shape: torch.Size, block: Block) -> tuple[int, ...]:
     return (*batch, ceil_div(m, block[0]), ceil_div(k, TILE))
 
 
-def empty_mn_major(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """FP32 scales `[.., M, K/128]` with strides `(.., 1, round_up(M, 4))`."""
+def empty_mn_major(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Scales `[.., M, K/128]` with strides `(.., 1, round_up(M, 4))`."""
     *batch, m, k = shape
     leading = round_up(m, 4)
     strides = (leading * k, 1, leading) if batch else (1, leading)
-    return torch.empty_strided(shape, strides, dtype=torch.float32, device=device)
+    return torch.empty_strided(shape, strides, dtype=dtype, device=device)
 
 
 def mn_major(scales: Tensor) -> Tensor:
     """Scales `[.., M, K/128]` as the kernels read them: strides (.., 1, round_up(M, 4)), 16-byte aligned."""
-    shape = tuple(scales.shape)
+    shape, strides = scales.shape, scales.stride()
     leading = round_up(shape[-2], 4)
-    expected = (leading * shape[-1], 1, leading)[-scales.ndim :]
-    fits = all(
-        size == 1 or got == want for size, got, want in zip(shape, scales.stride(), expected, strict=True)
+    expected = (1, leading) if len(shape) == 2 else (leading * shape[-1], 1, leading)
+    fits = strides == expected or all(
+        size == 1 or got == want for size, got, want in zip(shape, strides, expected, strict=True)
     )
     if fits and scales.data_ptr() % checks.ALIGNMENT == 0:
         return scales
-    return empty_mn_major(shape, scales.device).copy_(scales)
+    return empty_mn_major(tuple(shape), scales.device).copy_(scales)
 
 
 def padded_tokens(tokens: int, groups: int) -> int:
@@ -67,19 +70,34 @@ def padded_tokens(tokens: int, groups: int) -> int:
     return TILE * ((tokens + (TILE - 1) * groups) // TILE)
 
 
-def empty_rows(shape: tuple[int, ...], device: torch.device) -> QuantizedTensor:
+def float_scales(scales: Tensor, block: Block) -> Tensor:
+    """Scales of float8_e8m0fnu as FP32, laid out as those of `block` are."""
+    if block == SQUARE:
+        return scales.float()
+    return empty_mn_major(tuple(scales.shape), scales.device).copy_(scales)
+
+
+def scale_dtype(ue8m0_scales: bool) -> torch.dtype:
+    return torch.float8_e8m0fnu if ue8m0_scales else torch.float32
+
+
+def empty_rows(shape: tuple[int, ...], device: torch.device, ue8m0_scales: bool = False) -> QuantizedTensor:
     """Room for `[.., M, K]` in tiles of 1x128."""
     data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-    return QuantizedTensor(data, empty_mn_major(scales_shape(data.shape, ROW), device), ROW)
+    scales = empty_mn_major(scales_shape(data.shape, ROW), device, scale_dtype(ue8m0_scales))
+    return QuantizedTensor(data, scales, ROW)
 
 
 def empty_transposed(
-    shape: tuple[int, ...], group_offsets: Tensor | None, device: torch.device
+    shape: tuple[int, ...],
+    group_offsets: Tensor | None,
+    device: torch.device,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor:
     """Room for `[tokens, width]` transposed, in tiles of 128 tokens that restart at each group."""
     tokens, width = shape
     groups = 1 if group_offsets is None else group_offsets.shape[0] - 1
-    return empty_rows((width, padded_tokens(tokens, groups)), device)
+    return empty_rows((width, padded_tokens(tokens, groups)), device, ue8m0_scales)
 
 
 # Facts of operands that passed: what they decide, they decide again.
@@ -94,8 +112,8 @@ def operand(
 
     `block=None` takes both blocks; a tuple's block is then read off the shape of its scales.
     """
-    facts = _facts(value, block, ranks)
-    if facts is not None and facts in _accepted:
+    facts = _facts(value, block, ranks) if type(value) is QuantizedTensor else None
+    if facts in _accepted:
         return value  # type: ignore[return-value]
     checked = _check_operand(op, name, value, block, ranks)
     if facts is not None:
@@ -105,19 +123,20 @@ def operand(
     return checked
 
 
-def _facts(value: object, block: Block | None, ranks: tuple[int, ...]) -> tuple[object, ...] | None:
+def _facts(q: QuantizedTensor, block: Block | None, ranks: tuple[int, ...]) -> tuple[object, ...] | None:
     """All that `_check_operand` looks at, of an operand that is nothing out of the way; None for others."""
-    if torch.compiler.is_compiling() or type(value) is not QuantizedTensor:
+    data, scales = q.data, q.scales
+    if torch.compiler.is_compiling() or type(q.block) is not tuple or q.block != block:
         return None
-    if type(value.block) is not tuple or value.block != block:
+    if not isinstance(data, Tensor) or not isinstance(scales, Tensor):
         return None
-    data, scales = value.data, value.scales
-    for tensor in (data, scales):
-        if not isinstance(tensor, Tensor) or tensor.requires_grad or tensor.layout is not torch.strided:
-            return None
+    if data.requires_grad or scales.requires_grad or data.layout is not torch.strided:
+        return None
+    if scales.dtype != torch.float32:
+        return None
     return (
         *(data.dtype, data.shape, data.stride(), data.device, data.data_ptr() % checks.ALIGNMENT),
-        *(scales.dtype, scales.shape, scales.device, block, ranks),
+        *(scales.dtype, scales.shape, scales.layout, scales.device, block, ranks),
     )
 
 
@@ -132,7 +151,7 @@ def _check_operand(
         what = f"a tuple of {len(value)}" if isinstance(value, tuple) else type(value).__name__
         raise TypeError(f"{op}: {name} is {what}, expected a QuantizedTensor or a (data, scales) tuple")
     checks.tensor(op, f"{name}.data", data, (torch.float8_e4m3fn,), ranks)
-    checks.tensor(op, f"{name}.scales", scales, (torch.float32,), ranks)
+    checks.tensor(op, f"{name}.scales", scales, (torch.float32, torch.float8_e8m0fnu), ranks)
     if isinstance(value, QuantizedTensor):
         got = value.block
     else:
@@ -149,4 +168,6 @@ def _check_operand(
             f"({'G, ' if len(expected) == 3 else ''}{rows}, ceil(columns/128)) = {expected} "
             f"for {name}.data of shape {tuple(data.shape)}"
         )
+    if scales.dtype == torch.float8_e8m0fnu:
+        return QuantizedTensor(data, float_scales(scales, got), got)
     return value if isinstance(value, QuantizedTensor) else QuantizedTensor(data, scales, got)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import ceil_div, read_counts, read_offsets, round_up
+from .checks import ceil_div, read_counts, read_index, read_offsets, round_up
 from .quantized import ROW, SQUARE, TILE, QuantizedTensor, empty_mn_major, padded_tokens
 
 Accumulation = Literal["fp32", "hopper"]
@@ -48,20 +48,35 @@ def _scales(amax: Tensor, power_of_2: bool, largest: float = E4M3_MAX) -> Tensor
     return scales.masked_fill_(zero, 1.0)
 
 
+def _finish(q: QuantizedTensor, ue8m0_scales: bool) -> QuantizedTensor:
+    """Scales that are powers of two as the exponents of their floats, if asked; NaN and Inf become NaN."""
+    if not ue8m0_scales:
+        return q
+    codes = (q.scales.view(torch.int32) >> 23).to(torch.uint8)
+    if q.block == ROW:
+        scales = empty_mn_major(tuple(codes.shape), codes.device, torch.uint8).copy_(codes)
+    else:
+        scales = codes.contiguous()
+    return QuantizedTensor(q.data, scales.view(torch.float8_e8m0fnu), q.block)
+
+
 def _encode(tiles: Tensor, scales: Tensor, scratch: bool) -> Tensor:
     """e4m3(tiles/scales). A quotient stays below 449 and rounds to 448: the cast never has to saturate."""
     return torch.div(tiles, scales, out=tiles if scratch else None).to(torch.float8_e4m3fn)
 
 
-def quantize_1x128(x: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
+def quantize_1x128(
+    x: Tensor, *, power_of_2_scales: bool = False, ue8m0_scales: bool = False
+) -> QuantizedTensor:
     *batch, m, k = x.shape
     values = (x if k % TILE == 0 else pad(x, (0, -k % TILE))).float()
     tiles = values.view(*batch, m, ceil_div(k, TILE), TILE)
-    scales = _scales(_amax(tiles, -1), power_of_2_scales)
+    scales = _scales(_amax(tiles, -1), power_of_2_scales or ue8m0_scales)
     data = _encode(tiles, scales.unsqueeze(-1), values is not x).view(values.shape)
     if k % TILE:
         data = data[..., :k].contiguous()
-    return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
+    scales = empty_mn_major(scales.shape, x.device).copy_(scales)
+    return _finish(QuantizedTensor(data, scales, ROW), ue8m0_scales)
 
 
 def quantize_1x128_t(
@@ -69,6 +84,7 @@ def quantize_1x128_t(
     group_offsets: Tensor | None = None,
     *,
     power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
     op: str = "quantize_1x128_t",
 ) -> QuantizedTensor:
     """`op` is whom an error names."""
@@ -86,10 +102,10 @@ def quantize_1x128_t(
             values[start : start + high - low] = x[low:high]
             start += round_up(high - low, TILE)
     tiles = values.view(columns // TILE, TILE, width)
-    scales = _scales(_amax(tiles, 1), power_of_2_scales)
+    scales = _scales(_amax(tiles, 1), power_of_2_scales or ue8m0_scales)
     data = _encode(tiles, scales.unsqueeze(1), values is not x).view(columns, width).t().contiguous()
-    scales = scales.t()
-    return QuantizedTensor(data, empty_mn_major(scales.shape, x.device).copy_(scales), ROW)
+    scales = empty_mn_major(scales.t().shape, x.device).copy_(scales.t())
+    return _finish(QuantizedTensor(data, scales, ROW), ue8m0_scales)
 
 
 def quantize_1x128_both(
@@ -97,22 +113,25 @@ def quantize_1x128_both(
     group_offsets: Tensor | None = None,
     *,
     power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
     op: str = "quantize_1x128",
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
-    q_t = quantize_1x128_t(x, group_offsets, power_of_2_scales=power_of_2_scales, op=op)
-    return quantize_1x128(x, power_of_2_scales=power_of_2_scales), q_t
+    options = {"power_of_2_scales": power_of_2_scales, "ue8m0_scales": ue8m0_scales}
+    return quantize_1x128(x, **options), quantize_1x128_t(x, group_offsets, **options, op=op)
 
 
-def quantize_128x128(w: Tensor, *, power_of_2_scales: bool = False) -> QuantizedTensor:
+def quantize_128x128(
+    w: Tensor, *, power_of_2_scales: bool = False, ue8m0_scales: bool = False
+) -> QuantizedTensor:
     *batch, n, k = w.shape
     tail = n % TILE or k % TILE
     values = (pad(w, (0, -k % TILE, 0, -n % TILE)) if tail else w).float()
     tiles = values.view(*batch, ceil_div(n, TILE), TILE, ceil_div(k, TILE), TILE)
-    scales = _scales(_amax(tiles, -1).amax(-2), power_of_2_scales)
+    scales = _scales(_amax(tiles, -1).amax(-2), power_of_2_scales or ue8m0_scales)
     data = _encode(tiles, scales[..., :, None, :, None], values is not w).view(values.shape)
     if tail:
         data = data[..., :n, :k].contiguous()
-    return QuantizedTensor(data, scales, SQUARE)
+    return _finish(QuantizedTensor(data, scales, SQUARE), ue8m0_scales)
 
 
 def transpose(q: QuantizedTensor) -> QuantizedTensor:
@@ -157,6 +176,28 @@ def requantize_1x128_t(
     )
 
 
+# Permutation
+
+
+def permute(x: Tensor, index: Tensor, *, op: str = "permute") -> Tensor:
+    """`x[index]`, zeros where index is -1."""
+    read_index(op, "index", index, x.shape[0], "the rows of x")
+    rows = x.new_zeros(index.shape[0], x.shape[1])
+    there = index >= 0
+    rows[there] = x[index[there].long()]
+    return rows
+
+
+def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
+    read_index("unpermute", "slots", slots, rows.shape[0], "the rows of rows")
+    y = torch.zeros(slots.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
+    for k in range(slots.shape[1]):
+        there = slots[:, k] >= 0
+        terms = rows[slots[there, k].long()].float()
+        y[there] += terms if weights is None else weights[there, k, None] * terms
+    return y.bfloat16()
+
+
 # E5M6
 
 
@@ -169,8 +210,8 @@ def pack_e5m6(x: Tensor) -> tuple[Tensor, Tensor]:
     magnitude = values.abs().double()
     exponent = torch.frexp(magnitude.clamp_min(2.0**-14)).exponent - 1
     significand = torch.ldexp(magnitude, 6 - exponent).round()  # halves to even
-    codes = torch.where(values.isnan(), 0x7FF, significand.int() + (exponent + 14) * 64)
-    codes += values.signbit().int() * 0x800
+    codes = significand.int() + (exponent + 14) * 64 + values.signbit().int() * 0x800
+    codes.masked_fill_(values.isnan(), 0x7FF)
     pairs = codes.view(m, k // 2, 2)
     three = pairs[..., 0] | pairs[..., 1] << 12
     data = torch.stack([three & 0xFF, three >> 8 & 0xFF, three >> 16], -1).to(torch.uint8)

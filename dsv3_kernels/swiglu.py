@@ -7,6 +7,7 @@ rounded to BF16, never goes to memory. The sigmoid is `reference.sigmoid`; on a 
 """
 
 import functools
+import itertools
 from typing import Any, Literal, overload
 
 import torch
@@ -240,6 +241,15 @@ def _run_backward(
 @functools.cache
 def kernel_backward(power_of_2_scales: bool, recompute: bool) -> Kernel:
     return Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2_scales, recompute))
+
+
+def kernels() -> dict[str, list[Kernel]]:
+    """Every instance that an op of this module may launch."""
+    every = list(itertools.product((False, True), repeat=2))
+    return {
+        "swiglu_quantize": [kernel_forward(*facts) for facts in every],
+        "swiglu_backward_quantize": [kernel_backward(*facts) for facts in every],
+    }
 
 
 def _fake_forward(x: Tensor, weights: Tensor | None, power_of_2_scales: bool) -> Pair:

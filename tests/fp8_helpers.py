@@ -81,7 +81,9 @@ def assert_same(got, want) -> None:
     wrong = (got_codes != want_codes) & ~both_nan
     assert not wrong.any(), f"codes differ at {wrong.nonzero()[:5].tolist()}"
     assert got.scales.shape == want.scales.shape and got.scales.stride() == want.scales.stride()
-    wrong = (got.scales != want.scales) & ~(got.scales.isnan() & want.scales.isnan())
+    assert got.scales.dtype == want.scales.dtype
+    got_scales, want_scales = got.scales.float(), want.scales.float()
+    wrong = (got_scales != want_scales) & ~(got_scales.isnan() & want_scales.isnan())
     assert not wrong.any(), f"scales differ at {wrong.nonzero()[:5].tolist()}"
     assert got.block == want.block
 

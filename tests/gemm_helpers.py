@@ -1,9 +1,4 @@
-"""What the tests of gemm.cuh share: operands, runs in the emulator on poisoned outputs, and seeds."""
-
-import functools
-import secrets
-import subprocess
-from pathlib import Path
+"""What the tests of gemm.cuh share: operands, and runs in the emulator on poisoned outputs."""
 
 import torch
 
@@ -19,16 +14,6 @@ def name_of(config):
     swap = "swapped-" if config.swap else ""
     share = "" if config.multicast == "none" else f"-share-{config.multicast}"
     return f"{config.grouping}-{swap}{config.block_m}x{config.block_n}{share}"
-
-
-@functools.cache
-def commit_seed():
-    """The same for all runs of a commit, another for the next one. Without git a fresh one; printed."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seed = int(done.stdout, 16) % 2**32 if done.returncode == 0 else secrets.randbits(32)
-    print(f"commit seed {seed}")
-    return seed
 
 
 def schedule_of(seed):
@@ -69,6 +54,13 @@ def owned_rows(grouping, m, group_list):
     return torch.arange(m) < group_list[:, None]
 
 
+def run_config(config, a, a_scales, b, b_scales, out, group_list, num_sms):
+    """Launch one instance of the kernel on at most `num_sms` SMs."""
+    groups = b.shape[0] if b.ndim == 3 else 1
+    launch = gemm.prepare(config, *a.shape[-2:], b.shape[-2], groups, num_sms)
+    launch(*gemm.operands(a, a_scales, b, b_scales, out, group_list))
+
+
 def check(config, m, n, k, seed, num_sms, sizes=None, ugly=False):
     """One run of a configuration, bit for bit; rows that belong to no group keep their poison.
 
@@ -84,7 +76,7 @@ def check(config, m, n, k, seed, num_sms, sizes=None, ugly=False):
         group_list = group_list if counted else group_list.cumsum(0).int()
     out = torch.full((*a.shape[:-1], n), POISON, dtype=torch.bfloat16)
     with emulator.virtual_gpu(max(num_sms, config.cluster), seed, schedule_of(seed)) as gpu:
-        gemm.run_config(config, a.data, a.scales, b.data, b.scales, out, group_list, num_sms)
+        run_config(config, a.data, a.scales, b.data, b.scales, out, group_list, num_sms)
     op, arguments = {
         "none": (reference.fp8_gemm, ()),
         "offsets": (reference.grouped_fp8_gemm, (group_list,)),

@@ -81,6 +81,20 @@ def draw_swiglu_backward(rng):
     return slots | {"power_of_2_scales": rng.random() < 0.5}
 
 
+def draw_permute(rng):
+    tokens, rows = rng.randint(1, 100), rng.randint(1, 300)
+    slots = draw_input(rng, "x", tokens, 16 * rng.randint(1, 8)) | {"transpose": True}
+    slots["index"] = torch.randint(-1, tokens, (rows,), dtype=torch.int32)
+    return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), rows)}
+
+
+def draw_unpermute(rng):
+    rows, tokens, top_k = rng.randint(1, 100), rng.randint(2, 40), rng.randint(2, 8)
+    slots: Slots = {"rows": torch.randn(rows, 8 * rng.randint(1, 8)).bfloat16()}
+    slots["slots"] = torch.randint(-1, rows, (tokens, top_k), dtype=torch.int32)
+    return slots | {"weights": torch.rand(tokens, top_k)}
+
+
 def draw_pack(rng):
     return {"x": torch.randn(rng.randint(1, 40), 128 * rng.randint(1, 3)).to(rng.choice(INPUTS))}
 
@@ -142,6 +156,8 @@ DRAW = {
     "requantize_1x128_t": draw_requantize,
     "swiglu_quantize": draw_swiglu,
     "swiglu_backward_quantize": draw_swiglu_backward,
+    "permute_quantize": draw_permute,
+    "unpermute": draw_unpermute,
     "pack_e5m6": draw_pack,
     "unpack_e5m6": draw_unpack,
     "dequantize": draw_dequantize,
@@ -279,6 +295,8 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if "quantize" in op and op != "dequantize":
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
     if op.startswith("quantize"):
+        yield "ue8m0_scales", "ue8m0_scales", NO_FLAG
+    if op.startswith("quantize"):
         yield from tensor_input("w" if op == "quantize_128x128" else "x")
     if op in ("quantize_128x128", "quantize_1x128 transposed too"):
         yield "transpose", "transpose", NO_FLAG
@@ -304,8 +322,19 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if op == "requantize_1x128_t":
         yield from operand("q", "row")
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
-    if op == "pack_e5m6":
+    if op in ("pack_e5m6", "permute_quantize"):
         yield from tensor_input("x")
+    if op == "permute_quantize":
+        out_of_range = {"negative": at(0, -2), "too large": at(-1, 100)}
+        yield from all_of("index", INDEX | out_of_range)
+        yield "transpose", "transpose", NO_FLAG
+    if op == "unpermute":
+        yield from tensor_input("rows", (torch.bfloat16,))
+        out_of_range = {"negative": at((0, 0), -2), "too large": at((-1, -1), 100)}
+        dense = ANY_TENSOR | DENSE
+        yield from all_of("slots", dense | out_of_range | {"dtype": of_another_dtype(torch.int32)})
+        weights = dense | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}
+        yield from all_of("weights", weights)
     if op == "unpack_e5m6":
         data = ANY_TENSOR | DENSE | {"dtype": of_another_dtype(torch.uint8), "K": shorter(-1)}
         scales = ANY_TENSOR | DENSE | FLOAT | {"dtype": of_another_dtype(torch.float32), "K": longer(-1)}
@@ -327,10 +356,10 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         yield from operand("x", "row")
         yield "x.data", r"x\.(data|scales)", longer(-2)
         yield "recompute", "recompute", NO_FLAG
-    if op in ("quantize_1x128 transposed too", "swiglu_quantize"):
+    if op in ("quantize_1x128 transposed too", "swiglu_quantize", "permute_quantize"):
         yield "transpose", "group_offsets", other(False)
     with_groups = ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad", "requantize_1x128_t")
-    if op in with_groups or op.startswith("swiglu"):
+    if op in with_groups or op.startswith(("swiglu", "permute")):
         yield from all_of("group_offsets", OFFSETS)
 
 

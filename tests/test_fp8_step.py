@@ -1,4 +1,4 @@
-"""Training steps of FP8 layers, every quantiser and GEMM a kernel in the emulator: bit for bit the reference."""
+"""Training steps of FP8 layers, every quantiser and GEMM a kernel in the emulator, against the reference."""
 
 import functools
 import re

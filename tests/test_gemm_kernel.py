@@ -7,15 +7,16 @@ import re
 
 import pytest
 import torch
+from commit_seed import seeds
 from gemm_helpers import (
     ALL_CONFIGS,
     GROUPINGS,
     POISON,
     assert_same_bits,
     check,
-    commit_seed,
     name_of,
     operands,
+    run_config,
 )
 
 import dsv3_kernels as dsv3
@@ -133,14 +134,14 @@ def spread(seed):
     return runs
 
 
-RUNS = spread(commit_seed())
+RUNS = spread(seeds("gemm's configurations", 1)[0])
 
 
 @pytest.mark.parametrize("i", range(len(RUNS)), ids=lambda i: f"{name_of(RUNS[i][0])}-{i}")
 def test_configuration(i):
     config, case, num_sms, k, n = RUNS[i]
     m, sizes = rows_of(config, case)
-    n, k, seed = COLUMNS[n](config.block_n), K[k], commit_seed() + i
+    n, k, (seed,) = COLUMNS[n](config.block_n), K[k], seeds(f"gemm {i}", 1)
     print(f"check({config!r}, {m}, {n}, {k}, {seed}, {num_sms}, {sizes})")
     check(config, m, n, k, seed, num_sms, sizes, ugly=i % 4 == 0)
 
@@ -156,15 +157,19 @@ def test_configuration_in_full(config, case):
 
 
 def test_work_of_the_tensor_core():
-    """No wave is computed twice, and none beyond the tiles there are."""
+    """No wave is computed twice, none beyond the tiles there are, and of groups none beyond their rows."""
     for config in ALL_CONFIGS[::5]:
         m, sizes = rows_of(config, 0)
-        gpu = check(config, m, config.block_n + 8, 272, seed=1, num_sms=2, sizes=sizes)
-        groups = [m] if sizes is None else sizes
-        columns = ceil_div(ceil_div(config.block_n + 8, config.unit[1]) * config.unit[1], config.block_n)
-        rows = sum(ceil_div(size, config.unit[0]) * config.unit[0] for size in groups) // config.block_m
-        waves = (config.block_n if config.swap else config.block_m) // gemm.WAVE
-        assert gpu.counters["wgmma"] == rows * columns * waves * 3 * 4
+        n, k_blocks = config.block_n + 8, 3
+        gpu = check(config, m, n, 272, seed=1, num_sms=2, sizes=sizes)
+        unit_m, unit_n = config.unit
+        columns = ceil_div(n, unit_n) * unit_n
+        if config.grouping == "none" or config.swap:
+            rows = sum(ceil_div(size, unit_m) * unit_m for size in (sizes or [m]))
+        else:
+            rows = sum(ceil_div(size, gemm.WAVE) * gemm.WAVE for size in sizes)
+        wide = config.block_m if config.swap else config.block_n
+        assert gpu.counters["wgmma"] == rows * columns // (gemm.WAVE * wide) * k_blocks * 4
 
 
 @pytest.mark.parametrize(
@@ -206,8 +211,13 @@ def test_dense_call(m, n, k):
 @pytest.mark.parametrize("num_sms", [None, 1, 2, 7, 1000])
 def test_num_sms(num_sms, monkeypatch):
     grids = []
-    launch = gemm.launch.launch
-    monkeypatch.setattr(gemm.launch, "launch", lambda *a, **k: (grids.append(a[1][0]), launch(*a, **k)))
+    emulate = gemm.launch._emulate
+
+    def noting(kernel, args, grid, *shape):
+        grids.append(grid[0])
+        emulate(kernel, args, grid, *shape)
+
+    monkeypatch.setattr(gemm.launch, "_emulate", noting)
     a, b = operands((40, 144), (1040, 144), seed=2)
     weights = dsv3.QuantizedTensor(torch.stack([b.data] * 3), torch.stack([b.scales] * 3), b.block)
     offsets = torch.tensor([0, 13, 13, 40], dtype=torch.int32)
@@ -296,9 +306,9 @@ def check_wrong_list(config, m, group_list, name):
     guarded = torch.full((*a.shape[:-1], 40), POISON, dtype=torch.bfloat16)
     with emulator.virtual_gpu(num_sms=2, seed=1):
         with pytest.raises(ValueError, match=name):
-            gemm.run_config(config, a.data, a.scales, b.data, b.scales, guarded, group_list, 2)
+            run_config(config, a.data, a.scales, b.data, b.scales, guarded, group_list, 2)
         right = torch.tensor([m] * 3 if counted else [0, m, m, m], dtype=torch.int32)
-        gemm.run_config(config, a.data, a.scales, b.data, b.scales, guarded, right, 2)
+        run_config(config, a.data, a.scales, b.data, b.scales, guarded, right, 2)
     op = reference.masked_grouped_fp8_gemm if counted else reference.grouped_fp8_gemm
     assert_same_bits(guarded, op(a, b, right, accumulation="hopper"))
 

@@ -98,7 +98,7 @@ MUTATIONS = {
     "halves go to one block": breaks(
         "kBothBlocks = 0b11;", "kBothBlocks = 0b01;", HAZARD, DEADLOCK, on=SHARES_A
     ),
-    "halves land in one place": breaks("target + half * kBlockK", "target", HAZARD, on=SHARES_B),
+    "halves land in one place": breaks("target + half * 128", "target", HAZARD, on=SHARES_B),
     "both halves are the first": breaks("k, row + half,", "k, row,", WRONG, on=SHARES_B),
     "only the own copies are expected": breaks(
         "acquire(position, L::kStageBytes)",
@@ -204,6 +204,12 @@ MUTATIONS = {
     "a group's last rows are left out": breaks(
         "(end_ - begin_ + kRows - 1) / kRows", "(end_ - begin_) / kRows", WRONG, on=OFFSETS
     ),
+    "a tail's last wave is left out": breaks(
+        "(rows_left + kWaveRows - 1) / kWaveRows", "rows_left / kWaveRows", WRONG, on=OFFSETS
+    ),
+    "a warpgroup without rows keeps the stage": breaks(
+        "if (waves == 0) release();", "", DEADLOCK, on=OFFSETS
+    ),
     # The kernel before
     "the kernel before is not waited for": breaks("ptx::grid_dependency_wait();", "", HAZARD, on=CHAIN),
 }
@@ -231,7 +237,9 @@ def outcomes(text, p, seeds):
                 "grid": (p.num_sms, 1, 1),
                 "block": (p.config.threads, 1, 1),
                 "cluster": (p.config.cluster, 1, 1),
-                "args": gemm.arguments(p.config, a.data, a.scales, b.data, b.scales, out, group_list),
+                "args": gemm.prepare(p.config, *a.shape[-2:], p.n, len(p.sizes) or 1, 1).arguments(
+                    gemm.operands(a.data, a.scales, b.data, b.scales, out, group_list)
+                ),
                 "shared_bytes": p.config.shared_bytes,
             }
             try:

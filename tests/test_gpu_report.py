@@ -39,6 +39,27 @@ def test_every_kernel_has_a_case():
     assert set(FIRST) >= {*gemm.kernels(), *quantize.kernels()}
 
 
+def test_a_sample_has_the_first_and_the_last_of_every_op():
+    found = [
+        cases.Case(f"{op} {i}", *[None] * 3)
+        for op, count in (("a", 9), ("b", 2), ("c", 1))
+        for i in range(count)
+    ]
+    assert [case.name for case in run_cases.spread(found, 3)] == ["a 0", "b 0", "c 0", "a 4", "b 1", "a 8"]
+    assert len(run_cases.spread(found, 100)) == 12 and len(run_cases.spread(found, 1)) == 3
+
+
+def test_a_run_of_cases_says_what_was_wrong_and_what_it_did_not_reach(monkeypatch, capsys):
+    fine = list(FIRST.values())[-1]
+    wrong = cases.Case("wrong 1", fine.inputs, fine.run, lambda *tensors: (tensors[0],))
+    monkeypatch.setattr(cases, "cases", lambda: iter([fine, wrong]))
+    assert run_cases.main(["--device", "emulator", "--only", fine.name]) == 0
+    assert run_cases.main(["--device", "emulator"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+    assert run_cases.main(["--device", "emulator", "--seconds", "0"]) == run_cases.NOT_REACHED
+    assert f"not reached in 0 s: {fine.name}, wrong 1" in capsys.readouterr().out
+
+
 def test_differences_are_found_to_the_bit():
     x = torch.tensor([0.0, 1.0, float("nan"), float("inf")])
     other_nan = x.clone()
@@ -86,7 +107,7 @@ class Clock:
         self.timer = object.__new__(gpu_timing.ColdTimer)
         self.timer._flush = self
 
-    def zero_(self):
+    def sum(self):
         self.queue.append("flush")
         self.now += 100
 

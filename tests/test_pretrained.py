@@ -140,11 +140,12 @@ def test_fp8_weights_compute_as_their_quantised_originals(tmp_path):
         expected = model(tokens)
         assert torch.equal(quantized(tokens), expected)
         set_recipe(quantized, BF16)
+        quantized.float()  # all but the FP8 weights: in BF16 a near tie of two experts could go either way
         plain = quantized(tokens)
         assert not torch.equal(plain, expected)
         cache = quantized.new_cache(2, 20)
         parts = [quantized.decode(part, cache)[0] for part in tokens.split(5, 1)]
-    assert (torch.cat(parts, 1) - plain).abs().max() <= 0.05 * plain.abs().max()
+    assert (torch.cat(parts, 1) - plain).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_weights_quantised_once_give_the_same_bits():

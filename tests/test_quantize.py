@@ -188,6 +188,48 @@ def test_transposed_tokens(power_of_2, dtype, sizes, unused):
     assert not codes(q)[:, start:].any() and (q.scales[:, start // 128 :] == 1).all()
 
 
+def ue8m0_quantizers(x, offsets):
+    yield lambda **o: dk.quantize_1x128(x, **o)
+    yield lambda **o: dk.quantize_1x128(x.view(2, x.shape[0] // 2, -1), **o)
+    yield lambda **o: dk.quantize_1x128(x, transpose=True, group_offsets=offsets, **o)
+    yield lambda **o: dk.quantize_1x128_t(x, offsets, **o)
+    yield lambda **o: dk.quantize_128x128(x, **o)
+    yield lambda **o: dk.quantize_128x128(x, transpose=True, **o)
+
+
+def test_ue8m0_scales_are_the_powers_of_two():
+    """The same codes; the scales are the exponent bytes, in the same layout; each op takes them."""
+    x = spread(fresh_generator(), 160, 144)
+    x[5, 3], x[150, 140], x[80] = float("nan"), float("inf"), 0.0
+    for quantize_ in ue8m0_quantizers(x, torch.tensor([0, 30, 150], dtype=torch.int32)):
+        wants, gots = quantize_(power_of_2_scales=True), quantize_(ue8m0_scales=True)
+        if isinstance(wants, dk.QuantizedTensor):
+            wants, gots = (wants,), (gots,)
+        for want, got in zip(wants, gots, strict=True):
+            assert np.array_equal(codes(got), codes(want)) and got.block == want.block
+            assert got.scales.dtype == torch.float8_e8m0fnu and got.scales.stride() == want.scales.stride()
+            exponents = got.scales.view(torch.uint8).int()
+            expected = torch.log2(want.scales.double()).nan_to_num(128, posinf=128) + 127
+            assert torch.equal(exponents.double(), expected)
+            values = dk.dequantize(got)
+            assert torch.equal(values.nan_to_num(-7), dk.dequantize(want).nan_to_num(-7))
+            assert torch.equal(values.isnan(), dk.dequantize(want).isnan())
+
+
+def test_gemms_take_ue8m0_scales():
+    x, w = (torch.randn(m, 272, generator=fresh_generator()) for m in (40, 32))
+    results = []
+    for option in ({"power_of_2_scales": True}, {"ue8m0_scales": True}):
+        x_q, x_t = dk.quantize_1x128(x, transpose=True, **option)
+        w_q, w_t = dk.quantize_128x128(w, transpose=True, **option)
+        again = dk.requantize_1x128_t(x_q, power_of_2_scales=True)
+        tuples = dk.fp8_gemm((x_q.data, x_q.scales), (w_q.data, w_q.scales))
+        results.append(
+            [dk.fp8_gemm(x_q, w_q), tuples, dk.fp8_wgrad(x_t, x_t), dk.dequantize(again), dk.dequantize(w_t)]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("spread_of_rows", [0, 3, 20])
 def test_requantizing_with_powers_of_two_is_nearly_exact(spread_of_rows):
     """A code times a power of two fits e4m3 as long as it stays above the subnormals of its new scale; below

@@ -1,5 +1,6 @@
 """The quantiser's kernel, its PTX run by the emulator: bit for bit what the reference computes."""
 
+import numpy as np
 import pytest
 import torch
 from fp8_helpers import assert_same, fresh_generator, wide
@@ -63,6 +64,25 @@ def test_quotients_next_to_a_border_between_codes(lift):
     sign = torch.randint(0, 2, product.shape, generator=generator) * 2 - 1
     x = torch.cat([amax, product * sign], 1).contiguous()
     assert_same(on_kernel(x), reference.quantize_1x128(x))
+
+
+@pytest.mark.parametrize("bits", [7, pytest.param(10, marks=pytest.mark.long)], ids=["bf16", "fp16"])
+def test_one_correction_is_enough_for_16_bits(bits):
+    """Every significand of amax against every significand and exponent of x, in NumPy: the kernel's quotient
+    is the nearest float. Exponents below amax's by more than 20 give codes of zero."""
+    steps = np.arange(2**bits, dtype=np.float32) / np.float32(2**bits)
+    x = ((1 + steps)[None] * np.exp2(-np.arange(21, dtype=np.float32))[:, None]).ravel()
+    wide = np.longdouble  # holds products of two floats, and their sums here, exactly
+    uncorrected = 0
+    for amax in 1 + steps:
+        scale = np.float32(amax / np.float32(448))
+        r, smaller = np.float32(1) / scale, x[x <= amax]
+        q = smaller * r
+        residue = (q.astype(wide) * wide(scale) - smaller.astype(wide)).astype(np.float32)
+        corrected = (q.astype(wide) - residue.astype(wide) * wide(r)).astype(np.float32)
+        np.testing.assert_array_equal(corrected, smaller / scale)
+        uncorrected += (q != smaller / scale).sum()
+    assert uncorrected > 0
 
 
 @each_dtype

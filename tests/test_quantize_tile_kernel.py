@@ -190,6 +190,30 @@ def test_both_orientations_of_many_groups_and_of_none():
         check_both(torch.zeros(shape))
 
 
+# ---- Scales as UE8M0
+
+
+@each_dtype
+def test_ue8m0_scales(dtype):
+    generator = fresh_generator()
+    x = wide(generator, 300, 144).to(dtype)
+    x[3, 5], x[200, 7] = float("nan"), float("inf")
+    offsets, w = offsets_of(20, 0, 270), x[:288].contiguous()
+    option = {"ue8m0_scales": True}
+    with emulator.virtual_gpu():
+        got = [dk.quantize_1x128(x, **option), dk.quantize_1x128(w.view(2, 144, 144), **option)]
+        got += [dk.quantize_1x128_t(x, offsets, **option)]
+        got += [*dk.quantize_1x128(x, transpose=True, group_offsets=offsets, **option)]
+        got += [dk.quantize_128x128(w, **option), *dk.quantize_128x128(w, transpose=True, **option)]
+    row, both = reference.quantize_1x128, reference.quantize_1x128_both(x, offsets, **option)
+    square = reference.quantize_128x128(w, **option)
+    want = [row(x, **option), row(w.view(2, 144, 144), **option), both[1], *both]
+    want += [square, square, reference.transpose(square)]
+    for g, e in zip(got, want, strict=True):
+        assert g.scales.dtype == torch.float8_e8m0fnu
+        assert_same(g, e)
+
+
 # ---- 1x128 to 128 tokens
 
 

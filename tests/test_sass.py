@@ -29,13 +29,18 @@ def test_quantize_1x128(input_type, power_of_2):
     assert sass.widths("STG") == {128: steps, 32: 1}
     assert sass.count("F2FP.SATFINITE.E4M3") == steps * 8, "two values a conversion"
 
-    # One division a tile (each begins with FCHK), not one a value; besides, four corrections a value.
+    # One division a tile (each begins with FCHK), not one a value; besides, corrections of two operations.
     assert sass.count("FCHK") == steps
-    corrections = 0 if power_of_2 else 4 * 16 * steps
+    corrections = 0 if power_of_2 else operations(input_type) * 16 * steps
     assert corrections <= sass.count("FFMA") <= corrections + 48
 
     assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0
     check_resources(cubin, sass, QUANTIZE_REGISTERS)
+
+
+def operations(input_type):
+    """Of the corrections of a quotient."""
+    return 4 if input_type == "float" else 2
 
 
 def check_resources(cubin, sass, registers):
@@ -57,7 +62,7 @@ def check_quantize_tile(kernel, input_type, power_of_2, orientations, encoded=1)
     assert sass.widths("STG") == {128: columns * orientations, 32: orientations}
     assert sass.count("F2FP.SATFINITE.E4M3") == columns * 8 * encoded
     assert sass.count("FCHK") == encoded, "a division for each scale"
-    corrections = 0 if power_of_2 else 4 * 16 * columns * encoded
+    corrections = 0 if power_of_2 else operations(input_type) * 16 * columns * encoded
     assert corrections <= sass.count("FFMA") <= corrections + 48 * encoded * encoded
     check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
     return sass, columns
@@ -72,6 +77,18 @@ def test_quantize_1x128_t(input_type, power_of_2, row_wise):
     stores = sass.widths("STS")
     assert stores[128] == columns and stores[64] == (16 if columns == 8 and row_wise else 0)
     assert sass.count("BAR.SYNC") == 3
+
+
+def test_ue8m0_scales_are_stored_as_bytes():
+    for file, function, template, bytes_ in (
+        ("quantize.cuh", "quantize_1x128", ("Bf16", True, "E8m0"), 1),
+        ("quantize_tile.cuh", "quantize_1x128_t", ("Bf16", True, True, "E8m0"), 2),
+        ("quantize_tile.cuh", "quantize_128x128", ("Bf16", True, True, "E8m0"), 2),
+    ):
+        cubin = Kernel(file, function, template).cubin()
+        sass = disassemble(cubin.image)
+        assert sass.widths("STG")[8] == bytes_ and set(sass.widths("STG")) == {8, 128}
+        check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
 
 
 @pytest.mark.parametrize("power_of_2", [False, True])
@@ -134,6 +151,26 @@ def test_unpack_e5m6(output_type):
     cubin = Kernel("e5m6.cuh", "unpack_e5m6", (output_type,)).cubin()
     sass = disassemble(cubin.image)
     assert sass.widths("LDG") == {128: 3, 32: 1} and set(sass.widths("STG")) == {128}
+    check_resources(cubin, sass, 64)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("input_type", ["Bf16", "float"])
+def test_permute_quantize(input_type, transpose):
+    cubin = Kernel("permute.cuh", "permute_quantize", (input_type, False, transpose)).cubin()
+    sass, columns = disassemble(cubin.image), 4 if input_type == "float" else 8
+    assert sass.widths("LDG") == {128: 16, 32: 16 + 2}, "x, the index and a group's offsets"
+    assert sass.widths("STG") == {128: columns * (1 + transpose), 32: 1 + transpose}
+    check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
+
+
+def test_unpermute():
+    cubin = Kernel("permute.cuh", "unpermute", (4,)).cubin()
+    sass = disassemble(cubin.image)
+    loads = sass.widths("LDG")
+    assert loads[32] == 2 and loads[128] in (4, 8) and sum(loads.values()) == 2 + loads[128]
+    assert sass.widths("STG") == {128: 1}
+    assert sass.count("FFMA") == 0, "products and sums are rounded one by one"
     check_resources(cubin, sass, 64)
 
 

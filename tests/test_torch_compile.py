@@ -6,7 +6,7 @@ from fp8_helpers import fresh_generator
 from torch.utils._pytree import tree_flatten
 
 import dsv3_kernels as dk
-from dsv3_kernels import e5m6, gemm, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
+from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu, wgrad  # noqa: F401  (registers the ops)
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
 
@@ -26,22 +26,29 @@ def op_samples():
     grouped = as_tensors(
         dk.quantize_1x128_t(draw(40, 24), OFFSETS), dk.quantize_1x128_t(draw(40, 16), OFFSETS)
     )
-    yield "quantize_1x128", (draw(5, 272), False)
-    yield "quantize_1x128", (draw(2, 5, 128).bfloat16(), True)
-    yield "quantize_1x128", (draw(0, 128), False)
-    yield "quantize_1x128_t", (draw(40, 24), None, False)
-    yield "quantize_1x128_t", (draw(128, 24), None, True)
-    yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False)
-    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True)
-    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False)
+    yield "quantize_1x128", (draw(5, 272), False, False)
+    yield "quantize_1x128", (draw(2, 5, 128).bfloat16(), True, False)
+    yield "quantize_1x128", (draw(0, 128), False, False)
+    yield "quantize_1x128_t", (draw(40, 24), None, False, False)
+    yield "quantize_1x128_t", (draw(128, 24), None, True, False)
+    yield "quantize_1x128_t", (draw(40, 24), OFFSETS, False, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, True, False)
+    yield "quantize_1x128_both", (draw(128, 32).bfloat16(), None, False, False)
+    yield "quantize_1x128_both", (draw(40, 16), OFFSETS, False, True)
+    yield "quantize_128x128_both", (draw(32, 272), False, True)
     yield "requantize_1x128_t", (*as_tensors(a), OFFSETS, True)
     yield "requantize_1x128_t", (*as_tensors(a), None, False)
-    yield "quantize_128x128", (draw(2, 24, 272), False)
-    yield "quantize_128x128", (draw(128, 256), True)
-    yield "quantize_128x128_both", (draw(32, 272), True)
-    yield "quantize_128x128_both", (draw(2, 128, 128), False)
+    yield "quantize_128x128", (draw(2, 24, 272), False, False)
+    yield "quantize_128x128", (draw(128, 256), True, False)
+    yield "quantize_128x128_both", (draw(32, 272), True, False)
+    yield "quantize_128x128_both", (draw(2, 128, 128), False, False)
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
+    index = torch.tensor([3, -1, 0, 3], dtype=torch.int32)
+    yield "permute_quantize", (draw(5, 272), index, False)
+    yield "permute_quantize_both", (draw(5, 272), index, OFFSETS[:2] * 0, True)
+    yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), draw(2, 2))
+    yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), None)
     yield "pack_e5m6", (draw(5, 256),)
     yield "unpack_e5m6", (*dk.pack_e5m6(draw(5, 256)), torch.bfloat16)
     gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
@@ -63,7 +70,7 @@ def allclose_of_float8(monkeypatch):
     allclose = torch.allclose
 
     def compare(a, b, *args, **kwargs):
-        if a.dtype == b.dtype == torch.float8_e4m3fn:
+        if a.dtype == b.dtype and a.dtype in (torch.float8_e4m3fn, torch.float8_e8m0fnu):
             a, b = a.view(torch.uint8), b.view(torch.uint8)
         return allclose(a, b, *args, **kwargs)
 
@@ -80,7 +87,7 @@ def linear_step(x, w, dy, out):
     """Forward, input gradient and weight gradient of a linear layer."""
     w_q, w_t = dk.quantize_128x128(w, transpose=True)
     y = dk.fp8_gemm(dk.quantize_1x128(x), w_q)
-    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True)
+    dy_q, dy_t = dk.quantize_1x128(dy, transpose=True, ue8m0_scales=True)
     dw = dk.fp8_wgrad(dy_t, dk.quantize_1x128_t(x, power_of_2_scales=True))
     dx = dk.fp8_gemm(dy_q, w_t)
     total = dk.fp8_wgrad(dk.quantize_1x128_t(dy), dk.quantize_1x128_t(x), out, accumulate=True)
@@ -96,7 +103,11 @@ def swiglu_step(x, w, dy, out):
     triple = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), recompute=True)
     out.add_(1)
     kept = dk.unpack_e5m6(dk.pack_e5m6(gate_up))
-    return [kept] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple)]
+    index = torch.tensor([[3, -1], [0, 3]], dtype=torch.int32)
+    permuted = dk.permute_quantize(gate_up, index[0])
+    q, q_t = dk.permute_quantize(gate_up, index[1], transpose=True)
+    summed = dk.unpermute(gate_up, index, x[:2, :2].contiguous())
+    return [kept, summed] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple, permuted)]
 
 
 def experts_step(x, w, dy, out, offsets):

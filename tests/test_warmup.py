@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 import dsv3_kernels as dsv3
-from dsv3_kernels import gemm, quantize
+from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu
 from dsv3_kernels.jit import CompileError, Kernel, cache, kernel
 
 
@@ -23,8 +23,8 @@ def test_names_configurations_and_kernels_each_once():
     one = quantize.kernels()["quantize_1x128"][0]
     config = gemm.config_of_tile(128, 64)
     warmed = dsv3.warmup([one, "quantize_1x128", config, config.kernel], workers=2, progress=False)
-    assert (warmed.kernels, warmed.from_cache) == (7, 0)
-    assert cache.usage().entries == 7
+    assert (warmed.kernels, warmed.from_cache) == (10, 0)
+    assert cache.usage().entries == 10
     assert 0 < warmed.slowest <= warmed.seconds
     kernel._cubin.cache_clear()  # as a fresh process would
     again = dsv3.warmup([config, one], progress=False)
@@ -38,7 +38,7 @@ def test_what_cannot_be_compiled_is_said_with_the_compilers_words():
 
 
 def test_the_list_of_an_op_holds_what_it_launches():
-    for module in (gemm, quantize):
+    for module in (gemm, quantize, swiglu, permute, e5m6):
         for kernels in module.kernels().values():
             assert len(set(kernels)) == len(kernels) > 0
             assert all(isinstance(k, Kernel) for k in kernels)

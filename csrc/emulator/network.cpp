@@ -178,6 +178,7 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
         qp.launch = launch.id;
         qp.reads = m.new_agent(launch);
         qp.writes = m.new_agent(launch);
+        qp.gets = m.new_agent(launch);
     }
     c.make_visible(c.mask, Scope::Sys);
     Request& r = *request;
@@ -207,12 +208,14 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
     }
     if (m.options.checks) {
         r.knowledge = c.w.release(c.mask);
+        if (r.kind != Kind::Get)
+            for (const Fence& fence : r.fences) r.knowledge.generic.join(fence.before);
         uint32_t code = static_cast<uint32_t>(&inst - launch.program->code.data());
         bool atomic = r.kind == Kind::Atomic;
-        Access a{qp.reads, r.number, code, static_cast<int32_t>(c.w.id), launch.program_index, false, atomic,
+        Access a{r.kind == Kind::Get ? qp.gets : qp.reads, r.number, code, static_cast<int32_t>(c.w.id), launch.program_index, false, atomic,
                  atomic ? Scope::Sys : Scope::None, c.w.cta->id, c.w.cta->cluster->id, static_cast<uint32_t>(from)};
         r.read_access = m.log.add(a);
-        a.agent = qp.writes;
+        if (r.kind != Kind::Get) a.agent = qp.writes;
         r.write_access = m.log.add(a);
     }
     c.w.effects++;
@@ -246,6 +249,19 @@ bool Network::stands_still(const QueuePair& qp) const { return stalled_until(qp)
 
 uint64_t Network::ready_at(const QueuePair& qp) const { return std::max(qp.queue.front()->ready_at, stalled_until(qp)); }
 
+/// Another queue pair to the same rank with a request from before a fence that this one's next is behind; or null.
+Network::QueuePair* Network::goes_first(const QueuePair& qp) {
+    const std::vector<Fence>& fences = qp.queue.front()->fences;
+    if (fences.empty()) return nullptr;
+    for (auto& [key, other] : queue_pairs_) {
+        if (other.from != qp.from || other.to != qp.to || &other == &qp || other.queue.empty()) continue;
+        uint64_t serial = other.queue.front()->serial;
+        for (const Fence& fence : fences)
+            if (serial <= fence.serial && names(fence.queue_pairs, other.index)) return &other;
+    }
+    return nullptr;
+}
+
 /// True when nothing is left to move.
 bool Network::step(Machine& m, QueuePair& qp) {
     if (qp.queue.empty() || stands_still(qp)) {
@@ -264,12 +280,11 @@ bool Network::step(Machine& m, QueuePair& qp) {
         if (m.only_operations()) m.time = std::max(m.time, earliest);
         return false;
     }
-    // What went to the same rank before a fence goes first.
-    for (auto& [key, other] : queue_pairs_) {
-        if (other.from != qp.from || other.to != qp.to || &other == &qp || other.queue.empty()) continue;
-        uint64_t serial = other.queue.front()->serial;
-        bool first = std::any_of(r.fences.begin(), r.fences.end(), [&](const Fence& f) { return serial <= f.serial && names(f.queue_pairs, other.index); });
-        if (first) return step(m, other), false;
+    if (QueuePair* first = goes_first(qp)) {
+        // Where that one stands still for good, so does this one: only a deadlock follows.
+        qp.active = !stands_still(*first);
+        if (qp.active) step(m, *first);
+        return !qp.active;
     }
     if (r.kind == Kind::Atomic) {
         apply_atomic(m, qp, r);
@@ -297,8 +312,8 @@ void Network::finish(Machine& m, QueuePair& qp, bool delivered) {
         call->second.open--;
         call->second.done_at = std::max(call->second.done_at, r.known);
         Call::Answer& answer = call->second.answers[r.lane];
-        answer.sources.generic.add(qp.reads, ~0u, r.number);
-        answer.destinations.generic.add(qp.writes, ~0u, r.number);
+        answer.done.generic.add(r.kind == Kind::Get ? qp.gets : qp.reads, ~0u, r.number);
+        if (r.answers && r.kind == Kind::Atomic) answer.done.generic.add(qp.writes, ~0u, r.number);
     }
     launch.operations--;
     qp.queue.pop_front();
@@ -371,7 +386,6 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     if (call != calls_.end()) call->second.answers[r.lane].value = old;
     if (m.options.checks) {
         Knowledge k = r.knowledge;
-        for (const Fence& fence : r.fences) k.generic.join(fence.before);
         k.generic.add(qp.reads, ~0u, r.number);
         k.generic.add(qp.writes, ~0u, r.number);
         for (uint64_t word = t.offset / 4; word <= (t.offset + r.bytes - 1) / 4; word++) {
@@ -398,6 +412,7 @@ std::string Network::pending(int from, int to, const std::vector<int>& queue_pai
         if (!qp.reads || !completed) continue;
         completed->generic.add(qp.reads, ~0u, qp.done);
         completed->generic.add(qp.writes, ~0u, qp.done);
+        completed->generic.add(qp.gets, ~0u, qp.done);
     }
     return text;
 }
@@ -425,7 +440,8 @@ void Network::fence(int from, int to, const std::vector<int>& queue_pairs) {
             fence.serial = serial_;
             fence.before.join(before);
             fence.cycle = std::max(fence.cycle, there);
-            fence.queue_pairs.insert(fence.queue_pairs.end(), queue_pairs.begin(), queue_pairs.end());
+            for (int q : queue_pairs)
+                if (std::find(fence.queue_pairs.begin(), fence.queue_pairs.end(), q) == fence.queue_pairs.end()) fence.queue_pairs.push_back(q);
         }
     }
 }
@@ -459,7 +475,7 @@ void Network::forget_order() {
         qp.queue.clear();
         qp.active = false;
         qp.launch = 0;
-        qp.reads = qp.writes = 0;
+        qp.reads = qp.writes = qp.gets = 0;
     }
 }
 

@@ -15,10 +15,10 @@ namespace dsv3::emulator {
 /// Queue pairs between devices, beneath NVSHMEM's device functions. What one queue pair carries arrives in order, nothing
 /// else does; data is read from its source and lands late, in pieces, at moments that the scheduler chooses.
 ///
-/// To the race checker a queue pair is two agents, a reader of sources and a writer of destinations, whose time is the
-/// number of the request. Who acquires a signal knows the requests before it on its own queue pair, and what the
-/// sender knew; who comes back from quiet knows all that it waited for; who comes back from a blocking put may write to
-/// the source, and knows nothing of the destination.
+/// To the race checker a queue pair is three agents, whose time is the number of the request: a reader of sources and a
+/// writer of destinations, and one for gets, which only quiet orders. Who acquires a signal knows the puts and atomics
+/// before it on its own queue pair, and what the sender knew; who comes back from quiet knows all that it waited for; who
+/// comes back from a blocking put may write to the source, and knows nothing of the destination.
 ///
 /// A get or a fetching atomic is a message without payload to the other rank (with the operands, for an atomic), and one
 /// back with the answer. Both are counted on their links, and both can be lost.
@@ -41,7 +41,7 @@ class Network {
 
     /// A call that returns only when its requests are done: what came back, by lane, and what its lanes then know.
     struct Call {
-        struct Answer { uint64_t value = 0; Knowledge sources, destinations, published; };
+        struct Answer { uint64_t value = 0; Knowledge done, published; };
         uint32_t open = 0;
         uint64_t done_at = 0;   ///< cycle, of what is done
         std::map<int, Answer> answers;
@@ -98,7 +98,7 @@ class Network {
     struct QueuePair {
         int from, to, index;
         uint32_t launch = 0;           ///< whose agents these are
-        Agent reads = 0, writes = 0;
+        Agent reads = 0, writes = 0, gets = 0;
         uint32_t issued = 0, done = 0;
         uint64_t last_there = 0, done_at = 0;  ///< cycles: of the last one issued; known of what is done
         bool active = false, broken = false;
@@ -112,6 +112,7 @@ class Network {
     void post(Context& c, const Inst& inst, Route route, std::unique_ptr<Request> request);
     /// One message on a link: counts it, and returns when it arrives, if it does.
     uint64_t send(int from, int to, uint64_t bytes, uint64_t at, Request& r);
+    QueuePair* goes_first(const QueuePair& qp);
     void schedule(Machine& m, Request& r, QueuePair& qp) const;
     bool step(Machine& m, QueuePair& qp);
     uint64_t stalled_until(const QueuePair& qp) const;

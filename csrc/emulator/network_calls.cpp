@@ -107,10 +107,7 @@ Flow copy_nbi(Context& c, const Inst& i, const CallTarget& t, Variant v) {
 Flow copy_blocking(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     expect_arguments(c, t, 5);
     return send_and_wait(c, i, v.group, v.gets ? "a get" : "a put", [&](int l, uint64_t call) { copy(c, i, t, v, l, call); },
-                         [&](uint32_t lanes, int, const Network::Call::Answer& answer) {
-                             c.w.acquire(lanes, answer.sources);
-                             if (v.gets) c.w.acquire(lanes, answer.destinations);
-                         });
+                         [&](uint32_t lanes, int, const Network::Call::Answer& answer) { c.w.acquire(lanes, answer.done); });
 }
 
 /// (destination, source, bytes, signal address, signal, operation, rank, [is_nbi,] queue pair)
@@ -126,7 +123,7 @@ Flow put_signal(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     bool waits = more && !(argument(c, t, 7, __builtin_ctz(c.mask)) & 1);
     if (!waits) return send(c, v.group, [&](int l) { put(l, 0); });
     return send_and_wait(c, i, v.group, "a put with signal", put,
-                         [&](uint32_t lanes, int, const Network::Call::Answer& answer) { c.w.acquire(lanes, answer.sources); });
+                         [&](uint32_t lanes, int, const Network::Call::Answer& answer) { c.w.acquire(lanes, answer.done); });
 }
 
 /// (address, value, rank, queue pair)
@@ -146,7 +143,7 @@ Flow get_value(Context& c, const Inst& i, const CallTarget& t, Variant v) {
         n.get(c, i, l, 0, argument(c, t, 0, l), static_cast<uint64_t>(size_of(v.type)),
               {integer(c, t, 1, l), n.choose_queue_pair(c, integer(c, t, 2, l), l), call});
     }, [&](uint32_t lanes, int l, const Network::Call::Answer& answer) {
-        c.w.acquire(lanes, answer.sources);
+        c.w.acquire(lanes, answer.done);
         give_back(c, t, l, sign_extended(answer.value, v.type));
     });
 }
@@ -169,8 +166,7 @@ Flow fetching_atomic(Context& c, const Inst& i, const CallTarget& t, Variant v) 
         n.atomic(c, i, l, argument(c, t, 0, l), {integer(c, t, 4, l), v.type, argument(c, t, 1, l), argument(c, t, 2, l)},
                  {integer(c, t, 3, l), n.choose_queue_pair(c, integer(c, t, 5, l), l), call});
     }, [&](uint32_t lanes, int l, const Network::Call::Answer& answer) {
-        c.w.acquire(lanes, answer.sources);
-        c.w.acquire(lanes, answer.destinations);
+        c.w.acquire(lanes, answer.done);
         if (c.checks) {
             if (!c.w.fences) c.w.fences = std::make_unique<Warp::Fences>();
             c.w.fences->pending[3][static_cast<size_t>(l)].join(answer.published);

@@ -1,5 +1,5 @@
-// From floats to e4m3 and back: the scale of a tile, the division by it, the codes (DeepSeek-V3 report, section
-// 3.3.2). What every quantiser shares.
+// From floats to e4m3 and back: the scale of a tile, the division by it, the codes (DeepSeek-V3 report,
+// section 3.3.2). What every quantiser shares.
 #pragma once
 
 #include "ptx.cuh"
@@ -8,6 +8,11 @@ namespace dsv3 {
 
 // A code of one byte.
 struct E4m3 {
+    u8 bits;
+};
+
+// A power of two as the exponent field of its FP32, UE8M0; 255 is NaN.
+struct E8m0 {
     u8 bits;
 };
 
@@ -65,9 +70,9 @@ __device__ __forceinline__ void widen(const Words<kCount>& v, float* out, E4m3) 
     }
 }
 
-// amax / largest (the largest code), at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through, and so every value of
-// such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x / inf is 0, whose product
-// with the scale is NaN.
+// amax / largest (the largest code), at least 2^-126; 1 for a tile of zeros. NaN and infinity pass through,
+// and so every value of such a tile dequantises to NaN: x / NaN is NaN, inf / inf is NaN, and a finite x /
+// inf is 0, whose product with the scale is NaN.
 template <bool kPowerOf2>
 __device__ __forceinline__ float tile_scale(float amax, float largest = kE4m3Max) {
     if (amax == 0.0f) return 1.0f;
@@ -77,15 +82,20 @@ __device__ __forceinline__ float tile_scale(float amax, float largest = kE4m3Max
     return scale;
 }
 
-// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 5 operations a value instead
-// of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
+// How often `divide` corrects a quotient: values of 16 bits and scales made of them have so few significant
+// bits that once is enough (tests/test_quantize_kernel.py tries every pair).
+template <class Input>
+constexpr u32 kCorrections = sizeof(Input) == 2 ? 1 : 2;
+
+// Divides the values of a tile by its scale, rounded as IEEE division rounds, at 3 or 5 operations a value
+// instead of the 15 or so and a branch of div.rn.f32: r = rn(1 / scale) serves the whole tile, and after one
 // correction the quotient x * r is within one ulp, so that the next one makes it the nearest float
 // (Markstein). Three things keep that true at the edges:
 // - scales below 2^-60 are lifted together with their values, or the residue would be subnormal and inexact;
 // - the residue is written q * scale - x and subtracted, which keeps the sign of a zero;
 // - an infinite scale has r = 0, and corrections with a finite scale leave x * 0 alone.
 // A power of two has an exact reciprocal and needs no correction.
-template <bool kPowerOf2, u32 kCount>
+template <bool kPowerOf2, u32 kCorrections, u32 kCount>
 __device__ __forceinline__ void divide(float (&values)[kCount], float scale) {
     if (!kPowerOf2 && scale < kTinyScale) {
         scale *= kLift;
@@ -98,16 +108,25 @@ __device__ __forceinline__ void divide(float (&values)[kCount], float scale) {
     for (u32 i = 0; i < kCount; ++i) {
         const float x = values[i];
         float q = x * r;
-        if (!kPowerOf2) {
+#pragma unroll
+        for (u32 c = 0; c < (kPowerOf2 ? 0 : kCorrections); ++c)
             q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
-            q = __fmaf_rn(__fmaf_rn(q, finite_scale, -x), -r, q);
-        }
         values[i] = q;
     }
 }
 
 __device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
     return ptx::e4m3x2(a, b) | static_cast<u32>(ptx::e4m3x2(c, d)) << 16;
+}
+
+// The scale of a tile to memory.
+__device__ __forceinline__ void store_scale(float* address, float scale) {
+    ptx::store_global(address, scale);
+}
+
+// A power of two, NaN or infinity, which becomes NaN.
+__device__ __forceinline__ void store_scale(E8m0* address, float scale) {
+    ptx::store_global(&address->bits, __float_as_uint(scale) >> 23 & 0xff);
 }
 
 }  // namespace quantize

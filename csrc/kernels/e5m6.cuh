@@ -1,8 +1,8 @@
 // E5M6, 12 bits a value with a power-of-two scale for 1x128: activations that the backward of attention reads
 // again and that e4m3 would hurt (DeepSeek-V3 report, section 3.3.3).
 //
-// A code is a sign, 5 bits of exponent with bias 15 and 6 of fraction: the upper 12 bits of an fp16. Two values
-// take 3 bytes, the first in the low 12 bits.
+// A code is a sign, 5 bits of exponent with bias 15 and 6 of fraction: the upper 12 bits of an fp16. Two
+// values take 3 bytes, the first in the low 12 bits.
 //
 // Memory bound: an element of b bytes takes b + 1.5 + 1/32, 3.53 from BF16.
 #pragma once
@@ -32,15 +32,15 @@ union Staged {
     U32x4 chunks[kChunksOfLane * 32];
 };
 
-// Nearest, ties to even. A quotient by the scale stays below 65025 and rounds to 65024: nothing has to saturate.
+// Nearest, ties to even. A quotient by the scale stays below 65025 and rounds to 65024: nothing has to
+// saturate.
 __device__ __forceinline__ u32 encode(float v) {
     constexpr u32 kSmallestNormal = (127 - 14) << 23;
     constexpr float kGrid = 8.0f;  // its last bit is 2^-20, that of the subnormal codes
     const u32 bits = __float_as_uint(v), magnitude = bits & 0x7fffffff;
     u32 code = (magnitude - ((127 - 15) << 23) + 0xffff + (magnitude >> 17 & 1)) >> 17;
     if (magnitude < kSmallestNormal) code = __float_as_uint(ptx::abs(v) + kGrid) - __float_as_uint(kGrid);
-    if (magnitude > kInfinity) code = kNan;
-    return code | bits >> 31 << 11;
+    return magnitude > kInfinity ? kNan : code | bits >> 31 << 11;
 }
 
 __device__ __forceinline__ float decode(u32 code) { return ptx::fp16_to_float(static_cast<u16>(code << 4)); }
@@ -53,7 +53,8 @@ __device__ __forceinline__ void pack(const u32 (&c)[kValues], u32* words) {
 
 __device__ __forceinline__ void unpack(const u32* words, u32 (&c)[kValues]) {
     const u32 a = words[0], b = words[1], d = words[2];
-    const u32 wide[kValues] = {a, a >> 12, a >> 24 | b << 8, b >> 4, b >> 16, b >> 28 | d << 4, d >> 8, d >> 20};
+    const u32 wide[kValues] = {a,       a >> 12,          a >> 24 | b << 8, b >> 4,
+                               b >> 16, b >> 28 | d << 4, d >> 8,           d >> 20};
 #pragma unroll
     for (u32 i = 0; i < kValues; ++i) c[i] = wide[i] & 0xfff;
 }
@@ -73,10 +74,11 @@ __device__ __forceinline__ void store(float* target, const float (&v)[kValues]) 
 
 }  // namespace e5m6
 
-// x, `tiles` times 128 values -> codes, 192 bytes a tile, and scales, all contiguous. Any grid is right; a warp
-// takes 8 tiles at a time.
+// x, `tiles` times 128 values -> codes, 192 bytes a tile, and scales, all contiguous. Any grid is right; a
+// warp takes 8 tiles at a time.
 template <class Input>
-__global__ void __launch_bounds__(e5m6::kThreads) pack_e5m6(const Input* x, u8* codes, float* scales, u32 tiles) {
+__global__ void __launch_bounds__(e5m6::kThreads)
+    pack_e5m6(const Input* x, u8* codes, float* scales, u32 tiles) {
     using namespace e5m6;
     constexpr u32 kPerLoad = 16 / sizeof(Input), kLoads = kValues / kPerLoad;
     __shared__ Staged staged_of_warp[kThreads / 32];
@@ -109,7 +111,7 @@ __global__ void __launch_bounds__(e5m6::kThreads) pack_e5m6(const Input* x, u8* 
             const float scale = tile_scale<true>(amax, kMax);
             if (tile < tiles && lane % kLanesPerTile == 0) ptx::store_global(scales + tile, scale);
 
-            divide<true>(v, scale);
+            divide<true, 0>(v, scale);
             u32 encoded[kValues];
 #pragma unroll
             for (u32 i = 0; i < kValues; ++i) encoded[i] = encode(v[i]);

@@ -17,6 +17,8 @@ enum class ErrorCode : u32 {
     kMaskedGemmCounts = 2,
     kWgradOffsets = 3,
     kQuantizeOffsets = 4,
+    kDispatchExperts = 5,
+    kDispatchOverflow = 6,
 };
 
 // For one lane or many.

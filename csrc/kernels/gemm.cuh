@@ -165,10 +165,9 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
                 for (u32 k_block = 0; k_block < k_blocks; ++k_block, position.advance()) {
                     const u32 s = position.stage;
                     u64* full = shared.ring.acquire(position, L::kStageBytes);
-                    load_operand<kSharesA, kBlockM>(shared.a[s], &a_map, full, k_block * kBlockK, tile.row,
-                                                    rank);
-                    load_operand<kSharesB, kBlockN>(shared.b[s], &b_map, full, k_block * kBlockK, b_row,
-                                                    rank);
+                    const u32 x = k_block * kBlockK;
+                    load_operand<kSharesA, kBlockM>(shared.a[s], &a_map, full, x, tile.row, rank);
+                    load_operand<kSharesB, kBlockN>(shared.b[s], &b_map, full, x, b_row, rank);
                     ptx::tma_load(shared.a_scales[s], &a_scales_map, full, scale_column, scale_row + k_block);
                 }
             }
@@ -180,12 +179,23 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
         const u32 lane_row = first_row + warp % 4 * 16 + lane / 4;  // and that row + 8
         const u32 scale_rows = (n + kScaleBlock - 1) / kScaleBlock;
 
+        const auto release = [&] {
+            __syncwarp();  // the other lanes have seen the phase and read their scales too
+            if (lane < L::kCluster) shared.ring.release(position, lane);
+        };
+
         while (next_tile(tile)) {
             const u32 b_row = tile.column + (kSwap ? first_row : 0);
             const u32 split = kScaleBlock - b_row % kScaleBlock;
             const float* b_scale_row =
                 b_scales + (tile.group * scale_rows + min(b_row / kScaleBlock, scale_rows - 1)) * k_blocks;
             const u32 next_row = kSpansBlocks && b_row / kScaleBlock + 1 < scale_rows ? k_blocks : 0;
+            // Waves of rows past the group's last are left out.
+            u32 waves = L::kWaves;
+            if constexpr (kGrouping != Grouping::kNone && !kSwap) {
+                const u32 rows_left = tile.row_end - min(tile.row + first_row, tile.row_end);
+                waves = min(waves, (rows_left + kWaveRows - 1) / kWaveRows);
+            }
             float sum[L::kWaves][L::kColumns / 2] = {};
 
             for (u32 k_block = 0; k_block < k_blocks; ++k_block, position.advance()) {
@@ -195,8 +205,10 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
                     ptx::load_global_nc_float(b_scale_row + k_block),
                     kSpansBlocks ? ptx::load_global_nc_float(b_scale_row + k_block + next_row) : 0.0f};
                 shared.ring.wait(position);
+                if (waves == 0) release();
 #pragma unroll
                 for (u32 wave = 0; wave < L::kWaves; ++wave) {
+                    if (wave >= waves) break;
                     float a_scale[kSwap ? L::kColumns / 4 : 2];
                     if constexpr (kSwap) {
                         const auto* lane_scales =
@@ -224,10 +236,7 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
                                                      columns + step * ptx::kDescriptorStep, step > 0);
                     ptx::wgmma_commit_group();
                     ptx::wgmma_wait(partial);
-                    if (wave == L::kWaves - 1) {
-                        __syncwarp();  // the other lanes have read their scales too
-                        if (lane < L::kCluster) shared.ring.release(position, lane);
-                    }
+                    if (wave + 1 == waves) release();
                     if constexpr (kSwap)
                         promote_swapped(sum[wave], partial, a_scale, b_scale[0]);
                     else

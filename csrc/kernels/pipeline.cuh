@@ -2,8 +2,7 @@
 //
 // A stage is filled, used and filled again; one such round is a lap. Two mbarriers a stage:
 //   full[s]   completes its phase L when the data of lap L has landed: one arrival by the producer, and all
-//   the bytes
-//             that it announced;
+//             the bytes that it announced;
 //   empty[s]  completes its phase L when every consumer has released lap L.
 // The producer fills lap L after phase L - 1 of empty[s], a consumer reads lap L after phase L of full[s]. So
 // neither is ever more than one phase away from what it waits for, and the parity of L tells that phase from

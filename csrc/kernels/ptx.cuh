@@ -54,6 +54,16 @@ __device__ __forceinline__ float abs(float a) {
 // No instruction; but what was computed from v before is not kept in registers for use after it.
 __device__ __forceinline__ void forget_derived(u32& v) { asm volatile("" : "+r"(v)); }
 
+// 16 bytes that another GPU or block may have written during this kernel; they stay out of L1.
+__device__ __forceinline__ U32x4 load_global(const void* address) {
+    U32x4 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return v;
+}
+
 // 16 bytes that no thread of this kernel writes; they are read once, so they need no place in L1.
 __device__ __forceinline__ U32x4 load_global_nc(const void* address) {
     U32x4 v;
@@ -79,6 +89,10 @@ __device__ __forceinline__ void store_global(void* address, U32x4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
                  "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+__device__ __forceinline__ void store_global(u8* address, u32 v) {
+    asm volatile("st.global.u8 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(v) : "memory");
 }
 
 __device__ __forceinline__ void store_global(float* address, float v) {
@@ -267,6 +281,39 @@ __device__ __forceinline__ void grid_dependency_wait() { asm volatile("griddepco
 // The dependent grid may start once every block has come here or ended.
 __device__ __forceinline__ void launch_dependents() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// What other GPUs wrote before they released this value is visible to this thread after it.
+__device__ __forceinline__ u64 load_acquire_system(const u64* address) {
+    u64 v;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];"
+                 : "=l"(v)
+                 : "l"(__cvta_generic_to_global(address))
+                 : "memory");
+    return v;
+}
+
+// What this thread wrote before, or saw by a barrier, is visible to whoever acquires this value.
+__device__ __forceinline__ void store_release_system(u64* address, u64 v) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "l"(v)
+                 : "memory");
+}
+
+// The value before; orders this thread's accesses among the blocks of the GPU, both ways.
+__device__ __forceinline__ u64 fetch_add_device(u64* address, u64 v) {
+    u64 before;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(before)
+                 : "l"(__cvta_generic_to_global(address)), "l"(v)
+                 : "memory");
+    return before;
+}
+
+// Nanoseconds.
+__device__ __forceinline__ u64 global_timer() {
+    u64 d;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(d));
+    return d;
 }
 
 // True for one lane of the calling warp, all of whose lanes must call.

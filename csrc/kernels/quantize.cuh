@@ -24,9 +24,9 @@ constexpr u32 kLoadsInFlight = 4;      // 16-byte loads a lane issues before it 
 // contiguous, and scales [batches, rows, ceil(width / 128)] with strides (scale_batch_stride, 1,
 // scale_tile_stride). width is a multiple of 16. Any grid is right; a warp takes 32 rows of one column of
 // tiles at a time.
-template <class Input, bool kPowerOf2Scales>
+template <class Input, bool kPowerOf2Scales, class Scale = float>
 __global__ void __launch_bounds__(quantize::kThreads, 3)
-    quantize_1x128(const Input* x, u8* q, float* scales, u32 batches, u32 rows, u32 width, i64 x_batch_stride,
+    quantize_1x128(const Input* x, u8* q, Scale* scales, u32 batches, u32 rows, u32 width, i64 x_batch_stride,
                    i64 x_row_stride, i64 scale_batch_stride, i64 scale_tile_stride) {
     using namespace quantize;
     constexpr u32 kElementsPerLoad = 16 / sizeof(Input);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
                 const float scale = tile_scale<kPowerOf2Scales>(amax);
                 if (part == step + s) scale_of_lane = scale;
 
-                divide<kPowerOf2Scales>(v, scale);
+                divide<kPowerOf2Scales, kCorrections<Input>>(v, scale);
                 U32x4 packed{e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
                              e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
                 if (row + s < rows && column < width)
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
             }
         }
         if (first_row + lane < rows)
-            ptx::store_global(
+            store_scale(
                 scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
                 scale_of_lane);
     }

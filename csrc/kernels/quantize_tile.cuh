@@ -22,7 +22,8 @@ struct HeldScaled : Held<E4m3> {
     }
 };
 
-// The scales of the rows of a tile, spread so that the row groups of a warp read theirs from banks of their own.
+// The scales of the rows of a tile, spread so that the row groups of a warp read theirs from banks of their
+// own.
 struct RowScales {
     float scale[kTile + kTile / 32 * 8];
 
@@ -34,9 +35,9 @@ struct RowScales {
 // w [batches, n, k] -> q e4m3 of the same shape and scales [batches, ceil(n / 128), ceil(k / 128)], all
 // contiguous; with kTranspose also q_t [batches, k, n] and scales_t [batches, ceil(k / 128), ceil(n / 128)],
 // the same codes and scales. k is a multiple of 16, and n with kTranspose. A block takes a tile.
-template <class Input, bool kPowerOf2Scales, bool kTranspose>
+template <class Input, bool kPowerOf2Scales, bool kTranspose, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
-    quantize_128x128(const Input* w, u8* q, float* scales, u8* q_t, float* scales_t, u32 n, u32 k) {
+    quantize_128x128(const Input* w, u8* q, Scale* scales, u8* q_t, Scale* scales_t, u32 n, u32 k) {
     using namespace quantize;
     using P = PartOf<Input>;
     __shared__ RowMajorTile<P::kColumns> tile;
@@ -81,8 +82,8 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
     tile.store(q + matrix + static_cast<i64>(row) * k + column, k, n - row, k - column);
     if (kTranspose) tile_t.store(q_t + matrix + static_cast<i64>(column) * n + row, n, k - column, n - row);
     if (threadIdx.x == 0) {
-        ptx::store_global(scales + blockIdx.x, scale);
-        if (kTranspose) ptx::store_global(scales_t + (batch * tiles_k + tile_k) * tiles_n + tile_n, scale);
+        store_scale(scales + blockIdx.x, scale);
+        if (kTranspose) store_scale(scales_t + (batch * tiles_k + tile_k) * tiles_n + tile_n, scale);
     }
 }
 
@@ -92,9 +93,9 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
 // With kRowWise also q e4m3 [tokens, width] and scales [tokens, ceil(width / 128)] with strides (1,
 // scale_stride), of all tokens, those past the last group too; width is then a multiple of 16.
 // A block takes a tile; neighbouring blocks take neighbouring features of the same tokens.
-template <class Input, bool kPowerOf2Scales, bool kRowWise>
+template <class Input, bool kPowerOf2Scales, bool kRowWise, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
-    quantize_1x128_t(const Input* x, const i32* group_offsets, u8* q, float* scales, u8* q_t, float* scales_t,
+    quantize_1x128_t(const Input* x, const i32* group_offsets, u8* q, Scale* scales, u8* q_t, Scale* scales_t,
                      u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 scale_stride, i64 scale_t_stride) {
     using namespace quantize;
     __shared__ RowStage<PartOf<Input>::kColumns> row_stage;
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
     for (u32 r = 0; r < kRows; ++r) held.scale[r] = row_scales.at(P::row() + r);
 
     quantize_tile<kPowerOf2Scales, false, true>(
-        held, unused, {}, column_stage,
+        held, unused, RowTarget<float>{}, column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
 }
 

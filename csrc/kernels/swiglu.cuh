@@ -1,8 +1,9 @@
 // SwiGLU fused with the quantisers around it: y = silu(gate) * up of x = [gate, up] straight to e4m3, and the
-// gradient of x straight to e4m3 from the codes of x that the forward kept (DeepSeek-V3 report, section 3.3.3).
+// gradient of x straight to e4m3 from the codes of x that the forward kept (DeepSeek-V3 report, section
+// 3.3.3).
 //
-// y and the gradients are rounded to BF16 before they are quantised, as they would be between two kernels: the
-// fusion changes no bit. Everything else is FP32, each operation rounded by itself.
+// y and the gradients are rounded to BF16 before they are quantised, as they would be between two kernels:
+// the fusion changes no bit. Everything else is FP32, each operation rounded by itself.
 //
 // Memory bound. Forward: 4 bytes of x an element of y, and 1 written an orientation: 5, or 6 with both.
 // Backward: 2 of dy and 2 codes of x read, 4 codes of dx written and 1 of y if asked: 8, or 9.
@@ -15,8 +16,8 @@ namespace swiglu {
 
 using namespace quantize;
 
-// 1 / (1 + 2^(-x log2 e)) with the approximations of the special function unit, which err in the last bits; below
-// 2^-126 it is 0.
+// 1 / (1 + 2^(-x log2 e)) with the approximations of the special function unit, which err in the last bits;
+// below 2^-126 it is 0.
 __device__ __forceinline__ float sigmoid(float x) {
     constexpr float kLog2E = 1.44269502f;
     return ptx::rcp_approx_ftz(__fadd_rn(1.0f, ptx::ex2_approx_ftz(__fmul_rn(x, -kLog2E))));
@@ -50,9 +51,9 @@ __device__ __forceinline__ void dequantize(u32 codes, float scale, float (&v)[kC
 
 }  // namespace swiglu
 
-// x [tokens, 2 * width] BF16, contiguous -> y = silu(x[:, :width]) * x[:, width:], times weights[token] if not
-// null, as q and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t. width is
-// a multiple of 16. A block takes a tile of y.
+// x [tokens, 2 * width] BF16, contiguous -> y = silu(x[:, :width]) * x[:, width:], times weights[token] if
+// not null, as q and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t.
+// width is a multiple of 16. A block takes a tile of y.
 template <bool kPowerOf2Scales, bool kTranspose>
 __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::PartOf<Bf16>::kBlocksPerSm)
     swiglu_quantize(const Bf16* x, const float* weights, const i32* group_offsets, u8* q, float* scales,
@@ -101,10 +102,11 @@ __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::Pa
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
 }
 
-// dy [tokens, width] BF16 and x e4m3 [tokens, 2 * width] with scales of strides (x_row_stride, x_tile_stride), one
-// for 1x128, both contiguous -> dx = [d gate, d up] as q and scales of quantize_1x128 and as q_t and scales_t of
-// quantize_1x128_t; with kRecompute also y_t and y_scales_t, those of y. The scales of y_t and q_t have strides
-// (1, width) and (1, 2 * width). width is a multiple of 128. A block takes a tile of y.
+// dy [tokens, width] BF16 and x e4m3 [tokens, 2 * width] with scales of strides (x_row_stride,
+// x_tile_stride), one for 1x128, both contiguous -> dx = [d gate, d up] as q and scales of quantize_1x128 and
+// as q_t and scales_t of quantize_1x128_t; with kRecompute also y_t and y_scales_t, those of y. The scales of
+// y_t and q_t have strides (1, width) and (1, 2 * width). width is a multiple of 128. A block takes a tile of
+// y.
 template <bool kPowerOf2Scales, bool kRecompute>
 __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::GradientPart::kBlocksPerSm)
     swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const i32* group_offsets,
@@ -158,11 +160,9 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
 #pragma unroll
             for (u32 i = 0; i < kColumns; ++i) up[i] = __fmul_rn(silu(gate[i]), up[i]);
             y.raw[r] = to_bf16(up);
-            ptx::forget_derived(sources[r].gate);
-            ptx::forget_derived(sources[r].up);
         }
         quantize_tile<kPowerOf2Scales, false, true>(
-            y, row_stage, {}, column_stage,
+            y, row_stage, RowTarget<float>{}, column_stage,
             column_target(y_t, y_scales_t, width, width, column, tile, tiles_t, !span.grouped));
         load_dy();  // not sooner: beside y it would not fit the registers
     }

@@ -36,6 +36,7 @@ using PartOf = Part<16 / sizeof(Input)>;
 template <class Input, u32 kColumnsOfThread = 16 / sizeof(Input)>
 struct Held {
     static constexpr u32 kColumns = kColumnsOfThread;
+    static constexpr u32 kCorrections = quantize::kCorrections<Input>;
 
     Words<kColumns * sizeof(Input) / 4> raw[kRows];
 
@@ -71,7 +72,7 @@ __device__ __forceinline__ U32x4 encode_column(const Values& held, u32 i, float 
         held.widen_row(r, row);
         v[r] = row[i];
     }
-    divide<kPowerOf2>(v, scale);
+    divide<kPowerOf2, Values::kCorrections>(v, scale);
     return {e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
             e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
 }
@@ -137,7 +138,8 @@ struct RowMajorTile {
                 for (u32 i = 0; i < 4; ++i) rows[i].word[w] = bytes[i];
             }
 #pragma unroll
-            for (u32 i = 0; i < 4; ++i) parts[Part<kColumns>::row() + r + i][Part<kColumns>::position()] = rows[i];
+            for (u32 i = 0; i < 4; ++i)
+                parts[Part<kColumns>::row() + r + i][Part<kColumns>::position()] = rows[i];
         }
     }
 
@@ -161,8 +163,8 @@ struct Tokens {
 
 // Tiles restart at each group and follow one another without a gap; with kRest the tokens past the last group
 // come last, as if they were one more. Every lane of a warp calls; each takes a group. Offsets are clamped to
-// `tokens`, a group that ends before it begins is empty, and a tile past all of them has no tokens: no offsets
-// make a thread read outside x. Without offsets one group holds all.
+// `tokens`, a group that ends before it begins is empty, and a tile past all of them has no tokens: no
+// offsets make a thread read outside x. Without offsets one group holds all.
 template <bool kRest>
 __device__ __forceinline__ Tokens tokens_of_tile(const i32* group_offsets, u32 groups, u32 tokens, u32 tile) {
     if (!group_offsets) return {tile * kTile, min(tokens - tile * kTile, kTile), true};
@@ -202,10 +204,11 @@ struct RowStage {
     float amax[kTile], scale[kTile];
 };
 
+template <class Scale>
 struct RowTarget {
     u8* q;         // of the tile's first element
     i64 stride;    // from row to row
-    float* scales; // of the tile's first row; neighbours follow
+    Scale* scales; // of the tile's first row; neighbours follow
     u32 rows, bytes;
 };
 
@@ -227,25 +230,29 @@ struct ColumnStage {
     }
 };
 
+template <class Scale>
 struct ColumnTarget {
     u8* q_t;       // of the tile's first column
     i64 stride;    // from column to column
-    float* scales; // of the tile's first column; neighbours follow
+    Scale* scales; // of the tile's first column; neighbours follow
     u32 columns;
     bool empty;    // all zeros, whatever is held
 };
 
 // Of the tokens of `span` and the 128 columns from `column` on, in q [.., width] and its scales.
-__device__ __forceinline__ RowTarget row_target(u8* q, float* scales, i64 scale_stride, u32 width,
-                                                const Tokens& span, u32 column) {
+template <class Scale>
+__device__ __forceinline__ RowTarget<Scale> row_target(u8* q, Scale* scales, i64 scale_stride, u32 width,
+                                                       const Tokens& span, u32 column) {
     return {q + static_cast<i64>(span.first) * width + column, width,
             scales + column / kTile * scale_stride + span.first, span.count, width - column};
 }
 
 // Of the 128 columns from `column` on and tile `tile` of tokens, in q_t [width, 128 * tiles] and its scales;
 // nothing past the last tile.
-__device__ __forceinline__ ColumnTarget column_target(u8* q_t, float* scales, i64 scale_stride, u32 width,
-                                                      u32 column, u32 tile, u32 tiles, bool empty) {
+template <class Scale>
+__device__ __forceinline__ ColumnTarget<Scale> column_target(u8* q_t, Scale* scales, i64 scale_stride,
+                                                             u32 width, u32 column, u32 tile, u32 tiles,
+                                                             bool empty) {
     const i64 stride = static_cast<i64>(tiles) * kTile;
     return {q_t + column * stride + static_cast<i64>(tile) * kTile, stride,
             scales + tile * scale_stride + column, tile < tiles ? width - column : 0, empty};
@@ -269,14 +276,14 @@ __device__ __forceinline__ float amax_of_row(float (&amax)[kRows]) {
     return amax[0];
 }
 
-// Quantises what the threads hold of a tile and writes it, row-wise in tiles of 1x128 or transposed in tiles of
-// 128 tokens or both. All threads of the block call, and may call again: what one call reads of a stage, the
-// next overwrites only behind its own barriers.
-template <bool kPowerOf2, bool kRowWise, bool kTransposed, class Values>
+// Quantises what the threads hold of a tile and writes it, row-wise in tiles of 1x128 or transposed in tiles
+// of 128 tokens or both. All threads of the block call, and may call again: what one call reads of a stage,
+// the next overwrites only behind its own barriers.
+template <bool kPowerOf2, bool kRowWise, bool kTransposed, class Values, class Scale>
 __device__ __forceinline__ void quantize_tile(Values& held, RowStage<Values::kColumns>& row_stage,
-                                              const RowTarget& rows,
+                                              const RowTarget<Scale>& rows,
                                               ColumnStage<Values::kColumns>& column_stage,
-                                              const ColumnTarget& columns) {
+                                              const ColumnTarget<Scale>& columns) {
     constexpr u32 kColumns = Values::kColumns;
     using P = Part<kColumns>;
     using Stage = ColumnStage<kColumns>;
@@ -312,7 +319,7 @@ __device__ __forceinline__ void quantize_tile(Values& held, RowStage<Values::kCo
         if (kRowWise) {
             const float scale = tile_scale<kPowerOf2>(row_stage.amax[line]);
             row_stage.scale[line] = scale;
-            if (line < rows.rows) ptx::store_global(rows.scales + line, scale);
+            if (line < rows.rows) store_scale(rows.scales + line, scale);
         }
         if (kTransposed) {
             float amax = 0.0f;
@@ -321,7 +328,7 @@ __device__ __forceinline__ void quantize_tile(Values& held, RowStage<Values::kCo
                 amax = ptx::max_nan(amax, column_stage.amaxes[g][Stage::slot_of(line)]);
             const float scale = columns.empty ? 1.0f : tile_scale<kPowerOf2>(amax);
             column_stage.scale[Stage::slot_of(line)] = scale;
-            if (line < columns.columns) ptx::store_global(columns.scales + line, scale);
+            if (line < columns.columns) store_scale(columns.scales + line, scale);
         }
     }
     __syncthreads();
@@ -331,7 +338,7 @@ __device__ __forceinline__ void quantize_tile(Values& held, RowStage<Values::kCo
         for (u32 r = 0; r < kRows; ++r) {
             float v[kColumns];
             held.widen_row(r, v);
-            divide<kPowerOf2>(v, row_stage.scale[P::row() + r]);
+            divide<kPowerOf2, Values::kCorrections>(v, row_stage.scale[P::row() + r]);
             Words<kColumns / 4> codes;
 #pragma unroll
             for (u32 w = 0; w < kColumns / 4; ++w)

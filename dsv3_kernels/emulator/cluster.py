@@ -70,8 +70,9 @@ class VirtualCluster:
     to InfiniBand, each with its link's bandwidth in and out, for all its peers together.
 
     Not there: teams but the world, collectives but barriers and syncs, regions, TMA within NVSHMEM, host
-    calls. A poll of what `nvshmem_<type>_p` writes is reported as the race that it is in PTX: use a signal or
-    an atomic.
+    calls. Reported as races, because plain loads and stores take part: a poll of what `nvshmem_<type>_p`
+    writes (use a signal or an atomic), and the value that `nvshmem_signal_wait_until` returns where a peer of
+    the node sent it (read it with `nvshmem_signal_fetch`).
     """
 
     def __init__(

@@ -1,6 +1,8 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
 import os
+import sys
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -9,9 +11,13 @@ from torch import Tensor
 from .. import checks, quantized
 from ..quantized import ROW, QuantizedTensor
 from .exchange import Exchange
+from .intranode import IntranodeTransport
 from .portable import PortableTransport
 from .transport import CombineCall, DispatchCall, Shape, Transport
 from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+
+if TYPE_CHECKING:
+    from ..emulator import Group
 
 TIMEOUT_VARIABLE = "DSV3_EP_TIMEOUT"
 DEFAULT_TIMEOUT = 30.0  # seconds
@@ -22,7 +28,8 @@ class Buffer:
     """Moves tokens to the ranks that hold their experts (`dispatch`) and their results back (`combine`).
 
     group: a torch.distributed group, whose ranks all make the buffer and then call the same ops in the same
-        order. None is the default group, or one rank alone where torch.distributed is not initialised.
+        order. None is the default group, or one rank alone where torch.distributed is not initialised. Inside
+        `emulator.VirtualCluster.run`, the group it gives: then the kernels run.
     num_experts: of all ranks together; rank r holds num_experts/R of them, from r·num_experts/R on.
     hidden: width of a token, a multiple of 16. max_tokens_per_rank: the most that a rank dispatches at once.
     num_topk: experts a token.
@@ -36,7 +43,7 @@ class Buffer:
 
     def __init__(
         self,
-        group: "dist.ProcessGroup | None",
+        group: "dist.ProcessGroup | Group | None",
         num_experts: int,
         hidden: int,
         max_tokens_per_rank: int,
@@ -45,11 +52,22 @@ class Buffer:
         gpus_per_node: int | None = None,
         timeout: float | None = None,
     ) -> None:
-        exchange = Exchange(_group(group), _timeout(timeout))
-        shape = _shape(exchange.size, num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node)
-        self._shape, self.rank = shape, exchange.rank
-        _agree(exchange, shape)
-        self._transport: Transport = PortableTransport(shape, exchange)
+        seconds = _timeout(timeout)
+        sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node)
+        self._transport: Transport
+        emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
+        if emulator is not None and isinstance(group, emulator.Group):
+            self._shape, self.rank = _shape(group.size(), *sizes), group.rank
+            _agree(group.all_gather_object(_agreed(self._shape)))
+            self._transport = IntranodeTransport(group, emulator.current(), self._shape, seconds)
+        else:
+            exchange = Exchange(_group(group), seconds)
+            self._shape, self.rank = _shape(exchange.size, *sizes), exchange.rank
+            if exchange.group is not None:
+                exchange.begin()
+                device = _device(exchange.group)
+                _agree(exchange.all_gather("Buffer", _agreed(self._shape), device))
+            self._transport = PortableTransport(self._shape, exchange)
         self._dispatches = self._combines = 0
 
     @property
@@ -336,16 +354,21 @@ def _shape(
     return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology)
 
 
-def _agree(exchange: Exchange, shape: Shape) -> None:
-    """Raises on every rank if the ranks' arguments differ."""
-    if exchange.group is None:
-        return
-    exchange.begin()
-    mine = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    device = torch.device("cpu")
-    if "gloo" not in dist.get_backend(exchange.group):
-        device = torch.device("cuda", torch.cuda.current_device())
-    every = exchange.all_gather("Buffer", [*mine, shape.topology.gpus_per_node], device)
+def _device(group: "dist.ProcessGroup") -> torch.device:
+    """Where a group that knows only one kind of device takes tensors."""
+    if "gloo" in dist.get_backend(group):
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _agreed(shape: Shape) -> list[int]:
+    """What all ranks must pass alike, in the order of _AGREED."""
+    sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
+    return [*sizes, shape.topology.gpus_per_node]
+
+
+def _agree(every: list[list[int]]) -> None:
+    """Raises, on every rank, if the ranks' arguments differ."""
     for name, values in zip(_AGREED, zip(*every, strict=True), strict=True):
         for rank, value in enumerate(values):
             if value != values[0]:

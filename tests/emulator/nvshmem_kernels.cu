@@ -84,7 +84,8 @@ extern "C" __global__ void blocking_put(int* data, int* source, uint64_t* signal
     }
 }
 
-// Sends to the right and fetches it back: what a get gives is what was put before quiet.
+// Sends to the right and fetches it back: what a get gives is what was put before quiet. `waits`: 1 for that quiet, 2 for
+// a fence and another put behind it, 3 for the same to where the get reads.
 extern "C" __global__ void get_back(int* data, int* source, int* out, int form, int waits) {
     int next = next_rank();
     fill(source, 7);
@@ -101,7 +102,12 @@ extern "C" __global__ void get_back(int* data, int* source, int* out, int form, 
         case kBlockingWarp: if (threadIdx.x < 32) nvshmemx_int_get_warp(out, data, kWords, next); break;
         default: nvshmemx_int_get_block(out, data, kWords, next); break;
     }
-    if (waits && threadIdx.x == 0) nvshmem_quiet();
+    if (waits == 1 && threadIdx.x == 0) nvshmem_quiet();
+    if (waits >= 2 && threadIdx.x == 0) {
+        nvshmem_fence();
+        nvshmemx_qp_int_put_nbi(waits == 2 ? data + kWords : data, source, kWords, next, 3);
+        nvshmemx_qp_quiet(next, nullptr, NVSHMEMX_QP_ALL);
+    }
     __syncthreads();
     if (threadIdx.x < kWords) out[threadIdx.x] += 1;
 }
@@ -208,4 +214,19 @@ extern "C" __global__ void peers(int* data, int* out) {
     }
     out[nvshmem_n_pes()] = nvshmem_ptr(out, 0) != nullptr;
     out[nvshmem_n_pes() + 1] = nvshmem_team_my_pe(NVSHMEMX_TEAM_NODE);
+}
+
+// A lock on rank 0 around a sum there: get, add, put, quiet.
+extern "C" __global__ void locked(int* lock, int* sum, int* mine, int rounds, int fences) {
+    int me = nvshmem_my_pe();
+    for (int round = 0; round < rounds; round++) {
+        while (nvshmem_int_atomic_compare_swap(lock, 0, me + 1, 0) != 0) {}
+        if (fences) __threadfence_system();
+        nvshmem_int_get(mine, sum, 2, 0);
+        mine[0] += 1;
+        mine[1] += me;
+        nvshmem_int_put(sum, mine, 2, 0);
+        nvshmem_quiet();
+        nvshmem_int_atomic_set(lock, 0, 0);
+    }
 }

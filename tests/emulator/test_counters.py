@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gemm_helpers import run_gemm
+from gemm_runs import run_gemm
 from ptx_helpers import run
 from test_sync import cuda
 

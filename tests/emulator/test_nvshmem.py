@@ -18,7 +18,7 @@ except jit.ToolchainError as error:
 WORDS, ROUNDS = 64, 3
 THREAD, WARP, BLOCK, BLOCKING_THREAD, BLOCKING_WARP, BLOCKING_BLOCK = range(6)
 DEFAULT = 1  # NVSHMEMX_QP_DEFAULT
-SCHEDULES = ("random", "pct", "round_robin")
+SCHEDULES = ("random", "pct", "round_robin", "exhaustive")
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_put_that_does_not_block_leaves_its_source_in_use(ptx):
 
 def get_back(ptx, form, waits=1, prepare=None, **options):
     ranks = Ranks(ptx, **options)
-    data, source = ranks.symmetric(WORDS), ranks.symmetric(WORDS)
+    data, source = ranks.symmetric(2 * WORDS), ranks.symmetric(WORDS)
     out = ranks.own(WORDS)
     if prepare:
         prepare(ranks.cluster)
@@ -226,6 +226,12 @@ def test_a_get_is_not_there_before_quiet(ptx, form):
     for seed in range(3):
         with pytest.raises(emulator.HazardError, match="data race"):
             get_back(ptx, form, waits=0, seed=seed, nodes=4, gpus=1)
+
+
+def test_a_fence_orders_no_get(ptx):
+    for seed in range(3):
+        with pytest.raises(emulator.HazardError, match="data race"):
+            get_back(ptx, THREAD, waits=3, seed=seed)
 
 
 def test_single_values_of_every_type(ptx):
@@ -274,6 +280,18 @@ def test_atomics_of_eight_ranks(ptx, nodes, gpus):
             assert count[r][8].item() == 200 + left
             assert old_big[r][32:].tolist() == [0, -1 - r, 255 - r, (255 - r) | 0x100]
             assert big[r][2].item() == ((255 - left) | 0x100) ^ 0x101
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(4, 1), (2, 2), (1, 4)])
+def test_a_lock(ptx, nodes, gpus):
+    for seed in range(3):
+        ranks = Ranks(ptx, nodes, gpus, seed=seed)
+        lock, total, mine = ranks.symmetric(1), ranks.symmetric(2), ranks.symmetric(2)
+        ranks.launch("locked", lock, total, mine, ROUNDS, 1, threads=1)
+        assert total[0].tolist() == [4 * ROUNDS, ROUNDS * (0 + 1 + 2 + 3)], f"seed {seed}"
+        # The fence behind the atomic is what makes the last holder's work known.
+        with pytest.raises(emulator.HazardError, match="data race"):
+            ranks.launch("locked", lock, total, mine, ROUNDS, 0, threads=1)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -369,6 +387,15 @@ def test_a_stalled_link(ptx, link):
     assert out == [[r * 1000 + 701 + i for i in range(WORDS)] for r in range(4)]
 
 
+def test_what_is_fenced_behind_a_stalled_answer_waits_for_it(ptx):
+    for seed in range(5):
+        with pytest.raises(emulator.DeadlockError, match=r"quiet: .*message\(s\) to rank 2"):
+            get_back(ptx, THREAD, waits=2, prepare=lambda c: c.stall(2, 1), seed=seed)
+    cluster, out = get_back(ptx, THREAD, waits=2, prepare=lambda c: c.stall(2, 1, until=5_000_000))
+    assert cluster.counters["nanoseconds"] > 5_000_000
+    assert out[1] == [1701 + i for i in range(WORDS)]
+
+
 @pytest.mark.parametrize("step", [0, 300])
 def test_a_rank_that_dies(ptx, step):
     with pytest.raises(emulator.DeadlockError) as error:
@@ -440,3 +467,15 @@ def test_what_the_device_library_lacks_is_named(ptx):
         jit.CompileError, match=r"(?s)ring.cu with .*libnvshmem_device.a.*nvshmemi_transfer_rma_q"
     ):
         jit.link_nvshmem(ptx.replace("23nvshmemi_transfer_rma_p", "23nvshmemi_transfer_rma_q"), "ring.cu")
+
+
+def test_linking_is_not_for_kernels_that_trade_registers():
+    """Why `jit.link` is for NVSHMEM only; when this fails, nvJitLink has learnt it."""
+    source = """extern "C" __global__ void __launch_bounds__(384, 1) trade(float* out) {
+        if (threadIdx.x < 128) { asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); return; }
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        out[threadIdx.x] += 1; }"""
+    whole = compile.compile_source(source, (), compile.source_options(), cubin=True)
+    assert disassemble.disassemble(whole.cubin).count("USETMAXREG") == 2
+    image, log = jit.link_nvshmem(jit.compile_ptx(source), "trade.cu")
+    assert "C7504" in log and disassemble.disassemble(image).count("USETMAXREG") == 0

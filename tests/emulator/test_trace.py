@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from gemm_helpers import run_gemm
+from gemm_runs import run_gemm
 from test_sync import cuda
 from test_virtual_time import LATENCY, MEGAHERTZ, exchange
 

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from gemm_helpers import run_gemm
+from gemm_runs import run_gemm
 from ptx_helpers import run
 from test_network import DECLARATIONS, SIZE, expected, ring
 from test_sync import cuda

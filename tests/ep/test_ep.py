@@ -39,16 +39,16 @@ def tensors(x):
     return [x.data.view(torch.uint8), x.scales] if isinstance(x, QuantizedTensor) else [x]
 
 
-def exchange(buffer, case, round_, drift):
+def exchange(buffer, case, round_, drift, num_sms=20):
     """One dispatch and combine of this rank, plainly and by every other way that must give the same."""
     inputs, rank = draw(case, round_), buffer.rank
     x, idx, weights = inputs.x[rank], inputs.topk_idx[rank], inputs.topk_weights[rank]
     weights = weights if case.weights else None
     time.sleep(drift.random() * 2e-3)
-    got = buffer.dispatch(x, idx, weights, expert_order=case.expert_order)
+    got = buffer.dispatch(x, idx, weights, num_sms, expert_order=case.expert_order)
     count = got.handle.rows
     y, grad = results(case, round_, rank, count)
-    home = buffer.combine(y, got.handle)
+    home = buffer.combine(y, got.handle, num_sms=num_sms)
     out = {
         "x": tensors(got.x),
         "topk_idx": got.topk_idx,
@@ -64,11 +64,12 @@ def exchange(buffer, case, round_, drift):
         x,
         idx,
         weights,
+        num_sms,
         expert_order=case.expert_order,
         max_recv_tokens=count + 3,
         async_op=True,
     )
-    again = buffer.dispatch(x, handle=wide.handle, async_op=True, previous_event=wide.event)
+    again = buffer.dispatch(x, num_sms=num_sms, handle=wide.handle, async_op=True, previous_event=wide.event)
     again.event.wait()
     assert again.topk_weights is None and torch.equal(again.topk_idx, wide.topk_idx)
     for result in (wide, again):
@@ -86,7 +87,7 @@ def exchange(buffer, case, round_, drift):
     )
     w3 = wide.topk_weights if case.expert_order else None
     full = buffer.combine(
-        y3, wide.handle, w3, inputs.bias[rank], weights_grad=grad3, async_op=True, num_sms=4
+        y3, wide.handle, w3, inputs.bias[rank], weights_grad=grad3, async_op=True, num_sms=2
     )
     full.event.wait()
     return out | {"full": full.x, "weights_grad": full.weights_grad}

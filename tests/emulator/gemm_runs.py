@@ -16,5 +16,6 @@ def run_gemm(m, n, k, *, tile=(128, 128), stages=None, blocks=1, **options):
         config = dataclasses.replace(config, stages=stages)
     out = torch.empty(m, n, dtype=torch.bfloat16)
     with emulator.virtual_gpu(num_sms=blocks, **options) as gpu:
-        gemm.run_config(config, a.data, a.scales, b.data, b.scales, out, None, blocks)
+        launch = gemm.prepare(config, m, k, n, 1, blocks)
+        launch(*gemm.operands(a.data, a.scales, b.data, b.scales, out, None))
     return gpu, config

@@ -1,0 +1,124 @@
+"""SwiGLU with its quantisers: every instance; bandwidth on the experts of DeepSeek-V3 (2048 wide).
+
+On a GPU the last bits of its 2^x and 1/x are its own, so CASES, which are compared bit by bit, hold gates of
+0 and of large magnitude alone, where the sigmoid is 1/2, 1 or 0 whatever those bits are.
+"""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+import dsv3_kernels as dk
+from dsv3_kernels import reference
+from dsv3_kernels.quantized import QuantizedTensor
+
+from . import Candidates, Case, Tensors, Workload
+
+
+def _gates_and_ups(generator: torch.Generator, rows: int, width: int) -> Tensor:
+    gates = torch.randint(-1, 2, (rows, width), generator=generator) * 128.0
+    x = torch.cat([gates, torch.randn(rows, width, generator=generator)], -1)
+    x[3, 0], x[rows - 1, width] = float("nan"), float("inf")
+    return x
+
+
+def _parts(quantized: tuple[QuantizedTensor, ...]) -> Tensors:
+    return tuple(part for q in quantized for part in (q.data, q.scales))
+
+
+def _offsets() -> Tensor:
+    return torch.tensor([0, 0, 100, 101, 140], dtype=torch.int32)
+
+
+def _forward(power_of_2: bool, transpose: bool) -> Case:
+    options = {"power_of_2_scales": power_of_2}
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        return (
+            _gates_and_ups(generator, 150, 144).bfloat16(),
+            torch.rand(150, generator=generator),
+            _offsets(),
+        )
+
+    def run(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
+        if transpose:
+            return _parts(dk.swiglu_quantize(x, weights, transpose=True, group_offsets=offsets, **options))
+        return _parts((dk.swiglu_quantize(x, weights, **options),))
+
+    def expected(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
+        q = reference.quantize_1x128_both(reference.swiglu(x, weights), offsets, **options)
+        return _parts(q[: 1 + transpose])
+
+    return Case(f"swiglu_quantize power_of_2={power_of_2} transpose={transpose}", inputs, run, expected)
+
+
+def _backward(power_of_2: bool, recompute: bool) -> Case:
+    options = {"power_of_2_scales": power_of_2}
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        x = reference.quantize_1x128(_gates_and_ups(generator, 150, 128), power_of_2_scales=True)
+        return torch.randn(150, 128, generator=generator).bfloat16(), x.data, x.scales, _offsets()
+
+    def run(dy: Tensor, data: Tensor, scales: Tensor, offsets: Tensor) -> Tensors:
+        x = QuantizedTensor(data, scales, (1, 128))
+        if recompute:
+            return _parts(dk.swiglu_backward_quantize(dy, x, offsets, recompute=True, **options))
+        return _parts(dk.swiglu_backward_quantize(dy, x, offsets, **options))
+
+    def expected(dy: Tensor, data: Tensor, scales: Tensor, offsets: Tensor) -> Tensors:
+        x = reference.dequantize(QuantizedTensor(data, scales, (1, 128)))
+        dx, y = (
+            reference.quantize_1x128_both(t, offsets, **options) for t in reference.swiglu_backward(dy, x)
+        )
+        return _parts((*dx, y[1])[: 2 + recompute])
+
+    name = f"swiglu_backward_quantize power_of_2={power_of_2} recompute={recompute}"
+    return Case(name, inputs, run, expected)
+
+
+_FLAGS = list(itertools.product((False, True), repeat=2))
+CASES = [make(*flags) for make in (_forward, _backward) for flags in _FLAGS]
+
+
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+_EAGER = "PyTorch, BF16, cast"
+
+
+def _forward_speed(rows: int, width: int, transpose: bool) -> Workload:
+    def build() -> Candidates:
+        x = torch.randn(rows, 2 * width, dtype=torch.bfloat16, device="cuda")
+        peers = {_EAGER: lambda: lambda: _swiglu(x).to(torch.float8_e4m3fn)}
+
+        def run() -> object:
+            return dk.swiglu_quantize(x, transpose=True) if transpose else dk.swiglu_quantize(x)
+
+        return Candidates(run, peers, frozenset({_EAGER}))
+
+    moved = rows * width * 4 + rows * width * 33 // 32 * (1 + transpose)
+    name = f"{rows}x{width}{', transpose' if transpose else ''}"
+    return Workload("swiglu_quantize", name, 0, moved, build, "none")
+
+
+def _backward_speed(rows: int, width: int, recompute: bool) -> Workload:
+    def build() -> Candidates:
+        dy = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
+        x = dk.quantize_1x128(torch.randn(rows, 2 * width, dtype=torch.bfloat16, device="cuda"))
+
+        def run() -> object:
+            if recompute:
+                return dk.swiglu_backward_quantize(dy, x, recompute=True)
+            return dk.swiglu_backward_quantize(dy, x)
+
+        return Candidates(run)
+
+    moved = rows * width * 2 + rows * width * 33 // 32 * (2 + 4 + recompute)
+    name = f"{rows}x{width}{', recompute' if recompute else ''}"
+    return Workload("swiglu_backward_quantize", name, 0, moved, build, "none")
+
+
+WORKLOADS = [make(32768, 2048, flag) for make in (_forward_speed, _backward_speed) for flag in (False, True)]
