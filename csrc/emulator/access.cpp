@@ -100,7 +100,8 @@ std::string Machine::describe_race(const Conflict& conflict, const Target& t, bo
     what += write ? "writes" : "reads";
     what += t.cta ? " shared memory at offset " + hex(conflict.offset) : " '" + t.region->name + "' at byte " + std::to_string(conflict.offset);
     what += std::string(" that ") + (conflict.other_wrote ? "was written" : "was read") + " by " + place_of(other, conflict.other_lane);
-    if (conflict.missing_fence) return what + "; ordered, but the async proxy sees it only behind a fence.proxy.async";
+    if (conflict.missing_fence)
+        return what + "; ordered, but the async proxy sees it only behind a fence.proxy.async for " + (t.cta ? "shared" : "global") + " memory";
     return what + ", with nothing that orders the two";
 }
 

@@ -75,6 +75,7 @@ struct FunctionAst {
     std::vector<Label> labels;
     std::vector<int> scope_parent;  ///< scope 0 is the body
     std::array<uint32_t, 3> max_threads{0, 0, 0}, required_threads{0, 0, 0}, required_cluster{0, 0, 0};
+    uint32_t min_ctas = 0, max_registers = 0;  ///< .minnctapersm, .maxnreg
 };
 
 /// A .loc line; where its code was inlined at is another.

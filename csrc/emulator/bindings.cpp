@@ -92,6 +92,7 @@ std::string text_of(Machine& m, const Trace::Span& s) {
         case Wait::Sleep: return "nanosleep";
         case Wait::Dependency: return "the launch before";
         case Wait::Network: return x ? "an answer of the network" : "quiet";
+        case Wait::Registers: return "registers of its block";
         case Wait::Stores: return "its stores to reach memory";
         case Wait::Load: {
             const Inst& load = s.program->code[x];
@@ -231,7 +232,7 @@ void bind_machine(py::module_& m) {
         .def("map", [](Machine& m, uint64_t host, uint64_t size, const std::string& name, int rank) {
             return m.memory.map(reinterpret_cast<uint8_t*>(host), size, name, rank).base;
         })
-        .def("release", [](Machine& m, uint64_t base) { m.memory.release(base); })
+        .def("release", &Machine::release)
         .def("poison", [](Machine& m, uint64_t address, uint64_t bytes) {
             Region* r = m.memory.find(address);
             if (!r || !r->alive || address + bytes > r->base + r->size) throw Error(ErrorKind::MemoryAccess, "poison: no such allocation");

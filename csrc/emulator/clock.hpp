@@ -49,19 +49,21 @@ class Clock {
 /// What a lane knows. Each flavour answers another question about an earlier access; see Shadow's checks.
 struct Knowledge {
     Clock generic;     ///< it happened before
-    Clock proxy;       ///< ... and a proxy fence lies between, so the async proxy sees it
+    Clock proxy;       ///< ... and a proxy fence for shared memory lies between, so the async proxy sees it
+    Clock proxy_global;  ///< ... for global memory
     Clock init;        ///< ... for mbarrier.init only: fence.mbarrier_init lies between
     Clock map_released, map_acquired;  ///< ... for tensor maps: fence.proxy.tensormap
 
     void join(const Knowledge& o) {
         generic.join(o.generic);
         proxy.join(o.proxy);
+        proxy_global.join(o.proxy_global);
         init.join(o.init);
         map_released.join(o.map_released);
         map_acquired.join(o.map_acquired);
     }
     bool same(const Knowledge& o) const {
-        return generic.same(o.generic) && proxy.same(o.proxy) && init.same(o.init) && map_released.same(o.map_released) &&
+        return generic.same(o.generic) && proxy.same(o.proxy) && proxy_global.same(o.proxy_global) && init.same(o.init) && map_released.same(o.map_released) &&
                map_acquired.same(o.map_acquired);
     }
 };

@@ -45,7 +45,7 @@ void Context::fail(ErrorKind kind, const std::string& what, int lane) const {
     m.fail(kind, what, w, w.cta->launch->program->code[group->pc], lane);
 }
 
-Flow Context::block(Wait wait, uint64_t key, std::string what) const {
+Flow Context::block(Wait wait, uint64_t key, std::function<std::string()> what) const {
     group->wait = wait;
     group->key = key;
     group->waiting_for = std::move(what);

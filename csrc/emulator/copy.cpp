@@ -42,6 +42,11 @@ uint32_t Copy::new_access(Machine& m, Agent agent, uint32_t time) {
                       reduce >= 0 ? Scope::Gpu : Scope::None, warp_.cta->id, warp_.cta->cluster->id, static_cast<uint32_t>(l.device)});
 }
 
+bool Copy::uses_shared(const Cta& cta, Issuer& by) const {
+    by = {&warp_, &inst_, lane_};
+    return std::find(used_.begin(), used_.end(), &cta) != used_.end();
+}
+
 void Copy::use(Cta* cta) {
     cta->operations++;
     used_.push_back(cta);
@@ -132,6 +137,7 @@ void Copy::read_chunk(Machine& m, size_t i, uint8_t* into, bool* poison) {
         if (!r || !r->alive || chunk.global + chunk.bytes > r->base + r->size)
             fail(m, ErrorKind::MemoryAccess, "reads " + std::to_string(chunk.bytes) + " bytes outside all allocations; " + m.memory.describe(chunk.global));
         t = {r->host + (chunk.global - r->base), chunk.global - r->base, r->constant ? nullptr : &r->shadow, r->poison.get(), nullptr, nullptr, r};
+        by.global = true;
         m.counts.copy_read += chunk.bytes;
         if (r->rank != warp_.cta->launch->device) m.network->count_direct(r->rank, warp_.cta->launch->device, chunk.bytes);
     }
@@ -175,9 +181,10 @@ void Copy::write_global(Machine& m, const Chunk& chunk, const uint8_t* data) {
     uint64_t at = chunk.global - r->base;
     Target t{r->host + at, at, &r->shadow, r->poison.get(), nullptr, nullptr, r};
     m.counts.copy_write += chunk.bytes;
+    m.settle(*r, at, chunk.bytes);
     if (r->rank != warp_.cta->launch->device) m.network->count_direct(warp_.cta->launch->device, r->rank, chunk.bytes);
     if (m.options.checks) {
-        Accessor by{{&knowledge}, 1, write_access_, lane_};
+        Accessor by{{&knowledge}, 1, write_access_, lane_, true};
         Conflict conflict = t.shadow->write(m.log, by, at, chunk.bytes);
         if (conflict.found) fail(m, ErrorKind::Hazard, m.describe_race(conflict, t, true));
         if (t.poison) t.poison->set(at, chunk.bytes, false);

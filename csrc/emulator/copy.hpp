@@ -17,6 +17,7 @@ class Copy : public Operation {
     Copy(Context& c, const Inst& inst, int lane);
     ~Copy() override;
     bool step(Machine& m) override;
+    bool uses_shared(const Cta& cta, Issuer& by) const override;
 
     /// Global to shared memory of one or more blocks, completing on an mbarrier in each.
     void to_shared(const Context& c, uint32_t barrier_offset, const std::vector<Cta*>& targets);

@@ -77,6 +77,7 @@ void register_logic(OpTable&);
 void register_convert(OpTable&);
 void register_move(OpTable&);
 void register_control(OpTable&);
+void register_registers(OpTable&);
 void register_memory(OpTable&);
 void register_atomic(OpTable&);
 void register_warp(OpTable&);

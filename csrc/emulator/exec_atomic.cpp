@@ -91,6 +91,8 @@ Flow atomic(Context& c, const Inst& i) {
         Target& t = targets[l];
         t = c.locate(op.space, op.wide ? address : static_cast<uint32_t>(address), bytes, bytes, l, true);
         if (!t.cta && !t.region) c.fail(ErrorKind::MemoryAccess, "atomics work on global and shared memory only", l);
+        if (t.region && !t.region->late.empty()) c.m.settle(*t.region, t.offset, bytes);
+        if (op.order == Order::Release || op.order == Order::AcqRel) c.make_visible(1u << l, op.scope);
         if (c.check_read(t, bytes, access, l)) c.fail(ErrorKind::Hazard, "reads bytes that nobody wrote", l);
         c.check_write(t, bytes, access, l);
         bool change = false;

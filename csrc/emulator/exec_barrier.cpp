@@ -1,6 +1,6 @@
 // bar, barrier and barrier.cluster.
 
-#include "lanes.hpp"
+#include "ordering.hpp"
 
 namespace dsv3::emulator {
 namespace {
@@ -61,7 +61,7 @@ Flow bar(Context& c, const Inst& i) {
     if (c.group->stage == 1) {
         if (b.generation == c.group->token && complete(cta, b)) complete_now(c, id, b);
         if (b.generation != c.group->token) return leave(c, i, id, b);
-        return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, barrier_name(id, b));
+        return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
     }
     uint32_t count = i.flags & has_count ? uniform(c, i.a[2], "number of threads") : 0;
     if (i.flags & has_count && (count == 0 || count % 32))
@@ -92,7 +92,7 @@ Flow bar(Context& c, const Inst& i) {
     if (b.generation != generation) return leave(c, i, id, b);
     c.group->stage = 1;
     c.group->token = generation;
-    return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, barrier_name(id, b));
+    return c.block(Wait::Barrier, uint64_t{cta.id} << 8 | id, [id, &b] { return barrier_name(id, b); });
 }
 
 void decode_bar(Decode& d, bool aligned_by_name) {
@@ -156,15 +156,8 @@ Flow cluster_arrive(Context& c, const Inst& i) {
     w.cta->cluster->last_arrival = std::max(w.cta->cluster->last_arrival, w.cycle);
     w.effects++;
     c.m.progress++;
-    if (c.checks) {
-        Knowledge released = w.release(c.mask);
-        if (i.flags & relaxed) {  // only what fence.mbarrier_init has released
-            Knowledge fenced;
-            fenced.init = released.init;
-            released = fenced;
-        }
-        w.cta->cluster->arriving.join(released);
-    }
+    if (!(i.flags & relaxed)) c.make_visible(c.mask, Scope::Cluster);
+    if (c.checks) w.cta->cluster->arriving.join(i.flags & relaxed ? fenced_release(c, c.mask, Scope::Cluster) : w.release(c.mask));
     cluster_complete(c);
     return Flow::Yield;
 }
@@ -174,12 +167,14 @@ Flow cluster_wait(Context& c, const Inst& i) {
     if (w.cluster_arrivals == w.cluster_waits) c.fail(ErrorKind::Hazard, "waits without a barrier.cluster.arrive before it");
     if (k.generation < w.cluster_arrivals) cluster_complete(c);
     if (k.generation < w.cluster_arrivals) {
-        uint32_t arrived = 0, live = 0;
-        for (Cta* cta : k.ctas)
-            for (auto& other : cta->warps)
-                if (other->live) live++, arrived += other->cluster_arrivals > k.generation;
-        return c.block(Wait::ClusterBarrier, k.id, "barrier.cluster phase " + std::to_string(k.generation) + ": " +
-                       std::to_string(arrived) + " warps arrived, " + std::to_string(live) + " expected");
+        return c.block(Wait::ClusterBarrier, k.id, [&k] {
+            uint32_t arrived = 0, live = 0;
+            for (Cta* cta : k.ctas)
+                for (auto& other : cta->warps)
+                    if (other->live) live++, arrived += other->cluster_arrivals > k.generation;
+            return "barrier.cluster phase " + std::to_string(k.generation) + ": " + std::to_string(arrived) + " warps arrived, " +
+                   std::to_string(live) + " expected";
+        });
     }
     w.cluster_waits++;
     c.m.wait_until(w, i, k.completed_at, {Wait::ClusterBarrier, 0});

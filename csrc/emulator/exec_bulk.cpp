@@ -132,7 +132,9 @@ class SmallCopy : public Operation {
         w.cta->launch->operations++;
     }
     bool step(Machine& m) override {
+        Cta& cta = *warp.cta;
         uint8_t data[16] = {};
+        uint32_t unwritten = 0;
         auto check = [&](const Target& t, bool write, uint32_t n) {
             if (!m.options.checks || !t.shadow || n == 0) return;
             Accessor by{{&knowledge}, 1, access, lane};
@@ -146,11 +148,13 @@ class SmallCopy : public Operation {
             Target t{r->host + (from - r->base), from - r->base, r->constant ? nullptr : &r->shadow, r->poison.get(), nullptr, nullptr, r};
             check(t, false, source_bytes);
             std::memcpy(data, t.data, source_bytes);
+            bool any = cta.poison && t.poison && t.poison->any(t.offset, source_bytes);
+            for (uint32_t b = 0; any && b < source_bytes; b++) unwritten |= uint32_t{t.poison->any(t.offset + b, 1)} << b;
         }
-        Cta& cta = *warp.cta;
         Target t{cta.shared.data() + to, to, cta.shadow.get(), cta.poison.get(), nullptr, &cta, nullptr};
         check(t, true, bytes);
         if (cta.poison) cta.poison->set(to, bytes, false);
+        for (uint32_t rest = unwritten; rest; rest &= rest - 1) cta.poison->set(to + static_cast<uint32_t>(__builtin_ctz(rest)), 1, true);
         std::memcpy(t.data, data, bytes);
         m.counts.copy_read += source_bytes;
         BulkState& s = warp.copies[lane];
@@ -160,6 +164,10 @@ class SmallCopy : public Operation {
         cta.operations--;
         cta.launch->operations--;
         return true;
+    }
+    bool uses_shared(const Cta& cta, Issuer& by) const override {
+        by = {&warp, &inst, lane};
+        return &cta == warp.cta;
     }
     Warp& warp;
     const Inst& inst;
@@ -251,6 +259,10 @@ class LateArrival : public Operation {
         cta->operations--;
         warp.cta->launch->operations--;
         return true;
+    }
+    bool uses_shared(const Cta& other, Issuer& by) const override {
+        by = {&warp, &inst, lane};
+        return &other == cta;
     }
     Warp& warp;
     const Inst& inst;

@@ -217,15 +217,6 @@ void register_control(OpTable& t) {
         if (!d.take("launch_dependents")) d.unsupported("of this kind");
         d.finish(launch_dependents, Class::Control);
     };
-    t["setmaxnreg"] = [](Decode& d) {
-        if (!d.take("inc") && !d.take("dec")) d.unsupported("without .inc or .dec");
-        if (!d.take("sync") || !d.take("aligned") || d.take_type() != Type::U32) d.unsupported("of this form");
-        d.expect_count(1, 1);
-        uint64_t n = d.literal(0);
-        if (n < 24 || n > 256 || n % 8) d.malformed("takes 24 to 256 registers in steps of 8, got " + std::to_string(n));
-        d.inst.convergent = true;
-        d.finish(nothing, Class::Control);
-    };
 }
 
 }  // namespace dsv3::emulator

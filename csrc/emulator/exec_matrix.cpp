@@ -18,8 +18,9 @@ Flow matrix(Context& c, const Inst& i) {
     uint32_t access = c.checks ? c.m.log_access(c.w, i, false, Scope::None) : 0;
     Context::Arrival arrival{};
     for (int k = 0; k < op.matrices; k++) {
-        uint8_t rows[8][16];
+        uint8_t rows[8][16], unwritten[8][16] = {};
         uint32_t regs[32];
+        bool poison = false;
         Target t[8];
         for (int r = 0; r < 8; r++) {
             int lane = k * 8 + r;
@@ -28,11 +29,19 @@ Flow matrix(Context& c, const Inst& i) {
         }
         if (op.is_load) {
             for (int r = 0; r < 8; r++) {
-                if (c.check_read(t[r], 16, access, k * 8 + r)) c.fail(ErrorKind::Hazard, "reads bytes of shared memory that nobody wrote", k * 8 + r);
                 std::memcpy(rows[r], t[r].data, 16);
+                if (!c.check_read(t[r], 16, access, k * 8 + r)) continue;
+                poison = true;
+                for (uint32_t b = 0; b < 16; b++) unwritten[r][b] = t[r].poison->any(t[r].offset + b, 1);
             }
             ldmatrix_distribute(rows, op.transposed, regs);
             std::memcpy(c.dst(i.list[k]), regs, sizeof regs);
+            if (poison || c.w.poisoned) {
+                uint32_t lanes = 0;
+                ldmatrix_distribute(unwritten, op.transposed, regs);
+                for (uint32_t l = 0; l < 32; l++) lanes |= uint32_t{regs[l] != 0} << l;
+                c.mark_unwritten(i.list[k], lanes);
+            }
         } else {
             std::memcpy(regs, c.src(i.list[k]), sizeof regs);
             stmatrix_collect(regs, op.transposed, rows);

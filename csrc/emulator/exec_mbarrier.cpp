@@ -143,7 +143,9 @@ Flow arrive_on(Context& c, const Inst& i) {
         left &= ~same;
         Mbarrier& b = t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second;
         uint32_t phase = b.phase;
-        if (c.checks && op.order != Order::Relaxed) b.arriving.join(c.w.release(same));
+        if (op.order != Order::Relaxed && t.cta != c.w.cta) c.make_visible(same, Scope::Cluster);
+        if (c.checks)
+            b.arriving.join(op.order == Order::Relaxed ? fenced_release(c, same, t.cta == c.w.cta ? Scope::Cta : Scope::Cluster) : c.w.release(same));
         for (uint32_t rest = same; rest; rest &= rest - 1) {
             int l = __builtin_ctz(rest);
             uint32_t operand = i.a[2] == no_ref ? 1 : c.src(i.a[2])[l];
@@ -186,7 +188,7 @@ Flow wait(Context& c, const Inst& i) {
     const MbarrierOp& op = *static_cast<const MbarrierOp*>(i.extra);
     uint32_t done = 0;
     uint64_t key = 0, hash = 0, completed_at = 0, last = 0;
-    std::string missing;
+    std::function<std::string()> missing;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
         Target t = barrier_at(c, op, i, l);
@@ -202,7 +204,11 @@ Flow wait(Context& c, const Inst& i) {
         }
         key = key_of(*t.cta, b);
         hash = hash * 31 + key + b.phase;
-        missing = "phase of parity " + std::to_string(asked & 1) + " of " + show(b);
+        missing = [&phases = *t.cta, offset = b.offset, asked] {
+            auto it = phases.mbarriers.find(offset);
+            std::string which = it == phases.mbarriers.end() ? "an mbarrier that was invalidated" : show(it->second);
+            return "phase of parity " + std::to_string(asked & 1) + " of " + which;
+        };
     }
     if (!done) {
         // try_wait suspends the thread; like hardware it may give up at any time, which a caller must bear. test_wait
@@ -214,13 +220,14 @@ Flow wait(Context& c, const Inst& i) {
     c.group->timed_out = false;
     c.set_pred(i.a[0], done);
     c.m.wait_until(c.w, i, completed_at, {Wait::Mbarrier, last});
-    if (c.checks && op.order != Order::Relaxed) {
+    if (c.checks) {
         for (uint32_t left = done; left;) {
             Target t = barrier_at(c, op, i, __builtin_ctz(left));
             uint32_t same = 0;
             for (uint32_t rest = left; rest; rest &= rest - 1)
                 if (barrier_at(c, op, i, __builtin_ctz(rest)).data == t.data) same |= rest & -rest;
-            c.w.acquire(same, t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second.completed);
+            const Knowledge& completed = t.cta->mbarriers.find(static_cast<uint32_t>(t.offset))->second.completed;
+            op.order == Order::Relaxed ? acquire_by_fence(c, same, completed) : c.w.acquire(same, completed);
             left &= ~same;
         }
     }

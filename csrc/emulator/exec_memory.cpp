@@ -31,12 +31,7 @@ void take_cache_hints(Decode& d, const Operand** policy) {
 
 namespace {
 
-int distance(const Warp& w, const Published& p) {
-    const Cta& cta = *w.cta;
-    return p.cta == cta.id ? 0 : p.cluster == cta.cluster->id ? 1 : p.device == static_cast<uint32_t>(cta.launch->device) ? 2 : 3;
-}
 bool synchronises(const Target& t) { return t.region && t.region->synchronises; }
-int reach(Scope s) { return static_cast<int>(s) - static_cast<int>(Scope::Cta); }
 
 Warp::Fences& fences(Warp& w) {
     if (!w.fences) w.fences = std::make_unique<Warp::Fences>();
@@ -49,17 +44,29 @@ uint64_t address_of(const MemoryOp& op, const uint32_t* base, int l) {
     return op.wide || op.space == Space::Generic ? a : static_cast<uint32_t>(a);
 }
 
+Target element(Target t, uint32_t at) {
+    t.data += at;
+    t.offset += at;
+    return t;
+}
+
 Flow load(Context& c, const Inst& i) {
     const MemoryOp& op = *static_cast<const MemoryOp*>(i.extra);
     uint32_t size = static_cast<uint32_t>(size_of(op.type)), bytes = size * static_cast<uint32_t>(op.vector);
     const uint32_t* base = c.src(i.a[1]);
     Target targets[32];
+    uint8_t seen[32][32];  // where others' stores may still be on their way
     uint64_t hash = 0;
     bool strong = op.order != Order::Weak;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         int l = __builtin_ctz(rest);
-        targets[l] = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
+        Target& t = targets[l];
+        t = c.locate(op.space, address_of(op, base, l), bytes, bytes, l, false);
         if (!strong) continue;
+        if (t.region && !t.region->late.empty()) {
+            c.see(t, bytes, l, seen[l]);
+            t.data = seen[l];
+        }
         uint64_t v = 0;
         std::memcpy(&v, targets[l].data, std::min(bytes, 8u));
         hash = (hash ^ v ^ targets[l].watch()) * 0x9E3779B97F4A7C15;
@@ -102,11 +109,7 @@ Flow load(Context& c, const Inst& i) {
             op.wide_value ? put<uint64_t>(d, l, v) : put<uint32_t>(d, l, static_cast<uint32_t>(v));
             if ((poison >> l & 1) && targets[l].poison->any(targets[l].offset + static_cast<uint32_t>(k) * size, size)) unwritten |= 1u << l;
         }
-        if (!c.checks || (!unwritten && !c.w.poisoned)) continue;
-        uint32_t& mark = c.w.poison[(static_cast<size_t>(i.list[k]) - c.w.cta->launch->program->predicate_words) / 32];
-        c.w.poisoned -= mark != 0;
-        mark = (mark & ~c.mask) | unwritten;
-        c.w.poisoned += mark != 0;
+        if (c.checks && (unwritten || c.w.poisoned)) c.mark_unwritten(i.list[k], unwritten);
     }
     return strong ? Flow::Yield : Flow::Next;
 }
@@ -131,6 +134,14 @@ Flow store(Context& c, const Inst& i) {
             uint64_t v = op.wide_value ? get<uint64_t>(c.src(i.list[k]), l) : c.src(i.list[k])[l];
             std::memcpy(value + static_cast<uint32_t>(k) * size, &v, size);
         }
+        bool passes = synchronises(targets[l]);
+        if (op.order == Order::Release || passes) c.make_visible(1u << l, op.scope);
+        Published released = release_of(c, op, targets[l], l);
+        if (Region* r = targets[l].region) {
+            // A plain store that another thread could see too early is a race, which the checks report.
+            if (op.order == Order::Weak || passes) c.m.settle(*r, targets[l].offset, bytes);
+            else for (uint32_t k = 0; k < bytes; k += size) c.delay(element(targets[l], k), size, l);
+        }
         bool same = std::memcmp(targets[l].data, value, bytes) == 0;
         // Lanes of one store that agree on the value may share an address.
         bool twin = false;
@@ -141,7 +152,7 @@ Flow store(Context& c, const Inst& i) {
         if (tracked && !twin) c.check_write(targets[l], bytes, access, l);
         std::memcpy(targets[l].data, value, bytes);
         if (!same) c.changed(targets[l], bytes);
-        if (targets[l].published) c.publish(targets[l], bytes, release_of(c, op, targets[l], l), false);
+        if (targets[l].published) c.publish(targets[l], bytes, std::move(released), false);
     }
     uint64_t there = c.access(targets, bytes, false, true).there;
     if (op.order != Order::Weak && (first.cta || first.region)) each_active(c, [&](int l) { c.m.stamp(targets[l], bytes, there); });
@@ -190,10 +201,16 @@ void decode_access(Decode& d, bool is_load) {
 
 // ---- fences
 enum FenceKind : int64_t { fence_memory, fence_proxy_async, fence_map_release, fence_map_acquire, fence_mbarrier_init, fence_none };
+constexpr uint32_t of_shared = 1, of_global = 2;  ///< fence.proxy.async, in `flags`
+constexpr uint32_t sequential = 8;  ///< fence.sc; beside the scope in `flags`
 
 Flow fence(Context& c, const Inst& i) {
     Warp& w = c.w;
-    if (i.imm == fence_memory) c.await_stores(i, static_cast<Scope>(i.flags)), memory_fence(c, static_cast<Scope>(i.flags));
+    if (i.imm == fence_memory) {
+        Scope scope = static_cast<Scope>(i.flags & 7);
+        c.await_stores(i, scope);
+        memory_fence(c, scope, i.flags & sequential);
+    }
     if (!c.checks || i.imm == fence_memory) return Flow::Yield;
     uint32_t now = w.now++;
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
@@ -203,7 +220,10 @@ Flow fence(Context& c, const Inst& i) {
         Clock own = k.generic;
         own.add(w.agent, bit, now);
         switch (i.imm) {
-            case fence_proxy_async: k.proxy.join(own); break;
+            case fence_proxy_async:
+                if (i.flags & of_shared) k.proxy.join(own);
+                if (i.flags & of_global) k.proxy_global.join(own);
+                break;
             case fence_mbarrier_init: k.init.join(own); break;
             case fence_map_release: k.map_released.join(own); break;
             case fence_map_acquire: k.map_acquired.join(k.map_released); break;
@@ -224,9 +244,9 @@ void decode_fence(Decode& d, bool membar) {
     d.inst.imm = fence_memory;
     if (d.take("proxy")) {
         if (d.take("alias")) d.inst.imm = fence_none;
-        else if (d.take("async") || d.take("async::global") || d.take("async::shared::cta") || d.take("async::shared::cluster")) {
+        else if (d.take("async")) {
             d.inst.imm = fence_proxy_async;
-            for (const char* s : {"global", "shared::cta", "shared::cluster"}) d.take(s);
+            d.inst.flags = d.take("global") ? of_global : d.take("shared::cta") || d.take("shared::cluster") ? of_shared : of_shared | of_global;
         } else if (d.take("tensormap::generic")) {
             if (d.take("release")) {
                 d.inst.imm = fence_map_release;
@@ -249,23 +269,25 @@ void decode_fence(Decode& d, bool membar) {
         if (!d.take("release") || !d.take("cluster")) d.unsupported("of this form");
         d.inst.imm = fence_mbarrier_init;
     } else {
-        for (const char* m : {"sc", "acq_rel", "acquire", "release"})
-            if (d.take(m)) break;
-        d.inst.flags = static_cast<uint32_t>(scope());
+        bool strongest = d.take("sc") || membar;  // membar is fence.sc's older name
+        for (const char* m : {"acq_rel", "acquire", "release"})
+            if (!strongest && d.take(m)) break;
+        d.inst.flags = static_cast<uint32_t>(scope()) | (strongest ? sequential : 0);
     }
     d.finish(fence, Class::Barrier);
 }
 
 }  // namespace
 
-void memory_fence(Context& c, Scope scope) {
+void memory_fence(Context& c, Scope scope, bool sequential) {
+    c.make_visible(c.mask, scope, sequential);
     if (!c.checks) return;
     uint32_t now = c.w.now++;
     Warp::Fences& f = fences(c.w);
     for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
         size_t l = static_cast<size_t>(__builtin_ctz(rest));
         Knowledge& k = c.w.known[l];
-        for (int at = 0; at <= reach(scope); at++) k.join(f.pending[at][l]);
+        for (int at = 0; at <= reach_of(scope); at++) k.join(f.pending[at][l]);
         f.released[l] = k;
         f.time[l] = now;
         f.scope[l] = scope;
@@ -282,14 +304,14 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
         for (uint32_t rest = left; rest; rest &= rest - 1)
             if (targets[__builtin_ctz(rest)].data == t.data) same |= rest & -rest;
         left &= ~same;
-        if (!t.published || t.published->empty()) continue;
+        if (!t.published || (t.published->empty() && !(t.region && !t.region->late.empty()))) continue;
         for (uint64_t word = t.offset / 4; word <= (t.offset + bytes - 1) / 4; word++) {
-            auto it = t.published->find(word);
-            if (it == t.published->end()) continue;
-            const Published& p = it->second;
-            int d = distance(c.w, p);
-            if (reach(p.scope) < d) continue;
-            if (acquires && reach(op.scope) >= d) {
+            const Published* found = c.published_at(t, word, __builtin_ctz(same));
+            if (!found || found->scope == Scope::None) continue;
+            const Published& p = *found;
+            int d = c.w.cta->locality().distance(p.from);
+            if (reach_of(p.scope) < d) continue;
+            if (acquires && reach_of(op.scope) >= d) {
                 c.w.acquire(same, p.knowledge);
             } else if (!acquires) {
                 for (uint32_t rest = same; rest; rest &= rest - 1)
@@ -302,10 +324,7 @@ void acquire_from(Context& c, const MemoryOp& op, const Target* targets, uint32_
 Published release_of(Context& c, const MemoryOp& op, const Target& target, int lane) {
     Published p;
     if (!c.checks || op.order == Order::Weak) return p;
-    const Cta& cta = *c.w.cta;
-    p.cta = cta.id;
-    p.cluster = cta.cluster->id;
-    p.device = static_cast<uint32_t>(cta.launch->device);
+    p.from = c.w.cta->locality();
     if (op.order == Order::Release || op.order == Order::AcqRel || synchronises(target)) {
         p.knowledge = c.w.release(1u << lane);
         p.scope = op.scope;
@@ -317,6 +336,23 @@ Published release_of(Context& c, const MemoryOp& op, const Target& target, int l
         p.scope = std::min(op.scope, c.w.fences->scope[l]);
     }
     return p;
+}
+
+Knowledge fenced_release(const Context& c, uint32_t lanes, Scope scope) {
+    Knowledge k;
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) {
+        size_t l = static_cast<size_t>(__builtin_ctz(rest));
+        k.init.join(c.w.known[l].init);
+        const Warp::Fences* f = c.w.fences.get();
+        if (!f || !f->time[l] || f->scope[l] < scope) continue;
+        k.join(f->released[l]);
+        k.generic.add(c.w.agent, rest & -rest, f->time[l]);
+    }
+    return k;
+}
+
+void acquire_by_fence(Context& c, uint32_t lanes, const Knowledge& k) {
+    for (uint32_t rest = lanes; rest; rest &= rest - 1) fences(c.w).pending[0][static_cast<size_t>(__builtin_ctz(rest))].join(k);
 }
 
 void register_memory(OpTable& t) {

@@ -38,7 +38,7 @@ void check_map(Context& c, Copy& copy, uint64_t address, int l) {
     if (!c.checks) return;
     Target t = c.locate(Space::Generic, address, kTensorMapBytes, 64, l, false);
     if (!t.shadow) return;
-    Accessor by{{&copy.knowledge}, 1, copy.read_access, 0, true};
+    Accessor by{{&copy.knowledge}, 1, copy.read_access, 0, true, true};
     Conflict conflict = t.shadow->read(c.m.log, by, t.offset, kTensorMapBytes);
     if (conflict.found && conflict.missing_fence)
         c.fail(ErrorKind::Hazard, "stale tensor map: it was written by " + c.m.place_of(c.m.log[conflict.other], conflict.other_lane) +
@@ -207,6 +207,7 @@ Flow replace(Context& c, const Inst& i) {
         uint64_t value = op.wide_value ? get<uint64_t>(c.src(i.a[1]), l) : c.src(i.a[1])[l];
         std::string wrong = map.replace(op.field, static_cast<int>(i.imm), value);
         if (!wrong.empty()) c.fail(ErrorKind::MemoryAccess, wrong, l);
+        if (t.region) c.m.settle(*t.region, t.offset, kTensorMapBytes);
         map.encode(t.data);
         c.changed(t, kTensorMapBytes);
     }
@@ -222,6 +223,7 @@ Flow copy_fence(Context& c, const Inst& i) {
         if (c.check_read(from, kTensorMapBytes, access, l)) c.fail(ErrorKind::Hazard, "copies a tensor map that nobody wrote", l);
         c.check_write(to, kTensorMapBytes, access, l);
     }
+    c.m.settle(*to.region, to.offset, kTensorMapBytes);
     std::memcpy(to.data, from.data, kTensorMapBytes);
     c.changed(to, kTensorMapBytes);
     if (c.checks) {

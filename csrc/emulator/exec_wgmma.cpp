@@ -37,6 +37,11 @@ class TensorCore : public Operation {
         cta_.launch->operations--;
         return true;
     }
+    bool uses_shared(const Cta& cta, Issuer& by) const override {
+        if (&cta != &cta_) return false;
+        by = {cta_.warps[index_ * 4].get(), cta_.warpgroups[index_].queue[0].front().inst, -1};
+        return true;
+    }
     static bool ready(const Warpgroup& g) {
         for (const std::deque<WgmmaIssue>& q : g.queue)
             if (q.empty()) return false;
@@ -244,10 +249,12 @@ Flow wait(Context& c, const Inst& i) {
     uint32_t needed = groups > open ? s.group_end[groups - 1 - open] : s.retired;
     Warpgroup& g = w.cta->warpgroups[w.number / 4];
     if (g.executed < needed) {
-        std::string what = "wgmma " + std::to_string(needed) + " of its warpgroup, " + std::to_string(g.executed) + " are done";
-        for (size_t k = 0; k < 4 && w.number / 4 * 4 + k < w.cta->warps.size(); k++)
-            if (g.queue[k].empty()) what += "; warp " + std::to_string(w.number / 4 * 4 + k) + " has not issued the next";
-        return c.block(Wait::Wgmma, w.id, what);
+        return c.block(Wait::Wgmma, w.id, [&g, &w, needed] {
+            std::string what = "wgmma " + std::to_string(needed) + " of its warpgroup, " + std::to_string(g.executed) + " are done";
+            for (size_t k = 0; k < 4 && w.number / 4 * 4 + k < w.cta->warps.size(); k++)
+                if (g.queue[k].empty()) what += "; warp " + std::to_string(w.number / 4 * 4 + k) + " has not issued the next";
+            return what;
+        });
     }
     const Program& program = *w.cta->launch->program;
     while (!s.in_flight.empty() && s.in_flight.front().first <= needed) {

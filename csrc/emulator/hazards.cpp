@@ -32,6 +32,13 @@ void Machine::slow_checks_before(Context& c, const Inst& inst) {
     }
 }
 
+void Context::mark_unwritten(Ref r, uint32_t lanes) const {
+    uint32_t& at = w.poison[unit(*w.cta->launch->program, static_cast<uint32_t>(r))];
+    w.poisoned -= at != 0;
+    at = (at & ~mask) | (lanes & mask);
+    w.poisoned += at != 0;
+}
+
 /// Results of what only moves values are as unwritten as their sources; any other result is clean.
 void Machine::slow_checks_after(Context& c, const Inst& inst) {
     if (!c.w.poisoned || inst.klass == Class::Wgmma || inst.klass == Class::Memory) return;
@@ -47,10 +54,7 @@ void Machine::slow_checks_after(Context& c, const Inst& inst) {
     }
     for (uint32_t i = inst.reads; i < uint32_t{inst.reads} + inst.writes; i++) {
         if (touched[i] < p.predicate_words) continue;
-        uint32_t& at = c.w.poison[unit(p, touched[i])];
-        c.w.poisoned -= at != 0;
-        at = (at & ~c.mask) | (mark & c.mask);
-        c.w.poisoned += at != 0;
+        c.mark_unwritten(static_cast<Ref>(touched[i]), mark);
     }
 }
 

@@ -43,7 +43,7 @@ void check_launch(const Launch& l) {
                std::to_string(max_block_shared) + " are there");
 }
 
-Knowledge everything(const Clock& clock) { return {clock, clock, clock, clock, clock}; }
+Knowledge everything(const Clock& clock) { return {clock, clock, clock, clock, clock, clock}; }
 
 }  // namespace
 
@@ -102,6 +102,7 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
     uint32_t dynamic = (f.static_shared + f.dynamic_align - 1) / f.dynamic_align * f.dynamic_align;
     l.shared_total = dynamic + l.shared_bytes;
     check_launch(l);
+    l.registers = registers_at_entry(f);
     l.constants = p.constants;
     for (const ConstantPatch& patch : p.patches) {
         const Variable* v = patch.variable < 0 ? &p.variables[static_cast<size_t>(~patch.variable)] : nullptr;
@@ -125,6 +126,8 @@ std::shared_ptr<Launch> Machine::submit(std::shared_ptr<Launch> launch) {
     l.program_index = static_cast<uint32_t>(known - programs_.begin());
     if (known == programs_.end()) programs_.push_back(l.program);
     counters["launches"]++;
+    // What the host may have written since then is newer.
+    spread_late([&](const LateWrite& w) { return w.region->rank == l.device ? everywhere : w.reach; });
     Device& device = devices[static_cast<size_t>(l.device)];
     if (device.dead) l.finished = true;
     else device.queue.push_back(launch);
@@ -247,6 +250,7 @@ void Machine::start_warp(Warp& w) {
     warps_by_id.push_back(&w);
     priorities_.push_back(1024 + (random.next() >> 1));
     w.agent = new_agent(l);
+    w.register_limit = l.registers;
     w.known.fill(everything(l.before.generic));
     w.registers.assign(p.register_words, 0);
     w.local.assign(p.local_bytes * 32, 0);
@@ -344,14 +348,16 @@ void Machine::cta_may_finish(Cta& cta) {
     if (cta.exited || cta.live_threads) return;
     Launch& l = *cta.launch;
     cta.exited = true;
+    check_register_changes(*this, cta);
     uint64_t ended_at = 0;
     for (auto& w : cta.warps) ended_at = std::max(ended_at, w->cycle);
     if (!cta.triggered) l.triggered_at = std::max(l.triggered_at, ended_at);
     l.live_ctas--;
     l.triggered -= cta.triggered;
-    if (cta.operations)
-        fail(ErrorKind::Hazard, "the block exits while " + std::to_string(cta.operations) +
-             " asynchronous operation(s) still use its shared memory", *cta.warps[0], l.program->code[l.function->last - 1], -1);
+    Operation::Issuer by{};
+    for (auto& op : operations_)
+        if (cta.operations && op->uses_shared(cta, by))
+            fail(ErrorKind::Hazard, "block rank " + std::to_string(cta.rank) + " of the cluster exits while this uses its shared memory", *by.warp, *by.inst, by.lane);
     Cluster& cluster = *cta.cluster;
     if (--cluster.live_ctas) return;
     // The blocks of a cluster leave together, for their shared memory is shared among them.
@@ -383,6 +389,7 @@ void Machine::finish_launch(Launch& l) {
     Device& d = devices[static_cast<size_t>(l.device)];
     l.finished = true;
     progress++;
+    spread_late([&](const LateWrite& w) { return w.from.device == static_cast<uint32_t>(l.device) ? same_device : w.reach; });
     d.cycle = std::max(d.cycle, l.ends_at);
     counts.launch_cycles = l.ends_at - l.starts_at;
     Clock done = d.done.generic;
@@ -398,6 +405,7 @@ void Machine::finish_launch(Launch& l) {
         dead_launches_.clear();
         network->forget_order();
         memory.forget_order();
+        late_.clear();
         log.clear();
         for (Device& x : devices) x.done = {};
         align_clocks();

@@ -24,10 +24,13 @@ namespace dsv3::emulator {
 class Machine;
 class Network;
 struct Cta;
+struct Warp;
 struct Launch;
 
 /// What a blocked group waits for. Together with an id (a barrier, a warp, ...) it is the key that wakes it.
-enum class Wait : uint8_t { None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Load, Stores };
+enum class Wait : uint8_t {
+    None, Lanes, Barrier, ClusterBarrier, Mbarrier, Wgmma, BulkGroup, CpAsync, Sleep, Spin, Dependency, Network, Load, Stores, Registers
+};
 
 /// Lanes of a warp that stand at one instruction.
 struct Group {
@@ -40,7 +43,7 @@ struct Group {
     uint32_t stage = 0;        ///< of an instruction that blocks in the middle
     uint64_t token = 0;
     bool timed_out = false;    ///< woken because nothing else could move
-    std::string waiting_for;
+    std::function<std::string()> waiting_for;  ///< as things stand when it is asked
 };
 
 /// A strong load or test that gave the same answer again, with nothing done in between.
@@ -74,6 +77,8 @@ class Operation {
   public:
     virtual ~Operation() = default;
     virtual bool step(Machine& m) = 0;  ///< true: finished
+    struct Issuer { const Warp* warp; const Inst* inst; int lane; };
+    virtual bool uses_shared(const Cta&, Issuer&) const { return false; }  ///< of a block, until it is over
     uint64_t priority = 0;                ///< "pct"
     uint64_t cycle = 0;                   ///< when it ends
 };
@@ -152,6 +157,10 @@ struct Warp {
     struct Logged { uint32_t pc = UINT32_MAX, time = 0, access = 0, strength = 0; };
     std::array<Logged, 16> logged;
 
+    uint32_t register_limit = 0;      ///< a thread's, as setmaxnreg left it; 0: fixed for good
+    struct RegisterChange { const Inst* inst; uint32_t time; };
+    std::vector<RegisterChange> register_changes;
+
     WgmmaState wgmma;
     Agent bulk_read_agent = 0, bulk_write_agent = 0, copy_agent = 0;
     std::map<int, BulkState> bulk;    ///< by lane
@@ -193,6 +202,8 @@ struct Cta {
     bool exited = false;
     bool triggered = false;
     uint32_t live_threads = 0;
+    uint32_t free_registers = 0;  ///< given up by setmaxnreg.dec
+    uint64_t registers_freed_at = 0;  ///< cycle of the last one
     std::vector<uint8_t> shared;  ///< by shared address
     std::unique_ptr<Shadow> shadow;
     std::unique_ptr<Poison> poison;
@@ -202,6 +213,7 @@ struct Cta {
     std::vector<std::unique_ptr<Warp>> warps;
     std::vector<Warpgroup> warpgroups;
     int operations = 0;     ///< asynchronous, that use its shared memory
+    Locality locality() const;
     uint32_t rows[3] = {Trace::no_row, Trace::no_row, Trace::no_row};  ///< of its engines in the trace
 };
 
@@ -217,6 +229,7 @@ struct Launch {
     uint32_t grid[3] = {1, 1, 1}, block[3] = {1, 1, 1}, cluster[3] = {1, 1, 1};
     uint32_t shared_bytes = 0;   ///< dynamic
     uint32_t shared_total = 0;   ///< end of a block's shared memory
+    uint32_t registers = 0;      ///< a thread's at entry, where setmaxnreg counts; else 0
     std::vector<uint8_t> params;
     std::vector<uint32_t> constants;
     uint64_t next_cluster = 0, clusters = 0;
@@ -230,6 +243,8 @@ struct Launch {
     std::vector<std::unique_ptr<Cluster>> cluster_list;
     std::vector<std::unique_ptr<Cta>> ctas;
 };
+
+inline Locality Cta::locality() const { return {id, cluster->id, static_cast<uint32_t>(launch->device)}; }
 
 struct Device {
     bool dead = false;           ///< a fault: nothing of it moves any more
@@ -314,7 +329,10 @@ struct Context {
         return wide ? static_cast<uint64_t>(p[2 * lane + 1]) << 32 | p[2 * lane] : p[lane];
     }
     [[noreturn]] void fail(ErrorKind kind, const std::string& what, int lane = -1) const;
-    Flow block(Wait wait, uint64_t key, std::string what) const;
+    Flow block(Wait wait, uint64_t key, std::function<std::string()> what) const;
+    Flow block(Wait wait, uint64_t key, std::string what) const {
+        return block(wait, key, [what = std::move(what)] { return what; });
+    }
     /// A test that failed (`hash` of what it saw): true when it should block, because it only repeats itself.
     bool polls(uint64_t hash) const;
     /// For .aligned and .sync instructions: true once all of `needed` (live) lanes stand here.
@@ -325,10 +343,23 @@ struct Context {
     /// The race and poison checks of one lane's access; true if it reads bytes nobody wrote.
     bool check_read(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
     void check_write(const Target& t, uint32_t bytes, uint32_t access, int lane) const;
+    /// A register that the active lanes loaded: these of them got bytes that nobody wrote.
+    void mark_unwritten(Ref r, uint32_t lanes) const;
     [[noreturn]] void race(const Conflict& conflict, const Target& t, bool write, int lane) const;
     /// After memory changed: wakes those that poll it.
     void changed(const Target& t, uint32_t bytes) const;
     void publish(const Target& t, uint32_t bytes, Published p, bool keep) const;
+
+    // Late writes; see late.cpp.
+    /// Before a store to global memory: other blocks shall see it later.
+    void delay(const Target& t, uint32_t bytes, int lane) const;
+    /// Copies global memory as this lane sees it.
+    void see(const Target& t, uint32_t bytes, int lane, uint8_t* out) const;
+    /// What the value that this lane sees at a word publishes; null if nothing.
+    const Published* published_at(const Target& t, uint64_t word, int lane) const;
+    /// These lanes release at this scope: others' writes that they have seen become visible that far; of a fence.sc
+    /// (`sequential`), all that it orders.
+    void make_visible(uint32_t lanes, Scope scope, bool sequential = false) const;
 
     /// Counts the access of the active lanes, `bytes` each, and says when it reaches memory and when its result is back.
     struct Arrival { uint64_t there, back; };
@@ -337,6 +368,10 @@ struct Context {
     void await_values(const Inst& inst, const Target* targets, uint32_t bytes) const;
     void await_stores(const Inst& inst, Scope scope) const;
 };
+
+uint32_t registers_at_entry(const Function& f);
+/// At the end of a block: fails if a warp left out a setmaxnreg of its warpgroup.
+void check_register_changes(Machine& m, Cta& cta);
 
 /// The PTX machine: one or more devices in one address space, run by one thread from a seed.
 class Machine {
@@ -350,6 +385,8 @@ class Machine {
     /// empty.
     void run(const std::vector<std::shared_ptr<Launch>>& until);
     bool idle() const;
+    /// The allocation ends; its address stays known as freed.
+    void release(uint64_t base);
     uint64_t module_variable(int device, const std::shared_ptr<const Program>& program, int variable);
 
     Options options;
@@ -392,6 +429,8 @@ class Machine {
     // Used by instructions.
     void wake(Wait wait, uint64_t key);
     void wake_watchers(uint64_t low, uint64_t high);
+    /// What lies here becomes visible to all: before something that all see at once changes it.
+    void settle(Region& region, uint64_t offset, uint64_t bytes);
     void queue(Warp& w);
     void start(std::unique_ptr<Operation> op);
     Agent new_agent(Launch& launch) {
@@ -425,6 +464,10 @@ class Machine {
     uint32_t slice_length();
     bool run_group(Warp& w, Group& g, Context& c, uint32_t budget);
     size_t pick();
+    void arrive_late(size_t i);
+    void extend(LateWrite& write, int reach);
+    /// Makes each late write visible as far as `distance` says.
+    void spread_late(const std::function<int(const LateWrite&)>& distance);
     void nothing_moves();
     [[noreturn]] void deadlock();
     void abandon();
@@ -446,6 +489,7 @@ class Machine {
     size_t turn_ = 0;
     std::vector<uint64_t> priorities_;   ///< "pct": by warp
     std::vector<uint64_t> change_points_;
+    std::vector<std::shared_ptr<LateWrite>> late_;
     friend struct Context;
 };
 

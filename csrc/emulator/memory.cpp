@@ -28,6 +28,7 @@ void GlobalMemory::release(uint64_t base) {
     r.shadow = Shadow(0);
     r.poison.reset();
     r.published.clear();
+    r.late.clear();
     last_ = nullptr;
 }
 
@@ -45,6 +46,7 @@ void GlobalMemory::forget_order() {
     for (auto& [base, region] : regions_) {
         region->shadow.reset();
         region->published.clear();
+        region->late.clear();
     }
 }
 

@@ -7,17 +7,9 @@
 #include <unordered_map>
 #include <vector>
 
-#include "shadow.hpp"
+#include "late.hpp"
 
 namespace dsv3::emulator {
-
-/// What a released value publishes to those that acquire it.
-struct Published {
-    Knowledge knowledge;
-    Scope scope = Scope::None;
-    uint32_t cta = 0, cluster = 0, device = 0;
-};
-using PublishedMap = std::unordered_map<uint64_t, Published>;  ///< by byte offset / 4; never iterated
 
 /// One allocation in the machine's global address space. Kernels see virtual addresses, so a run does not depend on
 /// where the host placed a tensor.
@@ -35,6 +27,7 @@ struct Region {
     Shadow shadow;
     std::unique_ptr<Poison> poison;
     PublishedMap published;
+    LateWords late;
 };
 
 class GlobalMemory {

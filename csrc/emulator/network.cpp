@@ -180,6 +180,7 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
         qp.writes = m.new_agent(launch);
         qp.gets = m.new_agent(launch);
     }
+    c.make_visible(c.mask, Scope::Sys);
     Request& r = *request;
     r.warp = &c.w;
     r.inst = &inst;
@@ -357,6 +358,7 @@ void Network::move_piece(Machine& m, Request& r, uint64_t first, uint64_t last) 
     }
     Target to = target(m, r, r.to + first, bytes, true);
     check(m, r, to, bytes, r.write_access, true);
+    m.settle(*to.region, to.offset, bytes);
     std::memmove(to.data, from.data, bytes);
     written(m, to, bytes);
 }
@@ -364,6 +366,7 @@ void Network::move_piece(Machine& m, Request& r, uint64_t first, uint64_t last) 
 void Network::write_value(Machine& m, Request& r) {
     Target to = target(m, r, r.to, r.bytes, true);
     check(m, r, to, r.bytes, r.write_access, true);
+    m.settle(*to.region, to.offset, r.bytes);
     std::memcpy(to.data, &r.atomic.value, r.bytes);
     m.stamp(to, static_cast<uint32_t>(r.bytes), r.there);
     written(m, to, r.bytes);
@@ -373,6 +376,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
     Target t = target(m, r, r.to, r.bytes, true);
     check(m, r, t, r.bytes, r.write_access, true);
     if (t.poison) t.poison->set(t.offset, r.bytes, false);
+    m.settle(*t.region, t.offset, r.bytes);
     uint64_t old = 0;
     std::memcpy(&old, t.data, r.bytes);
     uint64_t value = result_of(r.atomic, old);
@@ -390,8 +394,7 @@ void Network::apply_atomic(Machine& m, QueuePair& qp, Request& r) {
             if (replaces(r.atomic.op)) at = {};
             at.knowledge.join(k);
             at.scope = Scope::Sys;
-            at.cta = at.cluster = UINT32_MAX;
-            at.device = static_cast<uint32_t>(qp.from);
+            at.from = {UINT32_MAX, UINT32_MAX, static_cast<uint32_t>(qp.from)};
         }
     }
     m.progress++;

@@ -292,13 +292,19 @@ class Parser {
                 out[i] = static_cast<uint32_t>(n);
             }
         };
-        std::array<uint32_t, 3> ignored;
+        auto count = [&] {
+            std::array<uint32_t, 3> out;
+            triple(out);
+            return out[0];
+        };
         while (peek().kind == Token::Word) {
             std::string_view w = word();
             if (w == ".maxntid") triple(f.max_threads);
             else if (w == ".reqntid") triple(f.required_threads);
             else if (w == ".reqnctapercluster") triple(f.required_cluster);
-            else if (w == ".minnctapersm" || w == ".maxnreg" || w == ".maxclusterrank") triple(ignored);
+            else if (w == ".minnctapersm") f.min_ctas = count();
+            else if (w == ".maxnreg") f.max_registers = count();
+            else if (w == ".maxclusterrank") count();
             else if (w == ".pragma") skip_statement();
             else if (w != ".noreturn" && w != ".explicitcluster")
                 fail("unknown directive '" + std::string(w) + "' of a function", ErrorKind::Unsupported);

@@ -19,6 +19,7 @@ const OpTable& op_table() {
         register_convert(t);
         register_move(t);
         register_control(t);
+        register_registers(t);
         register_memory(t);
         register_atomic(t);
         register_warp(t);
@@ -140,6 +141,8 @@ void Builder::layout_module() {
         out.name = f.name;
         out.is_entry = f.is_entry;
         program->by_name[f.name] = static_cast<int>(i);
+        out.min_ctas = f.min_ctas;
+        out.max_registers = f.max_registers;
         std::copy(f.max_threads.begin(), f.max_threads.end(), out.max_threads);
         std::copy(f.required_threads.begin(), f.required_threads.end(), out.required_threads);
         std::copy(f.required_cluster.begin(), f.required_cluster.end(), out.required_cluster);

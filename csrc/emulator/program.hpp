@@ -76,6 +76,8 @@ struct Function {
     uint32_t param_bytes = 0;
     uint32_t static_shared = 0;   ///< end of its static shared memory
     uint32_t dynamic_align = 16;
+    uint32_t min_ctas = 0, max_registers = 0;  ///< .minnctapersm, .maxnreg
+    uint32_t largest_increase = 0;  ///< of its setmaxnreg.inc
     uint32_t max_threads[3] = {0, 0, 0}, required_threads[3] = {0, 0, 0}, required_cluster[3] = {0, 0, 0};
     Ref return_pc = no_ref;       ///< of a .func: register that holds where to return
     std::vector<uint32_t> param_offsets, return_offsets, param_sizes, return_sizes;  ///< of a .func, in lane memory

@@ -57,11 +57,16 @@ void Machine::wake_watchers(uint64_t low, uint64_t high) {
     for (uint64_t key : keys) wake(Wait::Spin, key);
 }
 
-/// Index into runnable warps, then operations.
+/// Index into runnable warps, then operations, then late writes.
 size_t Machine::pick() {
     size_t n = runnable_.size() + operations_.size();
-    if (options.schedule == "round_robin") return turn_++ % n;
-    if (options.schedule != "pct" && options.schedule != "timed") return choose(static_cast<uint32_t>(n));
+    if (late_.size() > most_late || (!late_.empty() && steps - late_.front()->step > latest)) return n;
+    if (options.schedule != "pct" && options.schedule != "timed") {
+        // All late writes together are one agent, so that many of them do not crowd out the others.
+        size_t all = n + !late_.empty();
+        size_t i = options.schedule == "round_robin" ? turn_++ % all : choose(static_cast<uint32_t>(all));
+        return i < n ? i : n + choose(static_cast<uint32_t>(late_.size()));
+    }
     size_t best = 0;
     if (options.schedule == "timed") {
         uint64_t earliest = UINT64_MAX;
@@ -72,12 +77,14 @@ size_t Machine::pick() {
         return best;
     }
     uint64_t highest = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t p = i < runnable_.size() ? priorities_[runnable_[i]->id] : operations_[i - runnable_.size()]->priority;
+    for (size_t i = 0; i < n + late_.size(); i++) {
+        uint64_t p = i < runnable_.size() ? priorities_[runnable_[i]->id]
+                     : i < n ? operations_[i - runnable_.size()]->priority : late_[i - n]->priority;
         if (p >= highest) highest = p, best = i;
     }
     if (std::binary_search(change_points_.begin(), change_points_.end(), turn_++)) {
         if (best < runnable_.size()) priorities_[runnable_[best]->id] = turn_ % 1024;
+        else if (best >= n) late_[best - n]->priority = turn_ % 1024;
         else operations_[best - runnable_.size()]->priority = turn_ % 1024;
     }
     return best;
@@ -97,7 +104,7 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
             }
             admit();
             if (until.empty() ? idle() : std::any_of(until.begin(), until.end(), [](auto& l) { return l->finished; })) return;
-            if (runnable_.empty() && operations_.empty()) {
+            if (runnable_.empty() && operations_.empty() && late_.empty()) {
                 nothing_moves();
                 continue;
             }
@@ -110,8 +117,9 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                 // "exhaustive" decides at synchronising steps only.
                 while (!step_warp(*w) && options.schedule == "exhaustive" && w->live) {}
                 if (w->live) queue(*w);
+            } else if (i -= runnable_.size(); i >= operations_.size()) {
+                arrive_late(i - operations_.size());
             } else {
-                i -= runnable_.size();
                 progress++;
                 time++;
                 if (operations_[i]->step(*this)) {
@@ -280,7 +288,7 @@ void Machine::deadlock() {
                         if (g.mask != w->live) text += " lane " + std::to_string(__builtin_ctz(g.mask)) + "+" + std::to_string(__builtin_popcount(g.mask) - 1);
                         std::string source = launch->program->source_of(inst);
                         text += " at PTX line " + std::to_string(inst.line) + (source.empty() ? "" : " (" + source + ")") +
-                                ": waits for " + g.waiting_for;
+                                ": waits for " + (g.waiting_for ? g.waiting_for() : "its turn");
                     }
     if (blocked > max_listed) text += "\n  and " + std::to_string(blocked - max_listed) + " more";
     throw Error(ErrorKind::Deadlock, text + network->troubles(), place);
@@ -310,6 +318,7 @@ void Machine::kill(int device) {
 /// After a failure: drop everything that ran, so that the machine can be used again.
 void Machine::abandon() {
     operations_.clear();
+    late_.clear();
     network->reset();
     dead_launches_.clear();
     runnable_.clear();

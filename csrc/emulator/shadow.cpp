@@ -67,7 +67,7 @@ static bool ordered(const AccessLog& log, const Accessor& by, uint32_t earlier, 
     for (int i = 0; i < by.count; i++) {
         const Knowledge& k = *by.knowledge[i];
         known &= k.generic.knows(a.agent, lane, a.time);
-        const Clock& flavour = by.proxy_reads_map ? k.map_acquired : k.proxy;
+        const Clock& flavour = by.proxy_reads_map ? k.map_acquired : by.global ? k.proxy_global : k.proxy;
         fenced &= !needs_fence || flavour.knows(a.agent, lane, a.time);
     }
     *fence = known && !fenced;

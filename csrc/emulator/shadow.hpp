@@ -38,6 +38,7 @@ struct Accessor {
     int count;
     uint32_t access;  ///< index into the log
     int lane;         ///< of its agent
+    bool global = false;  ///< the memory is global, not shared
     bool proxy_reads_map = false;  ///< reads a tensor map: needs map_acquired
 };
 

@@ -19,11 +19,16 @@ class VirtualGPU:
     """A Hopper on the CPU.
 
     num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module; "pct" runs by random
-        priorities with few changes, "timed" moves who is earliest in virtual time (to compare figures of
-        `counters["cycles"]` without the noise of a schedule; it finds few bugs), "exhaustive" follows
-        `choices` (see `explore`). checks=False runs faster and reports only deadlocks and accesses outside
-        memory. exact_accumulate: FP32 sums in wgmma, not Hopper's. memory: latency and bandwidth of the GPU's
-        memory in virtual time (see `trace`).
+    priorities with few changes, "timed" moves who is earliest in virtual time (to compare figures of
+    `counters["cycles"]` without the noise of a schedule; it finds few bugs), "exhaustive" follows `choices`
+    (see `explore`). checks=False runs faster and reports only deadlocks and accesses outside memory.
+    exact_accumulate: FP32 sums in wgmma, not Hopper's. memory: latency and bandwidth of the GPU's memory in
+    virtual time (see `trace`).
+
+    A kernel that holds setmaxnreg begins with the registers a thread that ptxas gives it: .maxnreg, else
+    65536 / (.minnctapersm * .maxntid), the threads rounded up to whole warpgroups and the quotient down to a
+    multiple of 8 (at most 256), and no more than its largest setmaxnreg.inc. Without .maxnreg and
+    .minnctapersm ptxas ignores setmaxnreg, and so does this GPU. Warps that have ended give nothing back.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ BUG_SEEDS = 20
 TWIN_SEEDS = 200
 
 HAZARD, DEADLOCK, ACCESS = "HazardError", "DeadlockError", "MemoryAccessError"
+OLD_VALUE = "EmulationError"  # the kernel saw one, and trapped
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,13 @@ CASES = [
             "read_of_unwritten_shared",
             "unwritten_bytes_travel",
             "plain_read_of_atomic",
+            "write_behind_the_arrive",
+            "relaxed_arrive",
+            "one_byte_of_two_threads",
+            "ldmatrix_of_rows_nobody_wrote",
         )
     ),
+    Case("shared.cu", "cp_async_of_floats_nobody_wrote", HAZARD, written=32),
     *(
         Case("global.cu", name, HAZARD, grid=2, block=32)
         for name in (
@@ -65,8 +71,10 @@ CASES = [
             "release_without_syncwarp",
             "counter_without_fence",
             "both_blocks_write",
+            "fence_scope_too_small",
         )
     ),
+    Case("global.cu", "relaxed_data_behind_a_relaxed_flag", OLD_VALUE, grid=2, block=32),
     *(
         Case("async.cu", name, HAZARD)
         for name in (
@@ -82,6 +90,12 @@ CASES = [
             "barrier_used_before_init_is_visible",
             "init_without_fence",
             "box_beyond_the_tensor",
+            "copy_over_writes_without_proxy_fence",
+            "proxy_fence_of_the_other_space",
+            "two_stores_to_one_place",
+            "store_of_floats_nobody_wrote",
+            "exit_while_a_copy_lands",
+            "exit_while_a_store_reads",
         )
     ),
     Case("async.cu", "refill_without_empty_wait", HAZARD, also=DEADLOCK),
@@ -95,9 +109,12 @@ CASES = [
             "a_registers_written_before_wait",
             "operand_overwritten_before_wait",
             "product_of_rows_nobody_wrote",
+            "accumulators_written_before_wait",
+            "a_registers_written_without_fence",
         )
     ),
     Case("wgmma.cu", "stage_released_before_wait", HAZARD, block=160),
+    Case("wgmma.cu", "operand_past_the_end", ACCESS, block=128),
     *(
         Case("cluster.cu", name, HAZARD, grid=2, block=32, cluster=2)
         for name in (
@@ -105,6 +122,9 @@ CASES = [
             "peer_exits_early",
             "st_async_without_wait",
             "remote_arrive_too_early",
+            "arrive_at_an_exited_peer",
+            "relaxed_cluster_arrive",
+            "copy_to_peer_without_wait",
         )
     ),
     Case("cluster.cu", "cluster_wait_in_a_cycle", DEADLOCK, grid=2, block=32, cluster=2),
@@ -133,6 +153,19 @@ CASES = [
             "lane_missing_from_its_mask",
             "flag_that_nobody_sets",
             "barriers_in_opposite_order",
+        )
+    ),
+    *(
+        Case("registers.cu", name, DEADLOCK, block=384)
+        for name in ("increase_beyond_the_pool", "increase_before_the_decrease")
+    ),
+    *(
+        Case("registers.cu", name, HAZARD, block=384)
+        for name in (
+            "setmaxnreg_by_one_warp",
+            "setmaxnreg_of_different_counts",
+            "setmaxnreg_twice_without_barrier",
+            "decrease_to_more",
         )
     ),
     *(

@@ -79,6 +79,50 @@ def test_deadlock_lists_who_waits_for_what():
     assert "2 of 3 arrivals" in text and "parity 0" in text and "ptx.cuh" in text
 
 
+BARRIER = "__shared__ u64 b; if (threadIdx.x == 0) ptx::mbarrier_init(&b, 1); __syncthreads();"
+
+
+@pytest.mark.parametrize(
+    ("body", "waits"),
+    [
+        (
+            BARRIER + "if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(&b, 48); ptx::mbarrier_wait(&b, 0);",
+            ["phase 0 (parity 0): 1 of 1 arrivals, 48 bytes missing"] * 3,
+        ),
+        (
+            BARRIER + "ptx::mbarrier_wait(&b, 1); ptx::mbarrier_wait(&b, 0);",
+            ["phase 0 (parity 0): 0 of 1 arrivals"] * 3,
+        ),
+        (
+            BARRIER + "if (threadIdx.x >= 32) __syncthreads(); else ptx::mbarrier_wait(&b, 0);",
+            ["0 of 1 arrivals", *["barrier 0 phase 1: 64 threads arrived, all of the block expected"] * 2],
+        ),
+        (
+            "if (threadIdx.x >= 64) return; ptx::named_barrier_sync(3, 96);",
+            ["barrier 3 phase 0: 64 threads arrived, 96 expected"] * 2,
+        ),
+        (
+            "if (threadIdx.x == 7) { while (*(volatile int*)o == 0) {} } __syncwarp();",
+            ["another value than 0 in 'int32[1]' at byte 0", "lanes"],
+        ),
+        (
+            "if (threadIdx.x < 64) ptx::cluster_arrive(); else { while (*(volatile int*)o == 0) {} }"
+            "ptx::cluster_wait();",
+            [*["barrier.cluster phase 0: 2 warps arrived, 3 expected"] * 2, "another value than 0"],
+        ),
+    ],
+)
+def test_every_blocked_warp_is_listed_with_its_counts(body, waits):
+    with pytest.raises(emulator.DeadlockError) as info:
+        cuda(f"k(int* o) {{ {body} }}", torch.zeros(1, dtype=torch.int32), block=96)
+    listed = [line for line in str(info.value).splitlines() if ": waits for " in line]
+    assert len(listed) == len(waits) and all("at PTX line" in line for line in listed)
+    for wait in waits:
+        found = next((line for line in listed if wait in line), None)
+        assert found, f"{wait!r} is not in {listed}"
+        listed.remove(found)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("schedule", ["random", "pct", "round_robin"])
 def test_message_passing_by_release_and_acquire(seed, schedule):

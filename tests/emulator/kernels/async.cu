@@ -248,3 +248,96 @@ KERNEL(rows_nobody_wrote) {
     ptx::mbarrier_wait(&full, 0);
     if (BUG || threadIdx.x < 32) out[threadIdx.x] = buffer[threadIdx.x];  // BUG
 }
+
+// What threads wrote, a copy may overwrite only behind a proxy fence.
+KERNEL(copy_over_writes_without_proxy_fence) {
+    __shared__ __align__(128) float buffer[kCount];
+    __shared__ u64 full;
+    buffer[threadIdx.x] = 0;  // BUG
+#if !BUG
+    ptx::fence_proxy_async_shared();
+#endif
+    init_barrier(&full, 1);
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&full, kBytes);
+        ptx::tma_load(buffer, &in_map, &full, 0, 0);  // BUG
+    }
+    ptx::mbarrier_wait(&full, 0);
+    out[threadIdx.x] = buffer[threadIdx.x];
+}
+
+// A proxy fence names the state space that it is for.
+KERNEL(proxy_fence_of_the_other_space) {
+    __shared__ __align__(128) float buffer[kCount];
+    __shared__ u64 full;
+    float* scratch = reinterpret_cast<float*>(flags + 16);
+    init_barrier(&full, 1);
+    scratch[threadIdx.x] = in[threadIdx.x];  // BUG
+#if BUG
+    ptx::fence_proxy_async_shared();
+#else
+    asm volatile("fence.proxy.async;" ::: "memory");  // for both
+#endif
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&full, kBytes);
+        bulk_load(buffer, scratch, kBytes, &full);  // BUG
+    }
+    ptx::mbarrier_wait(&full, 0);
+    out[threadIdx.x] = buffer[threadIdx.x];
+}
+
+// Two stores of one thread have no order, not even in one bulk group.
+KERNEL(two_stores_to_one_place) {
+    __shared__ __align__(128) float buffer[kCount];
+    buffer[threadIdx.x] = in[threadIdx.x];
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        bulk_store(BUG ? out : reinterpret_cast<float*>(flags + 16), buffer, kBytes);  // BUG
+        bulk_store(out, buffer, kBytes);                                              // BUG
+        ptx::bulk_commit_group();
+        ptx::bulk_wait_group_read<0>();
+    }
+}
+
+KERNEL(store_of_floats_nobody_wrote) {
+    __shared__ __align__(128) float buffer[kCount];
+    if (!BUG || threadIdx.x != 7) buffer[threadIdx.x] = in[threadIdx.x];
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        bulk_store(out, buffer, kBytes);  // BUG
+        ptx::bulk_commit_group();
+        ptx::bulk_wait_group_read<0>();
+    }
+}
+
+// Shared memory is somebody else's once the block has ended.
+KERNEL(exit_while_a_copy_lands) {
+    __shared__ __align__(128) float buffer[kCount];
+    __shared__ u64 full;
+    init_barrier(&full, 1);
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_arrive_expect(&full, kBytes);
+        ptx::tma_load(buffer, &in_map, &full, 0, 0);  // BUG
+    }
+#if !BUG
+    ptx::mbarrier_wait(&full, 0);
+#endif
+    out[threadIdx.x] = in[threadIdx.x];
+}
+
+KERNEL(exit_while_a_store_reads) {
+    __shared__ __align__(128) float buffer[kCount];
+    buffer[threadIdx.x] = in[threadIdx.x];
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::tma_store(&out_map, buffer, 0, 0);  // BUG
+        ptx::bulk_commit_group();
+#if !BUG
+        ptx::bulk_wait_group_read<0>();
+#endif
+    }
+}

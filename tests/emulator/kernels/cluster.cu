@@ -116,3 +116,61 @@ KERNEL(cluster_wait_in_a_cycle) {
 #endif
     out[rank * 32 + threadIdx.x] = in[rank * 32 + threadIdx.x];
 }
+
+KERNEL(arrive_at_an_exited_peer) {
+    __shared__ u64 full;
+    const u32 rank = ptx::cluster_rank();
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&full, 1);
+        ptx::fence_mbarrier_init();
+    }
+    cluster_sync();
+    out[rank * 32 + threadIdx.x] = in[rank * 32 + threadIdx.x];
+    if (rank == 1 && threadIdx.x == 0) {
+        for (u32 i = 0; i < 20; ++i) __nanosleep(100);
+        ptx::mbarrier_arrive_cluster(ptx::cluster_address(&full, 0));  // BUG
+    }
+#if !BUG
+    if (rank == 0) wait_cluster(&full, 0);
+#endif
+}
+
+// The relaxed arrive needs a fence before it to hand anything over.
+KERNEL(relaxed_cluster_arrive) {
+    __shared__ float buffer[32];
+    const u32 rank = ptx::cluster_rank(), peer = rank ^ 1;
+    cluster_sync();
+    st_cluster(ptx::cluster_address(&buffer[threadIdx.x], peer), in[rank * 32 + threadIdx.x]);  // BUG
+#if !BUG
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+#endif
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+    ptx::cluster_wait();
+    out[peer * 32 + threadIdx.x] = buffer[threadIdx.x];  // BUG
+}
+
+// A copy into the peer's shared memory has landed when its bytes are counted there.
+KERNEL(copy_to_peer_without_wait) {
+    __shared__ __align__(128) float source[32], buffer[32];
+    __shared__ u64 full;
+    const u32 rank = ptx::cluster_rank(), peer = rank ^ 1;
+    source[threadIdx.x] = in[rank * 32 + threadIdx.x];
+    if (threadIdx.x == 0) {
+        ptx::mbarrier_init(&full, 1);
+        ptx::fence_mbarrier_init();
+        ptx::mbarrier_arrive_expect(&full, 128);
+    }
+    ptx::fence_proxy_async_shared();
+    cluster_sync();
+    if (threadIdx.x == 0)
+        asm volatile(
+            "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], 128, [%2];" ::"r"(  // BUG
+                ptx::cluster_address(buffer, peer)),
+            "r"(ptx::shared_address(source)), "r"(ptx::cluster_address(&full, peer))
+            : "memory");
+#if !BUG
+    wait_cluster(&full, 0);
+#endif
+    out[peer * 32 + threadIdx.x] = buffer[threadIdx.x];  // BUG
+    cluster_sync();
+}

@@ -106,3 +106,48 @@ KERNEL(both_blocks_write) {
     out[blockIdx.x * 32 + threadIdx.x] = in[blockIdx.x * 32 + threadIdx.x];
 #endif
 }
+
+// The flag's scope reaches the other block, the fence's does not.
+KERNEL(fence_scope_too_small) {
+    float* scratch = scratch_of(flags);
+    if (blockIdx.x == 0) {
+        scratch[threadIdx.x] = in[threadIdx.x];  // BUG
+        out[32 + threadIdx.x] = in[32 + threadIdx.x];
+        __syncwarp();
+        if (threadIdx.x == 0) {
+#if BUG
+            __threadfence_block();
+#else
+            __threadfence();
+#endif
+            st_relaxed_gpu(flags, 1);
+        }
+    } else {
+        while (ld_acquire_gpu(flags) == 0) {
+        }
+        out[threadIdx.x] = scratch[threadIdx.x];  // BUG
+    }
+}
+
+// Relaxed accesses do not race, they show old values: here a count that its flag overtakes.
+KERNEL(relaxed_data_behind_a_relaxed_flag) {
+    if (blockIdx.x == 0) {
+        if (threadIdx.x == 0) {
+            st_relaxed_gpu(flags + 8, 1);
+#if BUG
+            st_relaxed_gpu(flags, 1);
+#else
+            st_release_gpu(flags, 1);
+#endif
+        }
+        out[threadIdx.x] = in[threadIdx.x];
+    } else {
+        while (ld_acquire_gpu(flags) == 0) {
+        }
+        while (true) {
+            if (ld_relaxed_gpu(flags + 8) == 1) break;
+            asm volatile("trap;");  // BUG
+        }
+        out[32 + threadIdx.x] = in[32 + threadIdx.x];
+    }
+}

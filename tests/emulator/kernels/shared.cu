@@ -121,3 +121,69 @@ KERNEL(plain_read_of_atomic) {
     const u32 count = ld_weak_shared(&counter);  // BUG
     out[threadIdx.x] = in[threadIdx.x] + (count > kCount ? 1.0f : 0.0f);
 }
+
+// An arrive hands over what came before it.
+KERNEL(write_behind_the_arrive) {
+    __shared__ float buffer[kCount];
+    __shared__ u64 full;
+    if (threadIdx.x == 0) ptx::mbarrier_init(&full, 64);
+    __syncthreads();
+#if BUG
+    ptx::mbarrier_arrive(&full);
+    buffer[threadIdx.x] = in[threadIdx.x];  // BUG
+#else
+    buffer[threadIdx.x] = in[threadIdx.x];
+    ptx::mbarrier_arrive(&full);
+#endif
+    ptx::mbarrier_wait(&full, 0);
+    out[kCount - 1 - threadIdx.x] = buffer[kCount - 1 - threadIdx.x];  // BUG
+}
+
+// A relaxed arrive counts, and orders nothing.
+KERNEL(relaxed_arrive) {
+    __shared__ float buffer[kCount];
+    __shared__ u64 full;
+    if (threadIdx.x == 0) ptx::mbarrier_init(&full, 64);
+    __syncthreads();
+    buffer[threadIdx.x] = in[threadIdx.x];  // BUG
+#if BUG
+    asm volatile("mbarrier.arrive.relaxed.cta.shared::cta.b64 _, [%0];" ::"r"(ptx::shared_address(&full))
+                 : "memory");
+#else
+    ptx::mbarrier_arrive(&full);
+#endif
+    ptx::mbarrier_wait(&full, 0);
+    out[kCount - 1 - threadIdx.x] = buffer[kCount - 1 - threadIdx.x];  // BUG
+}
+
+// Threads may write neighbouring bytes of one word, not the same byte.
+KERNEL(one_byte_of_two_threads) {
+    __shared__ unsigned char bytes[kCount];
+    bytes[threadIdx.x % 32 * 2 + (BUG ? 0 : threadIdx.x / 32)] = threadIdx.x;  // BUG
+    __syncthreads();
+    out[threadIdx.x] = in[threadIdx.x] + (bytes[threadIdx.x % 32 * 2 + threadIdx.x / 32] - int(threadIdx.x));
+}
+
+// The launch marks the second half of `in` as never written: a copy of it may lie in shared memory.
+KERNEL(cp_async_of_floats_nobody_wrote) {
+    __shared__ float buffer[kCount];
+    cp_async(&buffer[threadIdx.x], &in[threadIdx.x]);
+    cp_async_wait_all();
+    __syncthreads();
+    if (BUG || threadIdx.x < 32) out[threadIdx.x] = buffer[threadIdx.x];  // BUG
+}
+
+// Two 8x8 matrices of 16-bit elements are 32 floats each; the second was never written.
+KERNEL(ldmatrix_of_rows_nobody_wrote) {
+    __shared__ __align__(16) float buffer[kCount];
+    if (threadIdx.x >= 32) return;
+    buffer[threadIdx.x] = in[threadIdx.x];
+    __syncwarp();
+    u32 first, second;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second)
+                 : "r"(ptx::shared_address(buffer) + threadIdx.x % 16 * 16)
+                 : "memory");
+    out[threadIdx.x] = __uint_as_float(first);
+    out[32 + threadIdx.x] = BUG ? __uint_as_float(second) : in[32 + threadIdx.x];  // BUG
+}

@@ -175,3 +175,45 @@ KERNEL(product_of_rows_nobody_wrote) {
     finish(out, in, d[0], 32);
     if (BUG && threadIdx.x == 64) out[0] = d[0];  // BUG
 }
+
+KERNEL(accumulators_written_before_wait) {
+    __shared__ Operands o;
+    fill(o);
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    float d[kN / 2] = {};
+#if BUG
+    asm volatile(FENCE WGMMA COMMIT "mov.f32 %0, 0f42000000;\n" WAIT : OPERANDS : "memory");  // BUG
+#else
+    asm volatile(FENCE WGMMA COMMIT WAIT "mov.f32 %0, 0f42000000;\n" : OPERANDS : "memory");
+#endif
+    finish(out, in, d[0], 32);
+}
+
+KERNEL(a_registers_written_without_fence) {
+    __shared__ Operands o;
+    fill(o);
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    float d[kN / 2] = {};
+    u32 a0 = 0, a1 = kOnes, a2 = kOnes, a3 = kOnes;
+#if BUG
+    asm volatile(FENCE "or.b32 %8, %8, 0x38383838;\n" WGMMA_A COMMIT WAIT : OPERANDS_A : "memory");  // BUG
+#else
+    asm volatile("or.b32 %8, %8, 0x38383838;\n" FENCE WGMMA_A COMMIT WAIT : OPERANDS_A : "memory");
+#endif
+    finish(out, in, d[0], 32);
+}
+
+KERNEL(operand_past_the_end) {
+    __shared__ Operands o;
+    fill(o);
+    ptx::fence_proxy_async_shared();
+    __syncthreads();
+    float d[kN / 2];
+    ptx::wgmma_fence();
+    ptx::wgmma_e4m3<kN>(d, ptx::k_major_descriptor(o.a), ptx::k_major_descriptor(o.b + BUG * 256), false);  // BUG
+    ptx::wgmma_commit_group();
+    ptx::wgmma_wait(d);
+    finish(out, in, d[0], 32);
+}
