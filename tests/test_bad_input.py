@@ -49,13 +49,13 @@ def draw_1x128_t(rng):
 
 
 def draw_1x128_both(rng):
-    tokens = rng.randint(1, 300)
+    tokens = rng.randint(1, 40)
     slots = draw_input(rng, "x", tokens, 16 * rng.randint(1, 8)) | {"transpose": True}
     return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
 
 
 def draw_requantize(rng):
-    tokens = rng.randint(1, 300)
+    tokens = rng.randint(1, 40)
     slots: Slots = {"group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
     add(slots, "q", dk.quantize_1x128(torch.randn(tokens, 16 * rng.randint(1, 8))))
     return slots | {"power_of_2_scales": rng.random() < 0.5}
@@ -67,14 +67,14 @@ def draw_128x128(rng):
 
 
 def draw_swiglu(rng):
-    tokens = rng.randint(1, 300)
+    tokens = rng.randint(1, 40)
     x = torch.randn(tokens, 32 * rng.randint(1, 8)).bfloat16()
     slots: Slots = {"x": x, "weights": torch.rand(tokens), "power_of_2_scales": rng.random() < 0.5}
     return slots | {"transpose": True, "group_offsets": offsets_of(rng, rng.randint(1, 4), tokens)}
 
 
 def draw_swiglu_backward(rng):
-    tokens, width = rng.randint(1, 300), 128 * rng.randint(1, 2)
+    tokens, width = rng.randint(1, 40), 128 * rng.randint(1, 2)
     slots: Slots = {"dy": torch.randn(tokens, width).bfloat16(), "recompute": rng.random() < 0.5}
     add(slots, "x", dk.quantize_1x128(torch.randn(tokens, 2 * width)))
     slots["group_offsets"] = offsets_of(rng, rng.randint(1, 4), tokens)
@@ -82,7 +82,7 @@ def draw_swiglu_backward(rng):
 
 
 def draw_permute(rng):
-    tokens, rows = rng.randint(1, 100), rng.randint(1, 300)
+    tokens, rows = rng.randint(1, 100), rng.randint(1, 40)
     slots = draw_input(rng, "x", tokens, 16 * rng.randint(1, 8)) | {"transpose": True}
     slots["index"] = torch.randint(-1, tokens, (rows,), dtype=torch.int32)
     return slots | {"group_offsets": offsets_of(rng, rng.randint(1, 4), rows)}
