@@ -42,7 +42,8 @@ def test_a_report_is_raised_once_and_names_op_argument_and_mend(code):
         report(ErrorCode.NONE)
     text = str(raised.value)
     assert raised.value.code == code
-    assert re.match(r"\w+: (group_offsets|counts) held .*, in an earlier call on .*Mend: \w+", text), text
+    named = r"\w+: (group_offsets|counts|topk_idx|max_recv_tokens) (held|was) .*"
+    assert re.match(named + r", in an earlier call on .*Mend: \w+", text), text
 
 
 def test_an_unknown_code_is_an_error_too():
