@@ -101,7 +101,7 @@ def source(old="", new=""):
     """One file of the kernel and what it includes, changed in one place."""
     text = "".join(
         (kernel_dir() / name).read_text().replace("#pragma once", "")
-        for name in ("ptx.cuh", "error.cuh", "channel.cuh", "dispatch.cuh", "combine.cuh")
+        for name in ("types.cuh", "ptx.cuh", "error.cuh", "channel.cuh", "dispatch.cuh", "combine.cuh")
     )
     text = re.sub(r'#include "[^"]*"', "", text)
     if old:
