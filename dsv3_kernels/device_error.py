@@ -53,10 +53,10 @@ _MESSAGES: dict[int, tuple[str, str]] = {
     ),
     ErrorCode.DISPATCH_EXPERTS: (
         "dispatch: topk_idx held an expert out of range, or twice in its row",
-        "distinct experts 0 to num_experts - 1 in a row, or -1 for none",
+        "pass distinct experts 0 to num_experts - 1 in a row, or -1 for none",
     ),
     ErrorCode.DISPATCH_OVERFLOW: (
-        "dispatch: more rows arrived than max_recv_tokens",
-        "raise max_recv_tokens; print tokens_per_expert.sum()",
+        "dispatch: max_recv_tokens was less than the rows that arrived",
+        "raise it; print tokens_per_expert.sum()",
     ),
 }

@@ -1,4 +1,4 @@
-// Dispatch within a node: every token once to each rank that holds one of its experts, into expert order there.
+// Dispatch within a node: every token once to each rank that holds one of its experts, there by expert.
 //
 // Two blocks a channel: the even one sends a contiguous share of this rank's tokens, a warp for each
 // destination; the odd one receives that channel, a warp for each source. Senders count first; from the
