@@ -1,6 +1,7 @@
 """warmup: compiles what it was told, once, in parallel, and says what the cache held."""
 
 import itertools
+import re
 
 import pytest
 
@@ -29,7 +30,7 @@ def test_names_configurations_and_kernels_each_once():
     kernel._cubin.cache_clear()  # as a fresh process would
     again = dsv3.warmup([config, one], progress=False)
     assert (again.kernels, again.from_cache) == (2, 2)
-    assert str(again).startswith("2 kernels in 0.")
+    assert re.match(r"2 kernels in \d+\.\d", str(again))
 
 
 def test_what_cannot_be_compiled_is_said_with_the_compilers_words():

@@ -164,7 +164,8 @@ def outcomes(text, config, seeds):
     expected = reference.fp8_wgrad(dy_t, x_t, before.clone(), True, offsets)
     for seed in range(seeds):
         out = before.clone()
-        gpu = emulator.VirtualGPU(num_sms=blocks, seed=seed)
+        # Only one schedule or the other brings some faults out.
+        gpu = emulator.VirtualGPU(num_sms=blocks, seed=seed, schedule="pct" if seed % 2 else "random")
         with emulator.virtual_gpu():  # whose error word the arguments hold
             prepared = wgrad.prepare(config, tuple(out.shape), token_tiles * 128, True, True, blocks)
             arguments = prepared.arguments((dy_t.data, x_t.data, dy_t.scales, x_t.scales, out, offsets))

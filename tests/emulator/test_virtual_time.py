@@ -162,8 +162,11 @@ def test_nobody_sees_a_value_before_it_is_written(schedule):
         for checks in (True, False):
             flag, out = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
             gpu = cuda(source, flag, out, grid=2, block=1, seed=seed, schedule=schedule, checks=checks)
-            # The flag's way to memory, the value's way back, and the way of what is stored then.
-            assert 1000 + 3 * (LATENCY // 2) < gpu.counters["cycles"] < 1000 + 3 * LATENCY + 1200
+            # The flag's way to memory, the value's way back, and the way of what is stored then. Under random
+            # and pct the flag may become visible any time after that.
+            assert gpu.counters["cycles"] > 1000 + 3 * (LATENCY // 2)
+            if schedule in ("round_robin", "timed"):
+                assert gpu.counters["cycles"] < 1000 + 3 * LATENCY + 1200
             assert out.item() == 7
 
 
