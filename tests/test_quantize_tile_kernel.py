@@ -8,7 +8,8 @@ import torch
 from fp8_helpers import assert_same, fresh_generator, wide
 
 import dsv3_kernels as dk
-from dsv3_kernels import emulator, launch, quantize, reference, tile
+from dsv3_kernels import emulator, launch, quantize, quantized, reference, tile
+from dsv3_kernels.device_error import DeviceValueError, ErrorCode
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -271,16 +272,50 @@ BAD_OFFSETS = [
 ]
 
 
+def reports_offsets():
+    return pytest.raises(DeviceValueError, match=r"group_offsets held values that descend, do not start at 0")
+
+
+def quantisers_of_groups(x):
+    """With offsets of its rows."""
+    q, index = dk.quantize_1x128(x), torch.arange(x.shape[0], dtype=torch.int32)
+    dy = x[:, :128].contiguous()
+    yield lambda o: dk.quantize_1x128_t(x, o)
+    yield lambda o: dk.quantize_1x128(x, transpose=True, group_offsets=o)
+    yield lambda o: dk.requantize_1x128_t(q, o)
+    yield lambda o: dk.swiglu_quantize(x, transpose=True, group_offsets=o)
+    yield lambda o: dk.swiglu_backward_quantize(dy, q, o)
+    yield lambda o: dk.swiglu_backward_quantize(dy, q, o, recompute=True)
+    yield lambda o: dk.permute_quantize(x, index, transpose=True, group_offsets=o)
+
+
+def test_wrong_offsets_are_reported_once_and_right_ones_never():
+    """Each kind of mistake, in the first 32 offsets that a warp looks at together and in the next."""
+    tokens = 200
+    x = torch.randn(tokens, 256, generator=fresh_generator()).bfloat16()
+    wrong = [[5, 100, 200], [-1, 100], [0, 100, 99, 200], [0, 100, 201], [0, -3], [7], [*range(40), 38]]
+    right = [[0, 0, 200], [0, 10], [0], [*range(40), 39], [0] * 32 + [200]]
+    for quantiser in quantisers_of_groups(x):
+        with emulator.virtual_gpu(checks=False):
+            for offsets in wrong:
+                with reports_offsets() as raised:
+                    quantiser(torch.tensor(offsets, dtype=torch.int32))
+                assert raised.value.code == ErrorCode.QUANTIZE_OFFSETS
+            for offsets in right:
+                quantiser(torch.tensor(offsets, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("offsets", BAD_OFFSETS, ids=lambda o: str(o[:4]))
 def test_offsets_on_a_gpu_are_clamped(offsets):
     """Nobody reads them back there, and none makes the kernel read or write outside its arguments."""
     tokens = 257
     x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
     offsets_there = torch.tensor(offsets, dtype=torch.int32)
-    with emulator.virtual_gpu():
-        q = dk.quantize_1x128_t(x, offsets_there)
-    with emulator.virtual_gpu(checks=False):  # overlapping groups write a row more than once
-        _, q_t = dk.quantize_1x128(x, transpose=True, group_offsets=offsets_there)
+    rows = quantized.empty_rows(x.shape, x.device)
+    q, q_t = (quantized.empty_transposed(x.shape, offsets_there, x.device) for _ in range(2))
+    for outputs, checks in (((None, q), True), ((rows, q_t), False)):  # groups that overlap write rows twice
+        with emulator.virtual_gpu(checks=checks), reports_offsets():
+            quantize._launch_1x128_t("op", x, offsets_there, *outputs, False, False)
     columns = []
     clamped = [min(max(o, 0), tokens) for o in offsets]
     for low, high in itertools.pairwise(clamped):
@@ -344,7 +379,7 @@ def test_nothing_is_written_outside_the_outputs(dtype):
         )
         with emulator.virtual_gpu():
             outputs = (codes[1], scales[1], codes_t[1], scales_t[1])
-            arguments = (x, offsets, *outputs, 140, width, 4, tiles, leading, leading)
+            arguments = (x, offsets, 0, *outputs, 140, width, 4, tiles, leading, leading)
             kernel = quantize.kernel_1x128_t(dtype, False, row_wise)
             launch.launch(kernel, ((tiles + 1) * 2, 1, 1), (threads, 1, 1), arguments)
         guards_are_whole(codes[0], scales[0], codes_t[0], scales_t[0])
@@ -439,7 +474,7 @@ def test_a_broken_kernel_is_noticed(name):
     seen = set()
     for seed in range(5):
         gpu = emulator.VirtualGPU(seed=seed)
-        arguments = (x, 0, codes, scales, codes_t, scales_t, 128, 128, 0, 1, 128, 128)
+        arguments = (x, 0, 0, codes, scales, codes_t, scales_t, 128, 128, 0, 1, 128, 128)
         threads = 32 * x.element_size() * 2
         try:
             gpu.launch(compiled.ptx, compiled.names[0], grid=(1, 1, 1), block=(threads, 1, 1), args=arguments)
@@ -475,14 +510,15 @@ def test_tensors_of_more_than_2_to_the_32_elements():
     first = 2**17 + 100
     values = torch.randn(128, 128, generator=fresh_generator()).half()
     x[first : first + 128, :128] = values
-    offsets = torch.tensor([first, first + 128], dtype=torch.int32)
+    offsets, word = torch.tensor([first, first + 128], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     with emulator.virtual_gpu(checks=False):
         kernel = quantize.kernel_1x128_t(torch.float16, False)
-        arguments = (x, offsets, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
+        arguments = (x, offsets, word, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
         launch.launch(kernel, (1, 1, 1), (128, 1, 1), arguments)
     want = reference.quantize_1x128_t(values)
     assert torch.equal(data[:, :128], want.data.view(torch.uint8))
     assert torch.equal(scales, want.scales[:, 0])
+    assert word == ErrorCode.QUANTIZE_OFFSETS, "they do not start at 0"
 
 
 def test_empty_tensors_launch_nothing():

@@ -227,7 +227,7 @@ def test_a_broken_kernel_is_noticed(name):
     for seed in range(5):
         codes, codes_t = torch.zeros(128, 256, dtype=torch.uint8), torch.zeros(256, 128, dtype=torch.uint8)
         scales, scales_t = torch.zeros(256), torch.zeros(256)
-        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, codes, scales, codes_t, scales_t, 0, 0)
+        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, 0, codes, scales, codes_t, scales_t, 0, 0)
         arguments += (128, 128, 0, 1, *x.scales.stride(), 128)
         gpu = emulator.VirtualGPU(seed=seed)
         try:
