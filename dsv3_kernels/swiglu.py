@@ -122,17 +122,9 @@ def _launch_forward(
     transposed = (0, 0) if q_t is None else (q_t.data, q_t.scales)
     strides = (q.scales.stride(1), 0 if q_t is None else q_t.scales.stride(1))
     arguments = (
-        *(
-            x,
-            address_of(weights),
-            *offsets_arguments(group_offsets),
-            q.data,
-            q.scales,
-            *transposed,
-            tokens,
-            width,
-        ),
-        *(groups_of(group_offsets), 0 if q_t is None else q_t.scales.shape[1], *strides),
+        *(x, address_of(weights), *offsets_arguments(group_offsets), q.data, q.scales, *transposed),
+        *(tokens, width, groups_of(group_offsets)),
+        *(0 if q_t is None else q_t.scales.shape[1], *strides),
     )
     kernel = kernel_forward(power_of_2_scales, q_t is not None)
     down = token_tiles(tokens, group_offsets, rest=True)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fp8_helpers import assert_same, fresh_generator, wide
+from fp8_helpers import assert_same, commit_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, quantized, reference, tile
@@ -56,21 +56,21 @@ def check_both(x, offsets=None, power_of_2=False, **gpu):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (129, 272), (2, 37, 144)])
 def test_blocks(dtype, power_of_2, shape):
-    check_128x128(wide(fresh_generator(), *shape).to(dtype), power_of_2)
+    check_128x128(wide(commit_generator(), *shape).to(dtype), power_of_2)
 
 
 @each_dtype
 @powers
 @pytest.mark.parametrize("shape", [(16, 16), (144, 272), (2, 48, 144)])
 def test_blocks_with_their_transpose(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     w = torch.randn(shape, generator=generator)
     w[..., ::3, :] *= torch.randn(w[..., ::3, :].shape, generator=generator).exp2()
     check_128x128(w.to(dtype), power_of_2, transpose=True)
 
 
 def test_experts_take_one_launch():
-    w = torch.randn(5, 32, 144, generator=fresh_generator())
+    w = torch.randn(5, 32, 144, generator=commit_generator())
     with emulator.virtual_gpu() as gpu:
         q, q_t = dk.quantize_128x128(w, transpose=True)
     assert gpu.counters["launches"] == 1
@@ -84,7 +84,7 @@ def test_experts_take_one_launch():
 @each_dtype
 @powers
 def test_blocks_with_nan_infinity_zeros_and_subnormals(dtype, power_of_2):
-    w = torch.randn(128, 6 * 128, generator=fresh_generator()).to(dtype)
+    w = torch.randn(128, 6 * 128, generator=commit_generator()).to(dtype)
     w[127, 127] = float("nan")
     w[5, 128] = float("inf")
     w[0, 256], w[1, 256] = float("-inf"), float("nan")
@@ -103,7 +103,7 @@ def test_blocks_with_nan_infinity_zeros_and_subnormals(dtype, power_of_2):
 @powers
 @pytest.mark.parametrize("shape", [(1, 8), (128, 128), (300, 136)])
 def test_transposed(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     check_1x128_t(torch.randn(shape, generator=generator).to(dtype), None, power_of_2)
     x = wide(generator, *shape[::-1]).t().contiguous()  # features from subnormal to nearly overflowing
     check_1x128_t(x.to(dtype), None, power_of_2)
@@ -113,7 +113,7 @@ def test_transposed(dtype, power_of_2, shape):
 @powers
 def test_tiles_restart_at_each_group(dtype, power_of_2):
     tokens = sum(GROUPS) + 11  # the last rows are of no group
-    x = torch.randn(tokens, 24, generator=fresh_generator()).to(dtype)
+    x = torch.randn(tokens, 24, generator=commit_generator()).to(dtype)
     q = check_1x128_t(x, offsets_of(*GROUPS), power_of_2)
     assert q.shape[1] == 128 * ((tokens + 127 * 5) // 128)
     codes = q.data.view(torch.uint8)
@@ -123,7 +123,7 @@ def test_tiles_restart_at_each_group(dtype, power_of_2):
 
 def test_groups_of_every_count():
     """The search for a tile's group takes 32 groups at a time."""
-    generator = fresh_generator()
+    generator = commit_generator()
     for groups in (1, 31, 32, 33, 70):
         sizes = torch.randint(0, 6, (groups,), generator=generator) ** 3
         sizes[torch.rand(groups, generator=generator) < 0.5] = 0
@@ -136,14 +136,14 @@ def test_groups_of_every_count():
     [(0, [0, 0, 0, 0]), (0, [0, 0]), (5, [0, 0, 0]), (300, [0]), (128, [0, 128]), (129, [0, 0, 129])],
 )
 def test_empty_groups_and_empty_tensors(tokens, offsets):
-    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 16, generator=commit_generator()).bfloat16()
     check_1x128_t(x, torch.tensor(offsets, dtype=torch.int32))
 
 
 @each_dtype
 @powers
 def test_transposed_with_nan_infinity_and_zeros(dtype, power_of_2):
-    x = torch.randn(130, 16, generator=fresh_generator()).to(dtype)
+    x = torch.randn(130, 16, generator=commit_generator()).to(dtype)
     x[127, 0] = float("nan")
     x[0, 1] = float("inf")
     x[3, 2], x[64, 2] = float("-inf"), float("nan")
@@ -162,7 +162,7 @@ def test_transposed_with_nan_infinity_and_zeros(dtype, power_of_2):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
 def test_both_orientations(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     check_both(torch.randn(shape, generator=generator).to(dtype), None, power_of_2)
     check_both(wide(generator, *shape).to(dtype), None, power_of_2)
     check_both(wide(generator, *shape[::-1]).t().contiguous().to(dtype), None, power_of_2)
@@ -174,13 +174,13 @@ def test_both_orientations(dtype, power_of_2, shape):
 def test_both_orientations_of_groups(dtype, power_of_2, rest):
     """Row-wise the rows past the last group count too."""
     tokens = sum(GROUPS) + rest
-    x = torch.randn(tokens, 32, generator=fresh_generator()).to(dtype)
+    x = torch.randn(tokens, 32, generator=commit_generator()).to(dtype)
     x[3, 5], x[200, 7], x[300, 16:] = float("nan"), float("inf"), 0.0
     check_both(x, offsets_of(*GROUPS), power_of_2)
 
 
 def test_both_orientations_of_many_groups_and_of_none():
-    generator = fresh_generator()
+    generator = commit_generator()
     for groups in (0, 1, 31, 32, 33, 63, 64):
         sizes = torch.randint(0, 6, (groups,), generator=generator) ** 3
         sizes[torch.rand(groups, generator=generator) < 0.5] = 0
@@ -196,7 +196,7 @@ def test_both_orientations_of_many_groups_and_of_none():
 
 @each_dtype
 def test_ue8m0_scales(dtype):
-    generator = fresh_generator()
+    generator = commit_generator()
     x = wide(generator, 300, 144).to(dtype)
     x[3, 5], x[200, 7] = float("nan"), float("inf")
     offsets, w = offsets_of(20, 0, 270), x[:288].contiguous()
@@ -228,7 +228,7 @@ def check_requantized(q, offsets=None, power_of_2=False, **gpu):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
 def test_requantized(power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     for x in (torch.randn(shape, generator=generator), wide(generator, *shape)):
         q = dk.quantize_1x128(x, power_of_2_scales=power_of_2)
         check_requantized(q, None, power_of_2)
@@ -238,14 +238,14 @@ def test_requantized(power_of_2, shape):
 
 @powers
 def test_requantized_groups(power_of_2):
-    x = torch.randn(sum(GROUPS) + 11, 48, generator=fresh_generator())
+    x = torch.randn(sum(GROUPS) + 11, 48, generator=commit_generator())
     check_requantized(dk.quantize_1x128(x, power_of_2_scales=power_of_2), offsets_of(*GROUPS), power_of_2)
 
 
 @powers
 def test_requantized_codes_of_every_kind_and_scales_of_any(power_of_2):
     """Every code, NaN too, with subnormal, infinite, huge and NaN scales."""
-    generator = fresh_generator()
+    generator = commit_generator()
     data = torch.randint(0, 256, (256, 256), dtype=torch.uint8, generator=generator)
     data[:, :128] &= 0x77  # no NaN on the left
     scales = torch.ldexp(torch.ones(256, 2), torch.randint(-149, 128, (256, 2), generator=generator))
@@ -292,7 +292,7 @@ def quantisers_of_groups(x):
 def test_wrong_offsets_are_reported_once_and_right_ones_never():
     """Each kind of mistake, in the first 32 offsets that a warp looks at together and in the next."""
     tokens = 200
-    x = torch.randn(tokens, 256, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 256, generator=commit_generator()).bfloat16()
     wrong = [[5, 100, 200], [-1, 100], [0, 100, 99, 200], [0, 100, 201], [0, -3], [7], [*range(40), 38]]
     right = [[0, 0, 200], [0, 10], [0], [*range(40), 39], [0] * 32 + [200]]
     for quantiser in quantisers_of_groups(x):
@@ -309,7 +309,7 @@ def test_wrong_offsets_are_reported_once_and_right_ones_never():
 def test_offsets_on_a_gpu_are_clamped(offsets):
     """Nobody reads them back there, and none makes the kernel read or write outside its arguments."""
     tokens = 257
-    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 16, generator=commit_generator()).bfloat16()
     offsets_there = torch.tensor(offsets, dtype=torch.int32)
     rows = quantized.empty_rows(x.shape, x.device)
     q, q_t = (quantized.empty_transposed(x.shape, offsets_there, x.device) for _ in range(2))
@@ -334,7 +334,7 @@ def test_offsets_on_a_gpu_are_clamped(offsets):
 @each_dtype
 def test_nothing_is_written_outside_the_outputs(dtype):
     """Straight to the kernels: outputs poisoned, with guards around them."""
-    generator = fresh_generator()
+    generator = commit_generator()
 
     def guarded(elements, dtype, poison):
         memory = torch.full((elements + 512,), poison, dtype=dtype)
@@ -396,7 +396,7 @@ def test_nothing_is_written_outside_the_outputs(dtype):
 
 @each_dtype
 def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
-    x = torch.randn(256, 384, generator=fresh_generator()).to(dtype)
+    x = torch.randn(256, 384, generator=commit_generator()).to(dtype)
     with emulator.virtual_gpu(checks=False) as gpu:
         dk.quantize_128x128(x, transpose=True)
     counters = gpu.counters
@@ -466,7 +466,7 @@ def test_a_broken_kernel_is_noticed(name):
     dtype = "float" if "kRows" in broken else "dsv3::Bf16"
     expression = f"dsv3::quantize_1x128_t<{dtype}, false, true>"
     compiled = compile_source(tile_sources(broken, by), (expression,), source_options())
-    x = torch.randn(128, 128, generator=fresh_generator())
+    x = torch.randn(128, 128, generator=commit_generator())
     x = x if dtype == "float" else x.bfloat16()
     codes, codes_t = (torch.zeros(128, 128, dtype=torch.uint8) for _ in range(2))
     scales, scales_t = torch.empty(128), torch.empty(128)
@@ -490,7 +490,7 @@ def test_a_broken_kernel_is_noticed(name):
 
 @pytest.mark.parametrize("schedule", ["random", "round_robin", "pct"])
 def test_any_order_of_the_warps(schedule):
-    generator = fresh_generator()
+    generator = commit_generator()
     seed = int(torch.randint(2**31, (), generator=generator))
     x = torch.randn(144, 144, generator=generator).bfloat16()
     check_128x128(x, transpose=True, seed=seed, schedule=schedule, num_sms=1)
@@ -508,7 +508,7 @@ def test_tensors_of_more_than_2_to_the_32_elements():
         pytest.skip(f"this machine promises no more memory than it has: {error}")
     scales = torch.empty(128)
     first = 2**17 + 100
-    values = torch.randn(128, 128, generator=fresh_generator()).half()
+    values = torch.randn(128, 128, generator=commit_generator()).half()
     x[first : first + 128, :128] = values
     offsets, word = torch.tensor([first, first + 128], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     with emulator.virtual_gpu(checks=False):
