@@ -181,7 +181,7 @@ def test_route(scores_of_lane, logits):
     sass = disassemble(cubin.image)
     assert sass.widths("LDG") == {32: 2 * scores_of_lane}, "a score and a bias an expert"
     assert sass.count("MUFU.EX2") == scores_of_lane * logits
-    assert sass.count("REDUX") > 0 and sass.count("ATOMG") == scores_of_lane
+    assert sass.count("REDUX") > 0 and sass.count("REDG") == scores_of_lane
     assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0, "warps know nothing of each other"
     check_resources(cubin, sass, 112 if scores_of_lane == 16 else 64)
 
