@@ -309,6 +309,7 @@ def route(
 # GEMM
 
 
+@torch.autocast("cpu", enabled=False)
 def _matmul_nt(a: QuantizedTensor, b: QuantizedTensor, accumulation: Accumulation) -> Tensor:
     """FP32 a·bᵀ."""
     if accumulation == "hopper":
