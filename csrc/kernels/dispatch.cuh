@@ -39,8 +39,9 @@ struct Received {
     u32 max_rows;
 };
 
-// Lane k: the expert of choice k, or -1 for one that is none, out of range, or in the row already.
-__device__ __forceinline__ i32 choice(const Tokens& tokens, u32 token, u32 lane, i32 experts, u32* error) {
+// Lane k: the expert of choice k, or -1 for one that is none, out of range, or in the row already. The last
+// two set `fault`.
+__device__ __forceinline__ i32 choice(const Tokens& tokens, u32 token, u32 lane, i32 experts, bool& fault) {
     i64 expert = -1;
     if (lane < tokens.topk) expert = tokens.topk_idx[static_cast<i64>(token) * tokens.topk + lane];
     bool bad = expert < -1 || expert >= experts;
@@ -49,14 +50,14 @@ __device__ __forceinline__ i32 choice(const Tokens& tokens, u32 token, u32 lane,
         const i32 earlier = __shfl_sync(kFullWarp, mine, k);
         bad |= lane > k && mine >= 0 && mine == earlier;
     }
-    if (bad) report_error(error, ErrorCode::kDispatchExperts);
+    fault |= bad;
     return bad ? -1 : mine;
 }
 
 // One warp: its tokens for one destination. `counts` is shared memory of this warp, [local_experts].
 __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, const Workspace& mine, u32 rank,
                                      u32 peer, u32 channel, u32 channels, u64 epoch, u32* counts,
-                                     i32* sent_slot, u32* error, const Deadline& deadline) {
+                                     i32* sent_slot, const Deadline& deadline) {
     const u32 lane = threadIdx.x % 32;
     const u32 share = (tokens.count + channels - 1) / channels;
     const u32 first = min(channel * share, tokens.count);
@@ -66,8 +67,9 @@ __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, con
     for (u32 e = lane; e < mine.local_experts; e += 32) counts[e] = 0;
     __syncwarp();
     u32 total = 0;
+    bool fault = false;
     for (u32 token = first; token < last; ++token) {
-        const i32 local = choice(tokens, token, lane, experts, error) - low;
+        const i32 local = choice(tokens, token, lane, experts, fault) - low;
         const bool here = local >= 0 && local < static_cast<i32>(mine.local_experts);
         if (here) ++counts[local];  // a token's experts differ, so no two lanes meet
         total += __ballot_sync(kFullWarp, here) != 0;
@@ -75,18 +77,20 @@ __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, con
     }
 
     if (deadline.wait_warp(mine.ack(peer), epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
+    fault = __any_sync(kFullWarp, fault);
     u32* announced = theirs.counts(rank, channel);
     for (u32 e = lane; e < mine.local_experts; e += 32) announced[e] = counts[e];
     if (lane == 0) {
         announced[mine.local_experts] = total;
         announced[mine.local_experts + 1] = first;
+        announced[mine.local_experts + 2] = fault ? static_cast<u32>(ErrorCode::kDispatchExperts) : 0;
     }
     u64* tail = theirs.tail(rank, channel);
     publish(tail, epoch << 32);
 
     u32 sent = 0;
     for (u32 token = first; token < last; ++token) {
-        const i32 local = choice(tokens, token, lane, experts, error) - low;
+        const i32 local = choice(tokens, token, lane, experts, fault) - low;
         const bool here = local >= 0 && local < static_cast<i32>(mine.local_experts);
         const bool goes = __ballot_sync(kFullWarp, here) != 0;
         if (lane == 0) sent_slot[static_cast<i64>(token) * mine.ranks + peer] = goes ? first + sent : -1;
@@ -175,7 +179,7 @@ __device__ __forceinline__ bool receive(const Tokens& shape, const Received& out
 }
 
 // One block, after all counts have come: the first row of each (source, expert) of this channel, into
-// next[source][e].
+// next[source][e]. What any rank found wrong is reported here on every rank.
 __device__ __forceinline__ void plan(const Received& out, const Workspace& mine, u32 channel, u32 channels,
                                      u32* next, u32* starts, u32* error) {
     for (u32 e = threadIdx.x; e < mine.local_experts; e += blockDim.x) {
@@ -187,6 +191,11 @@ __device__ __forceinline__ void plan(const Received& out, const Workspace& mine,
             }
         starts[e] = running;
     }
+    if (channel == 0)
+        for (u32 i = threadIdx.x; i < mine.ranks * channels; i += blockDim.x) {
+            const u32 code = mine.counts(i / channels, i % channels)[mine.local_experts + 2];
+            if (code) report_error(error, static_cast<ErrorCode>(code));
+        }
     __syncthreads();
     if (threadIdx.x == 0) {
         u32 running = 0;
@@ -236,7 +245,7 @@ __global__ void __launch_bounds__(256)
         Workspace theirs = mine;
         theirs.base = workspaces[peer];
         kept = dispatch::send(from, theirs, mine, rank, peer, channel, channels, epoch, per_peer, sent_slot,
-                              error, deadline);
+                              deadline);
     } else {
         const u64 counted = epoch << 32;
         if (lane < channels)

@@ -35,7 +35,7 @@ class Workspace:
     def size(self) -> int:
         ranks = self.shape.topology.size
         words = 8 * ranks * (1 + MAX_CHANNELS)
-        counts = 4 * ranks * MAX_CHANNELS * (self.shape.local_experts + 2)
+        counts = 4 * ranks * MAX_CHANNELS * (self.shape.local_experts + 3)
         slots = ranks * self.shape.max_tokens_per_rank * self.slot_bytes
         return round_up(words + counts, 16) + slots
 
