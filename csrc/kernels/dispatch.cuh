@@ -54,6 +54,44 @@ __device__ __forceinline__ i32 choice(const Tokens& tokens, u32 token, u32 lane,
     return bad ? -1 : mine;
 }
 
+// A token's row and scales into its slot.
+__device__ __forceinline__ void put(const Tokens& tokens, u32 token, u8* slot, u32 lane) {
+    const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
+    for (u32 i = lane * 16; i < tokens.row_bytes; i += 32 * 16)
+        ptx::store_global(slot + i, ptx::load_global_nc(row + i));
+    float* scales = reinterpret_cast<float*>(slot + tokens.row_bytes);
+    for (u32 i = lane; i < tokens.tiles; i += 32)
+        scales[i] = tokens.scales[token * tokens.scale_row_stride + i * tokens.scale_tile_stride];
+}
+
+// A slot's row and scales into the rows of the lanes in `targets`.
+__device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, u32 row,
+                                       u32 targets, u32 lane) {
+    for (u32 b = lane * 16; b - lane * 16 < shape.row_bytes; b += 32 * 16) {
+        U32x4 value{0, 0, 0, 0};
+        if (b < shape.row_bytes) value = ptx::load_global(slot + b);
+        for (u32 left = targets; left; left &= left - 1) {
+            const u32 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
+            if (b < shape.row_bytes)
+                ptx::store_global(out.data + static_cast<u64>(to) * shape.row_bytes + b, value);
+        }
+    }
+    const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
+    for (; targets; targets &= targets - 1) {
+        const u32 to = __shfl_sync(kFullWarp, row, __ffs(targets) - 1);
+        for (u32 t = lane; t < shape.tiles; t += 32) out.scales[t * out.scale_stride + to] = scales[t];
+    }
+}
+
+// Until token i of a stream is in its slot; `seen` is the last tail.
+__device__ __forceinline__ bool arrived(const Workspace& mine, u32 source, u32 channel, u64 epoch, u32 i,
+                                        u64& seen, const Deadline& deadline) {
+    const u64 expected = epoch << 32 | (i + 1);
+    if (seen < expected)
+        seen = deadline.wait_warp(mine.tail(source, channel), expected, Role::kReceive, source, channel);
+    return seen >= expected;
+}
+
 // One warp: its tokens for one destination. `counts` is shared memory of this warp, [local_experts].
 __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, const Workspace& mine, u32 rank,
                                      u32 peer, u32 channel, u32 channels, u64 epoch, u32* counts,
@@ -96,12 +134,8 @@ __device__ __forceinline__ bool send(const Tokens& tokens, Workspace theirs, con
         if (lane == 0) sent_slot[static_cast<i64>(token) * mine.ranks + peer] = goes ? first + sent : -1;
         if (!goes) continue;
         u8* slot = theirs.slot(rank, first + sent);
-        const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
-        for (u32 i = lane * 16; i < tokens.row_bytes; i += 32 * 16)
-            ptx::store_global(slot + i, ptx::load_global_nc(row + i));
+        put(tokens, token, slot, lane);
         float* scales = reinterpret_cast<float*>(slot + tokens.row_bytes);
-        for (u32 i = lane; i < tokens.tiles; i += 32)
-            scales[i] = tokens.scales[token * tokens.scale_row_stride + i * tokens.scale_tile_stride];
         if (lane < tokens.topk) {
             float weight = 0.0f;
             if (tokens.topk_weights)
@@ -128,11 +162,7 @@ __device__ __forceinline__ bool receive(const Tokens& shape, const Received& out
     }
     u64 seen = 0;
     for (u32 i = 0; i < total; ++i) {
-        const u64 expected = epoch << 32 | (i + 1);
-        if (seen < expected) {
-            seen = deadline.wait_warp(mine.tail(source, channel), expected, Role::kReceive, source, channel);
-            if (seen < expected) return false;
-        }
+        if (!arrived(mine, source, channel, epoch, i, seen, deadline)) return false;
         const u8* slot = mine.slot(source, first + i);
         const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
         i32 local = -1;
@@ -160,20 +190,7 @@ __device__ __forceinline__ bool receive(const Tokens& shape, const Received& out
             out.rows[(static_cast<i64>(source) * mine.max_tokens + first + i) * shape.topk + place +
                      (local < 0 ? behind : 0)] = fits ? static_cast<i32>(row) : -1;
 
-        u32 targets = __ballot_sync(kFullWarp, fits);
-        for (u32 b = lane * 16; b - lane * 16 < shape.row_bytes; b += 32 * 16) {
-            U32x4 value{0, 0, 0, 0};
-            if (b < shape.row_bytes) value = ptx::load_global(slot + b);
-            for (u32 left = targets; left; left &= left - 1) {
-                const u32 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
-                if (b < shape.row_bytes)
-                    ptx::store_global(out.data + static_cast<u64>(to) * shape.row_bytes + b, value);
-            }
-        }
-        for (; targets; targets &= targets - 1) {
-            const u32 to = __shfl_sync(kFullWarp, row, __ffs(targets) - 1);
-            for (u32 t = lane; t < shape.tiles; t += 32) out.scales[t * out.scale_stride + to] = scales[t];
-        }
+        spread(shape, out, slot, row, __ballot_sync(kFullWarp, fits), lane);
     }
     return true;
 }
@@ -216,6 +233,46 @@ __device__ __forceinline__ void plan(const Received& out, const Workspace& mine,
     __syncthreads();
 }
 
+// As `send` and `receive`, of a layout that an earlier dispatch has left in sent_slot, rows and ranges: no
+// counts travel, and of a token only its row and scales.
+__device__ __forceinline__ bool send_again(const Tokens& tokens, Workspace theirs, const Workspace& mine,
+                                           u32 rank, u32 peer, u32 channel, u32 channels, u64 epoch,
+                                           const i32* sent_slot, const Deadline& deadline) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 share = (tokens.count + channels - 1) / channels;
+    const u32 first = min(channel * share, tokens.count);
+    const u32 last = min(first + share, tokens.count);
+    if (deadline.wait_warp(mine.ack(peer), epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
+    u64* tail = theirs.tail(rank, channel);
+    const u64 begun = epoch << 32;
+    u32 sent = 0;
+    for (u32 token = first; token < last; ++token) {
+        const i32 slot = sent_slot[static_cast<i64>(token) * mine.ranks + peer];
+        if (slot < 0) continue;
+        put(tokens, token, theirs.slot(rank, slot), lane);
+        if (++sent % kChunk == 0) publish(tail, begun | sent);
+    }
+    if (sent % kChunk) publish(tail, begun | sent);
+    return true;
+}
+
+__device__ __forceinline__ bool receive_again(const Tokens& shape, const Received& out, const Workspace& mine,
+                                              u32 source, u32 channel, u32 channels, u64 epoch,
+                                              const Deadline& deadline) {
+    const u32 lane = threadIdx.x % 32;
+    const u32 first = out.ranges[2 * (source * channels + channel)];
+    const u32 total = out.ranges[2 * (source * channels + channel) + 1];
+    u64 seen = 0;
+    for (u32 i = 0; i < total; ++i) {
+        if (!arrived(mine, source, channel, epoch, i, seen, deadline)) return false;
+        i32 row = -1;
+        if (lane < shape.topk)
+            row = out.rows[(static_cast<i64>(source) * mine.max_tokens + first + i) * shape.topk + lane];
+        spread(shape, out, mine.slot(source, first + i), row, __ballot_sync(kFullWarp, row >= 0), lane);
+    }
+    return true;
+}
+
 }  // namespace dispatch
 
 // Grid: 2 * channels blocks, all resident; 32 * ranks threads. Dynamic shared memory: 4 * (ranks + 1) *
@@ -253,6 +310,36 @@ __global__ void __launch_bounds__(256)
         if (__syncthreads_or(!kept)) return;
         dispatch::plan(to, mine, channel, channels, shared, shared + ranks * local_experts, error);
         kept = dispatch::receive(from, to, mine, peer, channel, channels, epoch, per_peer, deadline);
+    }
+    if (!__syncthreads_or(!kept)) finish(sequence, workspaces, mine, rank, epoch);
+}
+
+// The same tokens' places, other rows. Grid: an even number of blocks, all resident; 32 * ranks threads.
+// `channels` is that of the dispatch that left sent_slot, rows and ranges; blocks take them in turn.
+__global__ void __launch_bounds__(256)
+    dispatch_again(u8* const* workspaces, Sequence* sequence, Failure* failure, const u8* x,
+                   const float* scales, i64 scale_row_stride, i64 scale_tile_stride, u8* out,
+                   float* out_scales, i64 out_scale_stride, const i32* sent_slot, i32* rows, i32* ranges,
+                   u32 rank, u32 ranks, u32 tokens, u32 max_tokens, u32 row_bytes, u32 tiles, u32 topk,
+                   u32 local_experts, u32 channels, u64 slot_bytes, u64 timeout) {
+    const dispatch::Tokens from{x,       scales,  scale_row_stride, scale_tile_stride, nullptr,
+                                nullptr, tokens,  row_bytes,        tiles,             topk};
+    const dispatch::Received to{out, out_scales, out_scale_stride, nullptr, nullptr, nullptr, rows, ranges, 0};
+    const Workspace mine{workspaces[rank], ranks, local_experts, max_tokens, slot_bytes};
+    const Deadline deadline{failure, timeout};
+    const u32 peer = threadIdx.x / 32;
+    const u64 epoch = sequence->finished_epochs + 1;
+
+    bool kept = true;
+    for (u32 channel = blockIdx.x / 2; kept && channel < channels; channel += gridDim.x / 2) {
+        if (blockIdx.x % 2 == 0) {
+            Workspace theirs = mine;
+            theirs.base = workspaces[peer];
+            kept = dispatch::send_again(from, theirs, mine, rank, peer, channel, channels, epoch, sent_slot,
+                                        deadline);
+        } else {
+            kept = dispatch::receive_again(from, to, mine, peer, channel, channels, epoch, deadline);
+        }
     }
     if (!__syncthreads_or(!kept)) finish(sequence, workspaces, mine, rank, epoch);
 }

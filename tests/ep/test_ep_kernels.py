@@ -311,6 +311,32 @@ def test_the_buffer_in_the_emulator(size):
             test_ep.check(case, round_, [got[round_] for got in by_rank])
 
 
+def test_a_cached_handle_moves_rows_and_tails_alone():
+    """No counts, no experts, no weights; at other numbers of SMs than the first dispatch had."""
+    case = Case(Topology(1, 2), local_experts=2, hidden=32, num_topk=2, tokens=9, seed=12)
+    inputs = draw(case)
+    cluster = emulator.VirtualCluster(1, 2, num_sms=6)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, 4, 32, 9, 2, gpus_per_node=2)
+        x, idx = inputs.x[rank], inputs.topk_idx[rank]
+        got = buffer.dispatch(x, idx, num_sms=4)
+        came = got.handle.layout.ranges
+        first, second = (int(came[1 - rank, channel, 1]) for channel in range(2))
+        tails = sum(group.all_gather_object(-(-first // 4) + -(-second // 4)))
+        rows = sum(group.all_gather_object(first + second))
+        for num_sms in (2, 4, 6):
+            group.barrier()
+            before = cluster.counters["peer_bytes"]
+            group.barrier()
+            again = buffer.dispatch(-x, num_sms=num_sms, handle=got.handle)
+            group.barrier()
+            assert cluster.counters["peer_bytes"] - before == rows * 64 + (tails + 2) * 8
+            assert torch.equal(bits(again.x), bits(-got.x)) and torch.equal(again.topk_idx, got.topk_idx)
+
+    cluster.run(program)
+
+
 def test_bad_experts_are_an_error_on_every_rank():
     """Which leaves the buffer as good as before: a fault in either channel of a rank, then a good round."""
     case = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=8, seed=9)
