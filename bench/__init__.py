@@ -1,1 +1,1 @@
-"""Measurement: what the library costs, and how it stands beside its peers. Run `python -m bench.x`."""
+"""Measurement: what the library costs, and how it stands beside its peers."""

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 
 import dsv3_kernels as dk
+from bench.report import Report
 from dsv3_kernels import launch, quantize, quantized
 from dsv3_kernels.checks import ceil_div
 from dsv3_kernels.quantized import ROW, SQUARE, QuantizedTensor
 from dsv3_kernels.tensor_map import MapLayout
-
-from .report import Report
 
 ROOT = Path(__file__).parents[1]
 CALLS, LOOPS = 20, 500  # short loops and their median: on a busy machine few of them are interrupted

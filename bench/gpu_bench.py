@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from . import cases, gpu_timing
-from .cases import Call, Workload
-from .report import Report
+from bench import cases, gpu_timing
+from bench.cases import Call, Workload
+from bench.report import Report
 
 LARGEST_DIFFERENCE = 0.02  # relative, in the Frobenius norm; two roundings of one product stay below 0.01
 

@@ -25,8 +25,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from xml.etree import ElementTree
 
-from . import cases, gpu_page
-from .report import machine
+from bench import cases, gpu_page
+from bench.report import machine
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 8.7  # in all, by default

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import gpu_page
+from bench import gpu_page
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

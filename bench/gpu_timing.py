@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .cases import Call
+from bench.cases import Call
 
 FLUSH_BYTES = 512 * 2**20  # well past any L2; the time it takes also lets the host queue what follows
 MOST_ROUNDS, FEWEST_ROUNDS, ROUNDS_AT_ONCE = 100, 5, 5

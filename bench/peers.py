@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.cases import Call
 from dsv3_kernels.checks import ceil_div, round_up
 from dsv3_kernels.quantized import TILE
-
-from .cases import Call
 
 
 def packed_mn_major(scales: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import cases
+from bench import cases
 
 NOT_REACHED = 3  # exit status: all was right, but the time was over before the last case
 

@@ -332,3 +332,34 @@ def test_ldmatrix_and_stmatrix(count, transposed):
     out = torch.zeros_like(given)
     run(source, [given, out], block=32)
     assert torch.equal(out, given.transpose(1, 2) if transposed else given)
+
+
+def test_cache_policies_change_nothing():
+    """createpolicy, and the hints that carry it on loads, stores, atomics and bulk copies."""
+    source = """
+    extern "C" __global__ void k(const u32* in, u32* out, u32* sum) {
+        __shared__ __align__(16) u32 box[32];
+        __shared__ u64 barrier;
+        u64 keep, part;
+        asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(keep));
+        asm("createpolicy.fractional.L2::evict_first.L2::evict_unchanged.b64 %0, 0.25;" : "=l"(part));
+        if (threadIdx.x == 0) {
+            ptx::mbarrier_init(&barrier, 1);
+            ptx::fence_mbarrier_init();
+            ptx::mbarrier_arrive_expect(&barrier, 128);
+            asm volatile(
+                "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], 128, [%2], %3;"
+                ::"r"(ptx::shared_address(box)), "l"(in), "r"(ptx::shared_address(&barrier)), "l"(keep) : "memory");
+        }
+        __syncthreads();
+        ptx::mbarrier_wait(&barrier, 0);
+        u32 v;
+        asm volatile("ld.global.L2::cache_hint.u32 %0, [%1], %2;" : "=r"(v) : "l"(in + threadIdx.x), "l"(part));
+        asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(out + threadIdx.x), "r"(v + box[threadIdx.x]), "l"(keep) : "memory");
+        asm volatile("red.global.add.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(sum), "r"(v), "l"(part) : "memory");
+    }"""
+    values = torch.randint(1 << 20, (32,), dtype=torch.int32)
+    out, total = torch.zeros(32, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    run(source, [values, out, total], block=32)
+    assert torch.equal(out, 2 * values)
+    assert total.item() == values.sum().item()

@@ -114,3 +114,42 @@ def test_an_error_in_a_rank_is_raised():
 
     with pytest.raises((KeyError, emulator.EmulationError)):
         emulator.VirtualCluster(1, 3).run(program)
+
+
+@pytest.mark.parametrize("op", ["add.u32", "min.s32", "max.u32", "and.b32", "or.b32", "xor.b32", "inc.u32"])
+def test_asynchronous_reductions_into_a_peer(op):
+    """32 lanes of block 0 reduce into one word of block 1, which waits for the bytes of all of them."""
+    name, kind = op.split(".")
+    for seed in range(4):
+        out = torch.zeros(1, dtype=torch.int32)
+        cuda(
+            f"""k(int* o) {{ __shared__ u32 s; __shared__ u64 b;
+    if (threadIdx.x == 0) {{ s = 12; ptx::mbarrier_init(&b, 1); ptx::fence_mbarrier_init();
+        if (blockIdx.x == 1) ptx::mbarrier_arrive_expect(&b, 32 * 4); }}
+    ptx::cluster_arrive(); ptx::cluster_wait();
+    if (blockIdx.x == 0) asm volatile(
+        "red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.{name}.{kind} [%0], %1, [%2];"
+        :: "r"(ptx::cluster_address(&s, 1)), "r"(threadIdx.x + 5), "r"(ptx::cluster_address(&b, 1)) : "memory");
+    if (blockIdx.x == 1) {{ ptx::mbarrier_wait(&b, 0); if (threadIdx.x == 0) *o = s; }}
+    ptx::cluster_arrive(); ptx::cluster_wait(); }}""",
+            out,
+            grid=2,
+            cluster=2,
+            block=32,
+            seed=seed,
+        )
+        value = 12
+        for x in range(5, 37):
+            value = {
+                "add": value + x,
+                "min": min(value, x),
+                "max": max(value, x),
+                "and": value & x,
+                "or": value | x,
+                "xor": value ^ x,
+                "inc": 0 if value >= x else value + 1,
+            }[name]
+        if name == "inc":  # depends on the order
+            assert 0 <= out.item() <= 36
+        else:
+            assert out.item() == value
