@@ -4,6 +4,7 @@
 // destination; the odd one receives that channel, a warp for each source. Senders count first; from the
 // counts of all sources and channels a receiver knows the final row of every (token, expert) before any token
 // arrives: the order is by expert, source, token, whatever the timing. The protocol is in channel.cuh.
+// dispatch_again takes all that from an earlier dispatch and moves rows and scales alone.
 //
 // Bytes: a (token, rank): row + scales + 8 K written over NVLink, and read once there; a (token, expert):
 // row + scales written.
@@ -324,7 +325,8 @@ __global__ void __launch_bounds__(256)
                    u32 local_experts, u32 channels, u64 slot_bytes, u64 timeout) {
     const dispatch::Tokens from{x,       scales,  scale_row_stride, scale_tile_stride, nullptr,
                                 nullptr, tokens,  row_bytes,        tiles,             topk};
-    const dispatch::Received to{out, out_scales, out_scale_stride, nullptr, nullptr, nullptr, rows, ranges, 0};
+    const dispatch::Received to{out,     out_scales, out_scale_stride, nullptr, nullptr,
+                                nullptr, rows,       ranges,           0};
     const Workspace mine{workspaces[rank], ranks, local_experts, max_tokens, slot_bytes};
     const Deadline deadline{failure, timeout};
     const u32 peer = threadIdx.x / 32;
