@@ -53,7 +53,7 @@ _MESSAGES: dict[int, tuple[str, str]] = {
         _OFFSETS,
     ),
     ErrorCode.DISPATCH_EXPERTS: (
-        "dispatch: topk_idx held an expert out of range, or twice in its row",
+        "dispatch: topk_idx of this rank or another held an expert out of range, or twice in its row",
         "pass distinct experts 0 to num_experts - 1 in a row, or -1 for none",
     ),
     ErrorCode.DISPATCH_OVERFLOW: (

@@ -5,7 +5,8 @@
 // A rank's workspace holds, for what comes to it from each source s (and its channel c):
 //   ack[s]       epoch that rank s has finished reading, as a destination of this rank
 //   tail[s][c]   epoch << 32 | tokens written so far; the epoch alone says that the counts stand
-//   counts[s][c] tokens of each local expert, then the number of tokens and the first slot
+//   counts[s][c] tokens of each local expert, then the number of tokens, the first slot, and the ErrorCode of
+//                what s found wrong in the channel, or 0
 //   slots[s][i]  a token: row | scales | local expert and weight of each of the K choices
 // An epoch is one call; the first is 1. Invariants:
 //   1. A source writes to a destination in epoch n only after its ack >= n - 1: nobody there still reads.
@@ -39,11 +40,11 @@ struct Workspace {
     }
     __device__ __forceinline__ u32* counts(u32 source, u32 channel) const {
         u32* first = reinterpret_cast<u32*>(reinterpret_cast<u64*>(base) + ranks * (1 + kMaxChannels));
-        return first + (source * kMaxChannels + channel) * (local_experts + 2);
+        return first + (source * kMaxChannels + channel) * (local_experts + 3);
     }
     __device__ __forceinline__ u8* slot(u32 source, u32 index) const {
         const u64 control =
-            8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * (local_experts + 2);
+            8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * (local_experts + 3);
         return base + ((control + 15) & ~15ull) +
                (static_cast<u64>(source) * max_tokens + index) * slot_bytes;
     }

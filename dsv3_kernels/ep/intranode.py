@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from ..jit import Kernel
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import kernels
 from .errors import TimeoutError
@@ -55,13 +56,17 @@ class IntranodeTransport:
         return None if self._failure is None else str(self._failure)
 
     def _launch(
-        self, op: str, peers: kernels.Peers, num_sms: int, arguments: tuple[launch.Argument, ...]
+        self,
+        kernel: Kernel,
+        peers: kernels.Peers,
+        num_sms: int,
+        arguments: tuple[launch.Argument, ...],
     ) -> None:
+        op = "combine" if kernel is kernels.COMBINE else "dispatch"
         if self._failure is not None:
             raise self._failure
         if num_sms > 2 * kernels.MAX_CHANNELS:
             raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
-        kernel = kernels.DISPATCH if op == "dispatch" else kernels.COMBINE
         grid, block, shared_bytes = kernels.shape_of_launch(self._shape, num_sms)
         launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
         claimed, role, peer, channel, expected, seen = peers.failure.tolist()
@@ -78,11 +83,12 @@ class IntranodeTransport:
                 "dispatch: expert_order is False, but the kernels know expert order only; "
                 "the portable transport knows both"
             )
-        known = call.handle
-        idx = call.topk_idx if known is None else known.topk_idx
+        if call.handle is not None:
+            return self._dispatch_again(call, call.handle)
+        idx = call.topk_idx
         if idx is None:
             raise ValueError("dispatch: a call without a handle needs topk_idx")
-        rows = call.max_recv_tokens if known is None else known.rows
+        rows = call.max_recv_tokens
         worst = shape.topology.size * shape.max_tokens_per_rank * min(shape.num_topk, shape.local_experts)
         out = self._arrivals(call, idx, worst if rows is None else rows)
         arguments = kernels.dispatch_arguments(
@@ -95,11 +101,11 @@ class IntranodeTransport:
             out,
             self._timeout,
         )
-        self._launch("dispatch", self._dispatch, call.num_sms, arguments)
-        self._count(out, call.x)
+        self._launch(kernels.DISPATCH, self._dispatch, call.num_sms, arguments)
+        self._count(out, call.x, 8 * shape.num_topk)
         if rows is None:
             _narrow(out, int(out.group_offsets[-1]))
-        handle = known or Handle(
+        handle = Handle(
             self,
             idx.clone(),
             True,
@@ -118,22 +124,27 @@ class IntranodeTransport:
             Event(),
         )
 
+    def _dispatch_again(self, call: DispatchCall, handle: Handle) -> DispatchResult:
+        """By the layout of an earlier dispatch: only rows and scales travel."""
+        came = _layout(handle)
+        x = _zeros(call.x, handle.rows)
+        arguments = kernels.dispatch_again_arguments(
+            self._workspace, self._dispatch, call.x, x, came, self._timeout
+        )
+        self._launch(kernels.DISPATCH_AGAIN, self._dispatch, call.num_sms, arguments)
+        self._count(came, call.x, 0)
+        idx, sizes = came.topk_idx.clone(), handle.tokens_per_expert
+        return DispatchResult(x, idx, None, handle.group_offsets, sizes, handle, Event())
+
     def _arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self._shape
-        x: Tensor | QuantizedTensor
-        if isinstance(call.x, Tensor):
-            x = call.x.new_zeros(rows, shape.hidden)
-        else:
-            scales = empty_mn_major((rows, call.x.scales.shape[1]), idx.device).zero_()
-            data = torch.zeros(rows, shape.hidden, dtype=torch.uint8, device=idx.device)
-            x = QuantizedTensor(data.view(torch.float8_e4m3fn), scales, ROW)
         size, most = shape.topology.size, shape.max_tokens_per_rank
 
         def integers(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.int32, device=idx.device)
 
         return kernels.Arrivals(
-            x,
+            _zeros(call.x, rows),
             idx.new_full((rows,), -1),
             None if call.topk_weights is None else call.topk_weights.new_zeros(rows),
             integers(shape.local_experts + 1),
@@ -142,17 +153,15 @@ class IntranodeTransport:
             integers(size, call.num_sms // 2, 2),
         )
 
-    def _count(self, out: kernels.Arrivals, x: Tensor | QuantizedTensor) -> None:
+    def _count(self, out: kernels.Arrivals, x: Tensor | QuantizedTensor, metadata: int) -> None:
         row = 2 * self._shape.hidden
         if isinstance(x, QuantizedTensor):
             row = self._shape.hidden + 4 * x.scales.shape[1]
         others = int((out.sent_slot >= 0).sum()) - int((out.sent_slot[:, self._rank] >= 0).sum())
-        self._sent += others * (row + 8 * self._shape.num_topk)
+        self._sent += others * (row + metadata)
 
     def combine(self, call: CombineCall) -> CombineResult:
-        handle, came = call.handle, call.handle.layout
-        if not isinstance(came, kernels.Arrivals):
-            raise TypeError(f"handle.layout is {type(came).__name__}, expected that of the kernels")
+        handle, came = call.handle, _layout(call.handle)
         x = call.y.new_empty(handle.num_tokens, self._shape.hidden)
         grad = call.weights_grad
         weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
@@ -169,10 +178,24 @@ class IntranodeTransport:
             weights_grad,
             self._timeout,
         )
-        self._launch("combine", self._combine, call.num_sms, arguments)
+        self._launch(kernels.COMBINE, self._combine, call.num_sms, arguments)
         received = came.ranges[:, :, 1].sum(1)
         self._sent += (int(received.sum()) - int(received[self._rank])) * 2 * self._shape.hidden
         return CombineResult(x, weights_grad, Event())
+
+
+def _layout(handle: Handle) -> kernels.Arrivals:
+    if not isinstance(handle.layout, kernels.Arrivals):
+        raise TypeError(f"handle.layout is {type(handle.layout).__name__}, expected that of the kernels")
+    return handle.layout
+
+
+def _zeros(x: Tensor | QuantizedTensor, rows: int) -> Tensor | QuantizedTensor:
+    if isinstance(x, Tensor):
+        return x.new_zeros(rows, x.shape[1])
+    scales = empty_mn_major((rows, x.scales.shape[1]), x.data.device).zero_()
+    data = torch.zeros(rows, x.data.shape[1], dtype=torch.uint8, device=x.data.device)
+    return QuantizedTensor(data.view(torch.float8_e4m3fn), scales, ROW)
 
 
 def _narrow(out: kernels.Arrivals, rows: int) -> None:

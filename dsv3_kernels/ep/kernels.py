@@ -17,6 +17,7 @@ MAX_TOPK = 32  # a lane each
 OWN_SM = 116 * 1024  # bytes of shared memory: more than half of an SM's, so that a block has it alone
 
 DISPATCH = Kernel("dispatch.cuh", "dispatch_tokens")
+DISPATCH_AGAIN = Kernel("dispatch.cuh", "dispatch_again")
 COMBINE = Kernel("combine.cuh", "combine_tokens")
 
 
@@ -35,7 +36,7 @@ class Workspace:
     def size(self) -> int:
         ranks = self.shape.topology.size
         words = 8 * ranks * (1 + MAX_CHANNELS)
-        counts = 4 * ranks * MAX_CHANNELS * (self.shape.local_experts + 2)
+        counts = 4 * ranks * MAX_CHANNELS * (self.shape.local_experts + 3)
         slots = ranks * self.shape.max_tokens_per_rank * self.slot_bytes
         return round_up(words + counts, 16) + slots
 
@@ -106,6 +107,46 @@ def dispatch_arguments(
         shape.num_topk,
         shape.local_experts,
         out_data.shape[0],
+        workspace.slot_bytes,
+        int(timeout * 1e9),
+    )
+
+
+def dispatch_again_arguments(
+    workspace: Workspace,
+    peers: Peers,
+    x: Tensor | QuantizedTensor,
+    out: Tensor | QuantizedTensor,
+    came: Arrivals,
+    timeout: float,
+) -> tuple[launch.Argument, ...]:
+    """In the kernel's order. `came` is of the dispatch whose layout serves again."""
+    shape = workspace.shape
+    data, scales = (x, None) if isinstance(x, Tensor) else (x.data, x.scales)
+    out_data, out_scales = (out, None) if isinstance(out, Tensor) else (out.data, out.scales)
+    return (
+        peers.table,
+        peers.sequence,
+        peers.failure,
+        data,
+        0 if scales is None else scales,
+        0 if scales is None else scales.stride(0),
+        0 if scales is None else scales.stride(1),
+        out_data,
+        0 if out_scales is None else out_scales,
+        0 if out_scales is None else out_scales.stride(1),
+        came.sent_slot,
+        came.rows,
+        came.ranges,
+        peers.rank,
+        shape.topology.size,
+        data.shape[0],
+        shape.max_tokens_per_rank,
+        data.shape[1] * data.element_size(),
+        0 if scales is None else scales.shape[1],
+        shape.num_topk,
+        shape.local_experts,
+        came.ranges.shape[1],
         workspace.slot_bytes,
         int(timeout * 1e9),
     )

@@ -10,7 +10,7 @@ from fp8_helpers import fresh_generator
 from test_ep import exchange
 
 from dsv3_kernels import emulator, ep, jit
-from dsv3_kernels.device_error import ErrorCode
+from dsv3_kernels.device_error import DeviceValueError, ErrorCode
 from dsv3_kernels.ep import Topology, kernels, reference
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import ROW, QuantizedTensor, empty_mn_major
@@ -253,7 +253,7 @@ def test_nvlink_bytes(fp8):
     ]
     tails = sum(-(-n // 4) for n in pairs)
     payload = 7168 + 56 * 4 if fp8 else 2 * 7168
-    there = sum(pairs) * (payload + 8 * 8) + 6 * (4 * (4 + 2) + 8) + 8 * tails
+    there = sum(pairs) * (payload + 8 * 8) + 6 * (4 * (4 + 3) + 8) + 8 * tails
     home = sum(pairs) * 2 * 7168 + 8 * tails
     acks = 2 * 6 * 8
     assert node.cluster.counters["peer_bytes"] == there + home + acks
@@ -270,7 +270,7 @@ def test_bad_experts_and_overflow_stay_inside():
         inputs.topk_idx[1][2, 0] = -1
         rows = [[len(e.origin) for e in expected_of(case, inputs)]]
         check_dispatch(case, inputs, node.run([wrong], rows)[0], f"expert {bad}")
-        assert [int(e) for e in node.error] == [0, ErrorCode.DISPATCH_EXPERTS]
+        assert [int(e) for e in node.error] == [ErrorCode.DISPATCH_EXPERTS] * 2
     node = Node(case, 0, num_sms=2)
     want = expected_of(case, inputs)
     rows = [len(want[0].origin), len(want[1].origin) - 3]
@@ -309,6 +309,57 @@ def test_the_buffer_in_the_emulator(size):
         by_rank = cluster.run(program)
         for round_ in range(2):
             test_ep.check(case, round_, [got[round_] for got in by_rank])
+
+
+def test_a_cached_handle_moves_rows_and_tails_alone():
+    """No counts, no experts, no weights; at other numbers of SMs than the first dispatch had."""
+    case = Case(Topology(1, 2), local_experts=2, hidden=32, num_topk=2, tokens=9, seed=12)
+    inputs = draw(case)
+    cluster = emulator.VirtualCluster(1, 2, num_sms=6)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, 4, 32, 9, 2, gpus_per_node=2)
+        x, idx = inputs.x[rank], inputs.topk_idx[rank]
+        got = buffer.dispatch(x, idx, num_sms=4)
+        came = got.handle.layout.ranges
+        first, second = (int(came[1 - rank, channel, 1]) for channel in range(2))
+        tails = sum(group.all_gather_object(-(-first // 4) + -(-second // 4)))
+        rows = sum(group.all_gather_object(first + second))
+        for num_sms in (2, 4, 6):
+            group.barrier()
+            before = cluster.counters["peer_bytes"]
+            group.barrier()
+            again = buffer.dispatch(-x, num_sms=num_sms, handle=got.handle)
+            group.barrier()
+            assert cluster.counters["peer_bytes"] - before == rows * 64 + (tails + 2) * 8
+            assert torch.equal(bits(again.x), bits(-got.x)) and torch.equal(again.topk_idx, got.topk_idx)
+
+    cluster.run(program)
+
+
+def test_bad_experts_are_an_error_on_every_rank():
+    """Which leaves the buffer as good as before: a fault in either channel of a rank, then a good round."""
+    case = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=8, seed=9)
+    good = draw(case)
+    most = max(idx.shape[0] for idx in good.topk_idx)
+    seed = fresh_generator().initial_seed() % (1 << 30)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, case.num_experts, case.hidden, most, case.topk, gpus_per_node=3)
+        for bad, token, value in ((0, 0, -2), (2, -1, 6), (1, 1, "twice")):
+            idx = good.topk_idx[rank].clone()
+            if rank == bad:
+                idx[token, 0] = idx[token, 1] = 5
+                if value != "twice":
+                    idx[token, 0] = value
+            with pytest.raises(DeviceValueError, match="topk_idx of this rank or another held an expert"):
+                buffer.dispatch(good.x[rank], idx, num_sms=4)
+            got = buffer.dispatch(good.x[rank], good.topk_idx[rank], num_sms=4)
+            want = reference.dispatch(good.x, good.topk_idx, None, case.num_experts)[rank]
+            assert torch.equal(bits(got.x), bits(want.x)) and torch.equal(got.topk_idx, want.topk_idx)
+        assert buffer.status().failure is None
+
+    emulator.VirtualCluster(1, 3, seed, num_sms=4).run(program)
 
 
 def test_the_buffer_names_a_killed_rank():

@@ -98,7 +98,7 @@ TAILS = [name for name in MUTATIONS if "tail announces" in name or "before its t
 
 
 def source(old="", new=""):
-    places = 2 if "mine.ack(peer)" in str(old) else 1  # dispatch and combine wait for it alike
+    places = 3 if "mine.ack(peer)" in str(old) else 1  # all three kernels wait for it alike
     text = mutate.source("dispatch.cuh combine.cuh", old, new, places=places)
     return text.replace("__global__ void", 'extern "C" __global__ void')
 

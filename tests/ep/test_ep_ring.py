@@ -47,6 +47,7 @@ extern "C" __global__ void stream(dsv3::u8* const* workspaces, dsv3::Failure* fa
 
 COUNTED = (1, 2, 1)  # calls, tokens a call, counts announced: both slots
 REUSED = (2, 1, 0)  # a slot twice
+LONG = [pytest.param(case, marks=pytest.mark.long) for case in ((2, 2, 0), (2, 1, 1))]
 WRITE = "*reinterpret_cast<u64*>(theirs.slot(0, i)) = 10 * epoch + i;"
 TAIL = "publish(theirs.tail(0, 0), begun | (i + 1));"
 ACK = "if (deadline.wait(mine.ack(1), epoch - 1, Role::kSend, 1, 0) < epoch - 1) return;"
@@ -129,7 +130,7 @@ def explore(ptx, case, limit):
     return emulator.explore(run, limit=limit, make=make, **options)
 
 
-@pytest.mark.parametrize("case", [COUNTED, REUSED, pytest.param((2, 2, 0), marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("case", [COUNTED, REUSED, *LONG], ids=str)
 def test_every_interleaving_of_the_ring(case):
     assert explore(compiled(), case, limit=2_000_000) > 1000
 
