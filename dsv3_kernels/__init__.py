@@ -17,6 +17,7 @@ _API = {
     "requantize_1x128_t": "quantize",
     "permute_quantize": "permute",
     "unpermute": "permute",
+    "route": "gate",
     "PackedE5M6": "e5m6",
     "pack_e5m6": "e5m6",
     "unpack_e5m6": "e5m6",

@@ -10,6 +10,7 @@ values of `group_offsets` and `counts` are checked here, where they are read. GE
   arithmetic (`tensor_core`), then `s = rn(scale_a·scale_b); y = fma(s, partial, y)` in FP32, K ascending.
 """
 
+import functools
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal
@@ -284,9 +285,51 @@ def swiglu_weight_gradients(
     return sums.squeeze(-1).t()
 
 
+# Routing
+
+
+def choose_experts(scores: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
+    """The top_k experts of each token, all from its topk_group best groups (node-limited routing).
+
+    scores: [T, E], the bias added. A group's score is the sum of its top_k / topk_group highest, added from
+    the highest down. NaN counts as the highest; equal scores go to the lower index.
+    Returns int64 [T, top_k], ascending in a row.
+    """
+    if topk_group < n_group:
+        grouped = scores.unflatten(-1, (n_group, -1))
+        highest = grouped.topk(min(top_k // topk_group, grouped.shape[-1]), dim=-1).values
+        best = _sum(highest).sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
+        allowed = torch.zeros(scores.shape[0], n_group, dtype=torch.bool, device=scores.device)
+        allowed.scatter_(1, best, True)
+        scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, :top_k].sort(dim=-1).values
+
+
+def routing_weights(chosen: Tensor, scaling: float) -> Tensor:
+    """The unbiased scores [T, K] of the chosen experts over their sum, which is taken in their order."""
+    return chosen / (_sum(chosen).unsqueeze(-1) + 1e-20) * scaling
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Along the last dimension, in order: `Tensor.sum` leaves the order open."""
+    return functools.reduce(torch.add, x.unbind(-1))
+
+
+def route(
+    scores: Tensor, bias: Tensor, top_k: int, n_group: int, topk_group: int, scaling: float, logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if logits:
+        scores = sigmoid(scores)
+    experts = choose_experts(scores + bias, n_group, topk_group, top_k)
+    counts = torch.bincount(experts.flatten(), minlength=bias.shape[0]).int()
+    return experts, routing_weights(scores.gather(1, experts), scaling), counts
+
+
 # GEMM
 
 
+@torch.autocast("cpu", enabled=False)
 def _matmul_nt(a: QuantizedTensor, b: QuantizedTensor, accumulation: Accumulation) -> Tensor:
     """FP32 a·bᵀ."""
     if accumulation == "hopper":

@@ -11,9 +11,10 @@ from model_helpers import SMALL, model_of
 
 from dsv3_kernels.model import PRESETS, DeepSeekV3, count_parameters
 from dsv3_kernels.model.attention import MultiHeadLatentAttention
-from dsv3_kernels.model.moe import MoE, Routing, choose_experts, sequence_balance_loss
+from dsv3_kernels.model.moe import MoE, Routing, sequence_balance_loss
 from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
+from dsv3_kernels.reference import choose_experts
 
 
 @pytest.fixture(autouse=True)

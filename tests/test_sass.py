@@ -178,6 +178,18 @@ def test_unpermute():
     check_resources(cubin, sass, 64)
 
 
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("scores_of_lane", [1, 8, 16])
+def test_route(scores_of_lane, logits):
+    cubin = Kernel("gate.cuh", "route", (scores_of_lane, logits)).cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG") == {32: 2 * scores_of_lane}, "a score and a bias an expert"
+    assert sass.count("MUFU.EX2") == scores_of_lane * logits
+    assert sass.count("REDUX") > 0 and sass.count("REDG") == scores_of_lane
+    assert sass.count("LDS") + sass.count("STS") + sass.count("BAR") == 0, "warps know nothing of each other"
+    check_resources(cubin, sass, 112 if scores_of_lane == 16 else 64)
+
+
 def sass_of(body):
     source = 'extern "C" __global__ void k(float4* p, float* q, unsigned char* b, int n) {' + body + "}"
     return disassemble(compile_source(source, (), source_options(), cubin=True).cubin)

@@ -6,7 +6,7 @@ import re
 import pytest
 
 import dsv3_kernels as dsv3
-from dsv3_kernels import e5m6, gemm, permute, quantize, swiglu, wgrad
+from dsv3_kernels import e5m6, gate, gemm, permute, quantize, swiglu, wgrad
 from dsv3_kernels.jit import CompileError, Kernel, cache, kernel
 
 
@@ -39,7 +39,7 @@ def test_what_cannot_be_compiled_is_said_with_the_compilers_words():
 
 
 def test_the_list_of_an_op_holds_what_it_launches():
-    for module in (gemm, quantize, swiglu, permute, e5m6, wgrad):
+    for module in (gemm, quantize, swiglu, permute, e5m6, gate, wgrad):
         for kernels in module.kernels().values():
             assert len(set(kernels)) == len(kernels) > 0
             assert all(isinstance(k, Kernel) for k in kernels)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model.config import ModelConfig
 from dsv3_kernels.nn import Fp8Linear, GroupedFp8Linear, MoECombine, MoEDispatch
+from dsv3_kernels.reference import choose_experts, routing_weights
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -38,23 +39,6 @@ class Routing(NamedTuple):
     )
     weights: Tensor  # FP32 [T, K], with the gradient of the gate
     scores: Tensor  # FP32 [T, E], the sigmoid scores without the bias
-
-
-def choose_experts(scores: Tensor, n_group: int, topk_group: int, top_k: int) -> Tensor:
-    """The top_k experts of each token, all from its topk_group best groups (node-limited routing).
-
-    scores: [T, E], the bias added. A group's score is the sum of its top_k / topk_group highest; equal scores
-    go to the lower index. Returns int64 [T, top_k], ascending in a row.
-    """
-    if topk_group < n_group:
-        grouped = scores.unflatten(-1, (n_group, -1))
-        highest = grouped.topk(min(top_k // topk_group, grouped.shape[-1]), dim=-1).values
-        best = highest.sum(-1).sort(dim=-1, descending=True, stable=True).indices[:, :topk_group]
-        allowed = torch.zeros(scores.shape[0], n_group, dtype=torch.bool, device=scores.device)
-        allowed.scatter_(1, best, True)
-        scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-    ranked = scores.sort(dim=-1, descending=True, stable=True).indices
-    return ranked[:, :top_k].sort(dim=-1).values
 
 
 class Gate(nn.Module):
@@ -91,8 +75,7 @@ class Gate(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
         experts = choose_experts(scores.detach() + self.bias, self.n_group, self.topk_group, self.top_k)
-        chosen = scores.gather(1, experts)
-        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-20) * self.scaling
+        weights = routing_weights(scores.gather(1, experts), self.scaling)
         if self.training and torch.is_grad_enabled():
             self.load += torch.bincount(experts.flatten(), minlength=self.load.numel())
         return Routing(experts, weights, scores)

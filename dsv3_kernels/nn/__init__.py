@@ -1,5 +1,6 @@
 """Drop-in autograd functions and modules over the FP8 ops."""
 
+from dsv3_kernels.nn.conversion import convert
 from dsv3_kernels.nn.deferred import WgradStore, deferred_wgrad
 from dsv3_kernels.nn.linear import (
     Fp8Linear,
@@ -23,6 +24,7 @@ __all__ = [
     "MoECombine",
     "MoEDispatch",
     "WgradStore",
+    "convert",
     "deferred_wgrad",
     "fp8_linear",
     "grouped_fp8_linear",

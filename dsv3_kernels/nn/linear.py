@@ -174,26 +174,44 @@ def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
 
 
-class Linear(nn.Linear):
-    """`nn.Linear` without a bias that is also fast on CPUs without BF16 instructions."""
+def _as_autocast_says(x: Tensor) -> Tensor:
+    """x in the dtype in which `nn.Linear` would take it, and return its result."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    def __init__(self, in_features: int, out_features: int, **factory: Any) -> None:
-        super().__init__(in_features, out_features, bias=False, **factory)
+
+class Linear(nn.Linear):
+    """`nn.Linear`, by default without a bias, that is also fast on CPUs without BF16 instructions."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias, **factory)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x · weightᵀ."""
+        return linear(x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+        x = _as_autocast_says(x)
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Fp8Linear(Linear, StoresFp8):
-    """A drop-in for `nn.Linear(in_features, out_features, bias=False)` that computes as its `recipe` says."""
+    """A drop-in for `nn.Linear` that computes as its `recipe` says; without a bias unless asked."""
 
     def __init__(
-        self, in_features: int, out_features: int, *, recipe: Fp8Recipe = FP8, **factory: Any
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        recipe: Fp8Recipe = FP8,
+        **factory: Any,
     ) -> None:
-        super().__init__(in_features, out_features, **factory)
+        super().__init__(in_features, out_features, bias, **factory)
         self.recipe = recipe
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         if self.recipe.precision == "bf16":
             return linear(x, self.dequantized_weight().to(x.dtype))
         stored = self.quantized_weight()
@@ -229,6 +247,7 @@ class GroupedFp8Linear(StoresFp8):
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """x: [T, in_features]; group_offsets: int32 [num_groups + 1]. Returns [T, out_features]."""
+        x = _as_autocast_says(x)
         if self.recipe.precision == "bf16":
             return grouped_linear(x, self.dequantized_weight().to(x.dtype), group_offsets)
         stored = self.quantized_weight()
