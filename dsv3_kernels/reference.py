@@ -255,14 +255,34 @@ def swiglu(
 
 
 def swiglu_backward(
-    dy: Tensor, x: Tensor, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+    dy: Tensor,
+    x: Tensor,
+    weights: Tensor | None = None,
+    *,
+    sigmoid: Callable[[Tensor], Tensor] = sigmoid,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x = [gate, up] `[M, 2·I]`, and silu(gate)·up `[M, I]`, both rounded to BF16."""
+    """The gradient of x = [gate, up] `[M, 2·I]`, and silu(gate)·up·weight `[M, I]`, both rounded to BF16."""
     gate, up = x.float().chunk(2, -1)
     d, s = dy.float(), sigmoid(gate)
     silu = gate * s
+    y = silu * up
+    if weights is not None:
+        d, y = d * weights.unsqueeze(-1), y * weights.unsqueeze(-1)
     d_gate = (d * up) * (s * (1 + gate * (1 - s)))
-    return torch.cat([d_gate, d * silu], -1).bfloat16(), (silu * up).bfloat16()
+    return torch.cat([d_gate, d * silu], -1).bfloat16(), y.bfloat16()
+
+
+def swiglu_weight_gradients(
+    dy: Tensor, x: Tensor, *, sigmoid: Callable[[Tensor], Tensor] = sigmoid
+) -> Tensor:
+    """Of each row of a tile the sum of dy·silu(gate)·up in FP32, `[I/128, M]`, in the kernel's order."""
+    gate, up = x.float().chunk(2, -1)
+    products = (dy.float() * (gate * sigmoid(gate) * up)).unflatten(-1, (-1, TILE // 4, 4))
+    sums = products[..., 0] + products[..., 1] + products[..., 2] + products[..., 3]
+    while sums.shape[-1] > 1:
+        low, high = sums.chunk(2, -1)
+        sums = low + high
+    return sums.squeeze(-1).t()
 
 
 # Routing

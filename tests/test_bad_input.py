@@ -76,6 +76,7 @@ def draw_swiglu(rng):
 def draw_swiglu_backward(rng):
     tokens, width = rng.randint(1, 40), 128 * rng.randint(1, 2)
     slots: Slots = {"dy": torch.randn(tokens, width).bfloat16(), "recompute": rng.random() < 0.5}
+    slots["weights"] = torch.rand(tokens)
     add(slots, "x", dk.quantize_1x128(torch.randn(tokens, 2 * width)))
     slots["group_offsets"] = offsets_of(rng, rng.randint(1, 4), tokens)
     return slots | {"power_of_2_scales": rng.random() < 0.5}
@@ -348,14 +349,15 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         yield "dtype", "dtype", other(torch.int8, torch.float8_e4m3fn, "float32", None, float, 32)
     if op == "swiglu_quantize":
         yield from tensor_input("x", (torch.bfloat16,))
-        weights = INDEX | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}
-        yield from all_of("weights", weights)
         yield "transpose", "transpose", NO_FLAG
     if op == "swiglu_backward_quantize":
         yield from tensor_input("dy", (torch.bfloat16,))
         yield from operand("x", "row")
         yield "x.data", r"x\.(data|scales)", longer(-2)
         yield "recompute", "recompute", NO_FLAG
+    if op.startswith("swiglu"):
+        weights = INDEX | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}
+        yield from all_of("weights", weights)
     if op in ("quantize_1x128 transposed too", "swiglu_quantize", "permute_quantize"):
         yield "transpose", "group_offsets", other(False)
     with_groups = ("quantize_1x128_t", "quantize_1x128 transposed too", "fp8_wgrad", "requantize_1x128_t")

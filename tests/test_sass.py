@@ -127,14 +127,15 @@ def test_swiglu_quantize(power_of_2, transpose):
     check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("power_of_2", [False, True])
-def test_swiglu_backward_quantize(power_of_2, recompute):
+def test_swiglu_backward_quantize(power_of_2, recompute, weighted):
     """Four columns a thread: loads of 4 and 8 bytes, a whole line a warp."""
-    cubin = Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2, recompute)).cubin()
+    cubin = Kernel("swiglu.cuh", "swiglu_backward_quantize", (power_of_2, recompute, weighted)).cubin()
     sass = disassemble(cubin.image)
-    assert sass.widths("LDG") == {64: 16, 32: 2 * 16 + 3 + 2}, "dy; gate, up, a scale, offsets"
-    assert sass.widths("STG") == {128: 4 * (4 + recompute), 32: 4 + recompute + 1}
+    assert sass.widths("LDG") == {64: 16, 32: 2 * 16 + 3 + 2 + weighted}, "dy; gate, up, a scale, offsets"
+    assert sass.widths("STG") == {128: 4 * (4 + recompute), 32: 4 + recompute + 1 + weighted}
     assert sass.count("MUFU.EX2") == 64 * (1 + recompute)
     assert sass.count("BAR.SYNC") == 1 + 3 * (2 + recompute)
     check_resources(cubin, sass, QUANTIZE_TILE_REGISTERS)

@@ -54,20 +54,35 @@ def test_codes_are_within_one_of_torch(power_of_2):
 def test_backward_is_the_gradient():
     """Against float64 autograd: within BF16's rounding of the gradient and FP32's of its factors."""
     generator = commit_generator()
-    values = torch.randn(32, 256, generator=generator, dtype=torch.float64) * 3
+    values = torch.randn(32, 768, generator=generator, dtype=torch.float64) * 3
     values = values.float().double()
-    dy = torch.randn(32, 128, generator=generator).bfloat16()
+    dy = torch.randn(32, 384, generator=generator).bfloat16()
+    weights = torch.randn(32, generator=generator)
+    for factor in (None, weights):
+        check_gradient(values, dy, factor)
+    values, dy = values[:, :0], dy[:, :0]
+    assert reference.swiglu_weight_gradients(dy, values.float()).shape == (0, 32)
+
+
+def check_gradient(values, dy, weights):
     x = values.clone().requires_grad_()
+    factor = torch.ones(len(dy), 1) if weights is None else weights[:, None]
+    factor = factor.double().requires_grad_()
     gate, up = x.chunk(2, -1)
-    y = F.silu(gate) * up
+    y = F.silu(gate) * up * factor
     y.backward(dy.double())
-    dx, again = reference.swiglu_backward(dy, values.float())
+    width = dy.shape[1]
+    sums = reference.swiglu_weight_gradients(dy, values.float())
+    assert sums.shape == (width // 128, len(dy))
+    bound = 2e-5 * (dy.double() * F.silu(gate) * up).detach().abs().sum(-1)
+    assert ((sums.sum(0).double() - factor.grad[:, 0]).abs() <= bound).all()
+    dx, again = reference.swiglu_backward(dy, values.float(), weights)
     assert dx.dtype == again.dtype == torch.bfloat16
     torch.testing.assert_close(again.double(), y.detach(), rtol=2.0**-8, atol=0)
-    magnitude = (dy.double() * up.detach()).abs()
+    magnitude = (dy.double() * factor.detach() * up.detach()).abs()
     error = (dx.double() - x.grad).abs()
-    assert (error[:, :128] <= 2.0**-8 * x.grad[:, :128].abs() + 1e-5 * magnitude).all()
-    assert (error[:, 128:] <= 2.0**-8 * x.grad[:, 128:].abs()).all()
+    assert (error[:, :width] <= 2.0**-8 * x.grad[:, :width].abs() + 1e-5 * magnitude).all()
+    assert (error[:, width:] <= 2.0**-8 * x.grad[:, width:].abs()).all()
 
 
 @powers
@@ -101,12 +116,20 @@ def check_forward(x, weights=None, offsets=None, power_of_2=False, **gpu):
     assert_same(q_t, reference.quantize_1x128_t(y, offsets, **options))
 
 
-def check_backward(dy, x, offsets=None, power_of_2=False, **gpu):
-    options = {"power_of_2_scales": power_of_2}
+def check_backward(dy, x, offsets=None, power_of_2=False, weights=None, **gpu):
+    options = {"power_of_2_scales": power_of_2, "weights": weights}
     with emulator.virtual_gpu(**gpu):
         got = dk.swiglu_backward_quantize(dy, x, offsets, **options)
         again = dk.swiglu_backward_quantize(dy, x, offsets, recompute=True, **options)
-    dx, y = reference.swiglu_backward(dy, reference.dequantize(x))
+    values = reference.dequantize(x)
+    if weights is not None:
+        *got, d_weights = got
+        *again, d_weights_again = again
+        want_d = reference.swiglu_weight_gradients(dy, values).sum(0)
+        for d in (d_weights, d_weights_again):
+            torch.testing.assert_close(d, want_d, rtol=0, atol=0, equal_nan=True)
+    dx, y = reference.swiglu_backward(dy, values, weights)
+    options = {"power_of_2_scales": power_of_2}
     want = (
         *reference.quantize_1x128_both(dx, offsets, **options),
         reference.quantize_1x128_t(y, offsets, **options),
@@ -146,6 +169,7 @@ def test_backward(power_of_2, shape):
     values = torch.randn(tokens, 2 * width, generator=generator) * 4
     x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
     check_backward(dy, x, None, power_of_2)
+    check_backward(dy, x, None, power_of_2, torch.randn(tokens, generator=generator))
     values = wide(generator, tokens, 2 * width).clamp(-1e30, 1e30)
     x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
     row_major = dk.QuantizedTensor(x.data, x.scales.contiguous(), x.block)
@@ -162,6 +186,9 @@ def test_backward_of_groups(power_of_2):
     dx, _, y_t = check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), power_of_2)
     assert dk.dequantize(dx)[3].isnan().all() and dk.dequantize(dx)[4:129].isfinite().all()
     assert dk.dequantize(y_t)[:, 640:].isfinite().all()
+    weights = torch.rand(tokens, generator=generator)
+    weights[7], weights[300], weights[60] = 0.0, float("inf"), -1.5
+    check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), power_of_2, weights)
 
 
 def test_empty():
@@ -169,6 +196,7 @@ def test_empty():
         dy, x = torch.zeros(shape).bfloat16(), torch.zeros(shape[0], 2 * shape[1])
         check_forward(x.bfloat16(), None, offsets_of(0, 0, 0))
         check_backward(dy, dk.quantize_1x128(x), offsets_of(0, 0, 0))
+        check_backward(dy, dk.quantize_1x128(x), offsets_of(0, 0, 0), weights=torch.ones(shape[0]))
 
 
 def test_each_byte_moves_once_and_without_bank_conflicts():
@@ -198,7 +226,9 @@ def test_any_order_of_the_warps(schedule):
     seed = int(torch.randint(2**31, (), generator=generator))
     x = torch.randn(144, 256, generator=generator).bfloat16()
     check_forward(x, None, offsets_of(3, 0, 140), seed=seed, schedule=schedule, num_sms=2)
-    check_backward(x[:, :128].contiguous(), dk.quantize_1x128(x), seed=seed, schedule=schedule, num_sms=1)
+    gpu = {"seed": seed, "schedule": schedule, "num_sms": 1}
+    weights = torch.rand(144, generator=generator)
+    check_backward(x[:, :128].contiguous(), dk.quantize_1x128(x), weights=weights, **gpu)
 
 
 # What to break in swiglu.cuh, and by what: each must be seen as a hazard or a wrong result.
@@ -218,7 +248,7 @@ def test_a_broken_kernel_is_noticed(name):
     broken, by = MUTATIONS[name]
     text, count = re.subn(broken, by, (kernel_dir() / "swiglu.cuh").read_text())
     assert count == 1
-    compiled = compile_source(text, ("dsv3::swiglu_backward_quantize<true, false>",), source_options())
+    compiled = compile_source(text, ("dsv3::swiglu_backward_quantize<true, false, false>",), source_options())
     generator = commit_generator()
     dy = torch.randn(128, 128, generator=generator).bfloat16()
     x = dk.quantize_1x128(torch.randn(128, 256, generator=generator))
@@ -227,7 +257,21 @@ def test_a_broken_kernel_is_noticed(name):
     for seed in range(5):
         codes, codes_t = torch.zeros(128, 256, dtype=torch.uint8), torch.zeros(256, 128, dtype=torch.uint8)
         scales, scales_t = torch.zeros(256), torch.zeros(256)
-        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, 0, codes, scales, codes_t, scales_t, 0, 0)
+        arguments = (
+            dy,
+            x.data.view(torch.uint8),
+            x.scales,
+            0,
+            0,
+            0,
+            codes,
+            scales,
+            codes_t,
+            scales_t,
+            0,
+            0,
+            0,
+        )
         arguments += (128, 128, 0, 1, *x.scales.stride(), 128)
         gpu = emulator.VirtualGPU(seed=seed)
         try:

@@ -54,9 +54,11 @@ def op_samples():
     gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
     yield "swiglu_quantize", (gate_up, None, True)
     yield "swiglu_quantize_both", (gate_up, draw(40), OFFSETS, False)
-    backward = (dy, *as_tensors(dk.quantize_1x128(gate_up)), OFFSETS, True)
-    yield "swiglu_backward_quantize", backward
-    yield "swiglu_backward_quantize_y", backward
+    kept = as_tensors(dk.quantize_1x128(gate_up))
+    for weights in (None, draw(40)):
+        backward = (dy, *kept, weights, OFFSETS, True)
+        yield "swiglu_backward_quantize", backward
+        yield "swiglu_backward_quantize_y", backward
     yield "fp8_gemm", tuple(as_tensors(a, b))
     yield "grouped_fp8_gemm", (*as_tensors(a, b3), OFFSETS)
     yield "masked_grouped_fp8_gemm", (*as_tensors(a3, b3), torch.tensor([7, 0, 3], dtype=torch.int32))
@@ -100,14 +102,15 @@ def swiglu_step(x, w, dy, out):
     q = dk.swiglu_quantize(gate_up)
     q_both, q_t = dk.swiglu_quantize(gate_up, x[:, 256].contiguous(), transpose=True)
     pair = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up))
-    triple = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), recompute=True)
+    weights = x[:, 256].contiguous()
+    *triple, d = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), weights=weights, recompute=True)
     out.add_(1)
     kept = dk.unpack_e5m6(dk.pack_e5m6(gate_up))
     index = torch.tensor([[3, -1], [0, 3]], dtype=torch.int32)
     permuted = dk.permute_quantize(gate_up, index[0])
     q, q_t = dk.permute_quantize(gate_up, index[1], transpose=True)
     summed = dk.unpermute(gate_up, index, x[:2, :2].contiguous())
-    return [kept, summed] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple, permuted)]
+    return [kept, summed, d] + [dk.dequantize(t) for t in (q, q_both, q_t, *pair, *triple, permuted)]
 
 
 def experts_step(x, w, dy, out, offsets):

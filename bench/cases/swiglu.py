@@ -53,32 +53,41 @@ def _forward(power_of_2: bool, transpose: bool) -> Case:
     return Case(f"swiglu_quantize power_of_2={power_of_2} transpose={transpose}", inputs, run, expected)
 
 
-def _backward(power_of_2: bool, recompute: bool) -> Case:
+def _backward(power_of_2: bool, recompute: bool, weighted: bool) -> Case:
     options = {"power_of_2_scales": power_of_2}
 
     def inputs(generator: torch.Generator) -> Tensors:
         x = reference.quantize_1x128(_gates_and_ups(generator, 150, 128), power_of_2_scales=True)
-        return torch.randn(150, 128, generator=generator).bfloat16(), x.data, x.scales, _offsets()
+        dy, weights = (
+            torch.randn(150, 128, generator=generator).bfloat16(),
+            torch.rand(150, generator=generator),
+        )
+        return dy, x.data, x.scales, weights, _offsets()
 
-    def run(dy: Tensor, data: Tensor, scales: Tensor, offsets: Tensor) -> Tensors:
+    def run(dy: Tensor, data: Tensor, scales: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
         x = QuantizedTensor(data, scales, (1, 128))
-        if recompute:
-            return _parts(dk.swiglu_backward_quantize(dy, x, offsets, recompute=True, **options))
-        return _parts(dk.swiglu_backward_quantize(dy, x, offsets, **options))
+        if not weighted:
+            return _parts(dk.swiglu_backward_quantize(dy, x, offsets, recompute=recompute, **options))
+        *quantized, gradient = dk.swiglu_backward_quantize(
+            dy, x, offsets, weights=weights, recompute=recompute, **options
+        )
+        return *_parts(tuple(quantized)), gradient
 
-    def expected(dy: Tensor, data: Tensor, scales: Tensor, offsets: Tensor) -> Tensors:
+    def expected(dy: Tensor, data: Tensor, scales: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
         x = reference.dequantize(QuantizedTensor(data, scales, (1, 128)))
         dx, y = (
-            reference.quantize_1x128_both(t, offsets, **options) for t in reference.swiglu_backward(dy, x)
+            reference.quantize_1x128_both(t, offsets, **options)
+            for t in reference.swiglu_backward(dy, x, weights if weighted else None)
         )
-        return _parts((*dx, y[1])[: 2 + recompute])
+        parts = _parts((*dx, y[1])[: 2 + recompute])
+        return (*parts, reference.swiglu_weight_gradients(dy, x).sum(0)) if weighted else parts
 
-    name = f"swiglu_backward_quantize power_of_2={power_of_2} recompute={recompute}"
+    name = f"swiglu_backward_quantize power_of_2={power_of_2} recompute={recompute} weighted={weighted}"
     return Case(name, inputs, run, expected)
 
 
-_FLAGS = list(itertools.product((False, True), repeat=2))
-CASES = [make(*flags) for make in (_forward, _backward) for flags in _FLAGS]
+CASES = [_forward(*flags) for flags in itertools.product((False, True), repeat=2)]
+CASES += [_backward(*flags) for flags in itertools.product((False, True), repeat=3)]
 
 
 def _swiglu(x: Tensor) -> Tensor:

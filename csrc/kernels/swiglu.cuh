@@ -101,11 +101,13 @@ __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::Pa
 // x_tile_stride), one for 1x128, both contiguous -> dx = [d gate, d up] as q and scales of quantize_1x128 and
 // as q_t and scales_t of quantize_1x128_t; with kRecompute also y_t and y_scales_t, those of y. The scales of
 // y_t and q_t have strides (1, width) and (1, 2 * width). width is a multiple of 128. A block takes a tile of
-// y.
-template <bool kPowerOf2Scales, bool kRecompute>
+// y. With kWeighted y was multiplied by weights[token], and weight_gradients [width / 128, tokens] takes the
+// sums of dy * silu(gate) * up over the rows of each tile.
+template <bool kPowerOf2Scales, bool kRecompute, bool kWeighted>
 __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::GradientPart::kBlocksPerSm)
-    swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const i32* group_offsets,
-                             u32* error, u8* q, float* scales, u8* q_t, float* scales_t, u8* y_t, float* y_scales_t,
+    swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const float* weights,
+                             const i32* group_offsets, u32* error, u8* q, float* scales, u8* q_t,
+                             float* scales_t, u8* y_t, float* y_scales_t, float* weight_gradients,
                              u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 x_row_stride,
                              i64 x_tile_stride, i64 scale_stride) {
     using namespace swiglu;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
     using Half = Held<Bf16, kColumns>;
     __shared__ RowStage<kColumns> row_stage;
     __shared__ ColumnStage<kColumns> column_stage;
-    __shared__ float gate_scale[kTile], up_scale[kTile];
+    __shared__ float gate_scale[kTile], up_scale[kTile], weight[kWeighted ? kTile : 1];
 
     const u32 across = width / kTile;
     const u32 tile = blockIdx.x / across, column = blockIdx.x % across * kTile;
@@ -142,6 +144,8 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
         const float* scale = x_scales + (span.first + row) * x_row_stride +
                              (half * across + column / kTile) * x_tile_stride;
         (half ? up_scale : gate_scale)[row] = row < span.count ? ptx::load_global_nc_float(scale) : 1.0f;
+        if (kWeighted && half == 0)
+            weight[row] = row < span.count ? ptx::load_global_nc_float(weights + span.first + row) : 1.0f;
     }
     __syncthreads();
 
@@ -153,7 +157,10 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
             dequantize(sources[r].gate, gate_scale[P::row() + r], gate);
             dequantize(sources[r].up, up_scale[P::row() + r], up);
 #pragma unroll
-            for (u32 i = 0; i < kColumns; ++i) up[i] = __fmul_rn(silu(gate[i]), up[i]);
+            for (u32 i = 0; i < kColumns; ++i) {
+                up[i] = __fmul_rn(silu(gate[i]), up[i]);
+                if (kWeighted) up[i] = __fmul_rn(up[i], weight[P::row() + r]);
+            }
             y.raw[r] = to_bf16(up);
         }
         quantize_tile<kPowerOf2Scales, false, true>(
@@ -163,15 +170,22 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
     }
 
     Half d_gate, d_up;
+    float weight_gradient_of_lane = 0.0f;  // of row P::row() + P::position()
 #pragma unroll
     for (u32 r = 0; r < kRows; ++r) {
         float gate[kColumns], up[kColumns], d[kColumns];
         dequantize(sources[r].gate, gate_scale[P::row() + r], gate);
         dequantize(sources[r].up, up_scale[P::row() + r], up);
         widen_bf16(sources[r].dy, d);
+        float weight_gradient = 0.0f;
 #pragma unroll
         for (u32 i = 0; i < kColumns; ++i) {
             const float s = sigmoid(gate[i]);
+            if (kWeighted) {
+                const float unweighted = __fmul_rn(__fmul_rn(gate[i], s), up[i]);
+                weight_gradient = __fadd_rn(weight_gradient, __fmul_rn(d[i], unweighted));
+                d[i] = __fmul_rn(d[i], weight[P::row() + r]);
+            }
             const float slope = __fmul_rn(s, __fadd_rn(1.0f, __fmul_rn(gate[i], __fsub_rn(1.0f, s))));
             const float d_silu = __fmul_rn(d[i], up[i]);
             d[i] = __fmul_rn(d[i], __fmul_rn(gate[i], s));
@@ -179,7 +193,17 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
         }
         d_gate.raw[r] = to_bf16(gate);
         d_up.raw[r] = to_bf16(d);
+        if constexpr (kWeighted) {
+            static_assert(P::kPositions == 32, "a warp holds whole rows");
+#pragma unroll
+            for (u32 mask = 16; mask > 0; mask /= 2)
+                weight_gradient = __fadd_rn(weight_gradient, ptx::shuffle_xor(weight_gradient, mask));
+            if (P::position() == r) weight_gradient_of_lane = weight_gradient;
+        }
     }
+    if (kWeighted && P::position() < kRows && P::row() + P::position() < span.count)
+        weight_gradients[static_cast<i64>(column / kTile) * tokens + span.first + P::row() + P::position()] =
+            weight_gradient_of_lane;
     const auto quantize_half = [&](Half& half, u32 at) {
         quantize_tile<kPowerOf2Scales, true, true>(
             half, row_stage, row_target(q, scales, scale_stride, 2 * width, span, at), column_stage,
