@@ -48,7 +48,8 @@ _MESSAGES: dict[int, tuple[str, str]] = {
         "pass the offsets that both operands were quantised with; print group_offsets.tolist()",
     ),
     ErrorCode.QUANTIZE_OFFSETS: (
-        f"quantize_1x128_t: group_offsets {_RUNNING_SUM} end past tokens, the rows of x",
+        f"quantize_1x128_t or another op that transposes: group_offsets {_RUNNING_SUM} end past the rows of "
+        "what is quantised",
         _OFFSETS,
     ),
     ErrorCode.DISPATCH_EXPERTS: (

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import checks, launch, reference
 from .jit import Kernel
 from .quantized import ROW, QuantizedTensor, empty_rows, empty_transposed
-from .tile import NAMES, address_of, groups_of, launch_tiles, threads_of, token_tiles
+from .tile import NAMES, address_of, groups_of, launch_tiles, offsets_arguments, threads_of, token_tiles
 
 # As in csrc/kernels/permute.cuh.
 THREADS = 256
@@ -114,8 +114,9 @@ def _launch_permute(
     transposed = (0, 0) if q_t is None else (q_t.data, q_t.scales)
     strides = (q.scales.stride(1), 0 if q_t is None else q_t.scales.stride(1))
     arguments = (
-        *(x, index, address_of(group_offsets), q.data, q.scales, *transposed, x.shape[0], rows, width),
-        *(groups_of(group_offsets), 0 if q_t is None else q_t.scales.shape[1], *strides),
+        *(x, index, *offsets_arguments(group_offsets), q.data, q.scales, *transposed),
+        *(x.shape[0], rows, width, groups_of(group_offsets)),
+        *(0 if q_t is None else q_t.scales.shape[1], *strides),
     )
     kernel = kernel_permute(x.dtype, power_of_2_scales, q_t is not None)
     down = token_tiles(rows, group_offsets, rest=True)

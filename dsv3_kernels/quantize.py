@@ -27,7 +27,7 @@ from .quantized import (
     scale_dtype,
     scales_shape,
 )
-from .tile import NAMES, address_of, groups_of, launch_tiles, threads_of, token_tiles
+from .tile import NAMES, groups_of, launch_tiles, offsets_arguments, threads_of, token_tiles
 
 _DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -73,8 +73,8 @@ def quantize_1x128(
     `quantize_1x128_t(x, group_offsets)`, bit for bit: the operands of a GEMM and of the weight gradient,
     from one read of x. `q` holds all rows, those past the last group too.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
-    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to M, and rows that wrong
-    offsets leave to no group stay unwritten.
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to M, rows that wrong
+    offsets leave to no group stay unwritten, and the next launch or `synchronize()` raises DeviceValueError.
     """
     op = "quantize_1x128"
     both = checks.flag(op, "transpose", transpose)
@@ -149,7 +149,8 @@ def quantize_1x128_t(
     at each group: group g begins at column 128·Σ_{i<g} ceil(n_i/128). Columns past a group's end are zero;
     a tile of zeros has scale 1.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device
-    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens.
+    or offsets. Offsets on a GPU are not read back; there the kernel clamps them to tokens, and the next
+    launch or `synchronize()` raises DeviceValueError.
     """
     op = "quantize_1x128_t"
     checks.tensor(op, "x", x, tuple(NAMES), (2,))
@@ -204,7 +205,7 @@ def _launch_1x128_t(
     tokens, width = x.shape
     rows = (0, 0, 0) if q is None else (q.data, q.scales, q.scales.stride(1))
     arguments = (
-        *(x, address_of(group_offsets), *rows[:2], q_t.data, q_t.scales, tokens, width),
+        *(x, *offsets_arguments(group_offsets), *rows[:2], q_t.data, q_t.scales, tokens, width),
         *(groups_of(group_offsets), q_t.scales.shape[1], rows[2], q_t.scales.stride(1)),
     )
     kernel = kernel_1x128_t(x.dtype, power_of_2_scales, q is not None, ue8m0_scales)
@@ -259,7 +260,7 @@ def _requantize_1x128_t(
     q_t = empty_transposed(data.shape, group_offsets, data.device)
     token_tiles_t = q_t.scales.shape[1]
     arguments = (
-        *(data, scales, address_of(group_offsets), q_t.data, q_t.scales, tokens, width),
+        *(data, scales, *offsets_arguments(group_offsets), q_t.data, q_t.scales, tokens, width),
         *(groups_of(group_offsets), token_tiles_t, *scales.stride(), q_t.scales.stride(1)),
     )
     kernel, threads = kernel_requantize(power_of_2_scales), threads_of(data.dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import checks, launch, quantized, reference
 from .jit import Kernel
 from .quantized import ROW, TILE, QuantizedTensor, empty_rows, empty_transposed
-from .tile import address_of, groups_of, launch_tiles, token_tiles
+from .tile import address_of, groups_of, launch_tiles, offsets_arguments, token_tiles
 
 # As in csrc/kernels/swiglu.cuh.
 THREADS = 128
@@ -122,8 +122,9 @@ def _launch_forward(
     transposed = (0, 0) if q_t is None else (q_t.data, q_t.scales)
     strides = (q.scales.stride(1), 0 if q_t is None else q_t.scales.stride(1))
     arguments = (
-        *(x, address_of(weights), address_of(group_offsets), q.data, q.scales, *transposed, tokens, width),
-        *(groups_of(group_offsets), 0 if q_t is None else q_t.scales.shape[1], *strides),
+        *(x, address_of(weights), *offsets_arguments(group_offsets), q.data, q.scales, *transposed),
+        *(tokens, width, groups_of(group_offsets)),
+        *(0 if q_t is None else q_t.scales.shape[1], *strides),
     )
     kernel = kernel_forward(power_of_2_scales, q_t is not None)
     down = token_tiles(tokens, group_offsets, rest=True)
@@ -228,7 +229,7 @@ def _run_backward(
     dx, dx_t = empty_rows(x.shape, x.device), empty_transposed(x.shape, group_offsets, x.device)
     y_t = empty_transposed(dy.shape, group_offsets, x.device) if recompute else dx_t
     arguments = (
-        *(dy, x, x_scales, address_of(group_offsets), dx.data, dx.scales, dx_t.data, dx_t.scales),
+        *(dy, x, x_scales, *offsets_arguments(group_offsets), dx.data, dx.scales, dx_t.data, dx_t.scales),
         *(y_t.data, y_t.scales, tokens, width, groups_of(group_offsets), dx_t.scales.shape[1]),
         *(*x_scales.stride(), dx.scales.stride(1)),
     )

@@ -29,6 +29,11 @@ def address_of(optional: Tensor | None) -> Tensor | int:
     return 0 if optional is None else optional
 
 
+def offsets_arguments(group_offsets: Tensor | None) -> tuple[Tensor | int, Tensor | int]:
+    """As the kernels take them, with the error word that they report wrong ones in."""
+    return (0, 0) if group_offsets is None else (group_offsets, launch.error_flag(group_offsets))
+
+
 def launch_tiles(
     op: str,
     name: str,

@@ -9,7 +9,11 @@ from pathlib import Path
 
 
 @functools.cache
-def _commit() -> str:
+def base() -> str:
+    """What the seeds are drawn from: DSV3_SEED, or the commit's hash."""
+    given = os.environ.get("DSV3_SEED")
+    if given:
+        return given
     try:
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
@@ -18,9 +22,8 @@ def _commit() -> str:
 
 
 def seeds(name: str, count: int) -> list[int]:
-    """`count` seeds for the test called `name`, drawn from the commit's hash, or from DSV3_SEED."""
-    base = os.environ.get("DSV3_SEED") or _commit()
+    """`count` seeds for the test called `name`, drawn from `base()`."""
     return [
-        int.from_bytes(hashlib.sha256(f"{base} {name} {i}".encode()).digest()[:4], "little")
+        int.from_bytes(hashlib.sha256(f"{base()} {name} {i}".encode()).digest()[:4], "little")
         for i in range(count)
     ]

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 import torch
+from commit_seed import base, seeds
 
 torch.set_num_threads(1)  # tensors this small lose more to two threads' barriers than they gain
 
@@ -15,6 +16,13 @@ def fresh_generator() -> torch.Generator:
     seed = int(os.environ.get("DSV3_SEED") or secrets.randbits(32))
     print(f"DSV3_SEED={seed}")
     return torch.Generator().manual_seed(seed)
+
+
+def commit_generator() -> torch.Generator:
+    """Of the running test, one seed for each commit (tests/commit_seed.py); what is printed repeats it."""
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+    print(f"DSV3_SEED={base()}")
+    return torch.Generator().manual_seed(seeds(test, 1)[0])
 
 
 def e4m3_value(code: int) -> float:

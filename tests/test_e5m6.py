@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import fresh_generator, wide
+from fp8_helpers import commit_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import e5m6, emulator, reference
@@ -68,7 +68,7 @@ def test_every_code_border_and_tie():
 
 @each_dtype
 def test_scales_and_error(dtype):
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(40, 256, generator=generator) * torch.exp2(torch.randn(40, 1, generator=generator) * 3)
     x = x.to(dtype)
     packed = dk.pack_e5m6(x)
@@ -85,14 +85,14 @@ def test_scales_and_error(dtype):
 @each_dtype
 @pytest.mark.parametrize("shape", [(1, 128), (3, 384), (40, 256), (70, 128)])
 def test_kernels(dtype, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     check(torch.randn(shape, generator=generator).to(dtype))
     check(wide(generator, *shape).to(dtype))
 
 
 @each_dtype
 def test_nan_infinity_and_zeros(dtype):
-    x = torch.randn(16, 256, generator=fresh_generator()).to(dtype)
+    x = torch.randn(16, 256, generator=commit_generator()).to(dtype)
     x[0, 5], x[1, 200], x[2, 0], x[3] = float("nan"), float("inf"), float("-inf"), 0.0
     values = check(x)
     assert values[0, :128].isnan().all() and values[1, 128:].isnan().all() and values[2, :128].isnan().all()
@@ -106,7 +106,7 @@ def test_empty():
 
 @each_dtype
 def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
-    x = torch.randn(33, 256, generator=fresh_generator()).to(dtype)
+    x = torch.randn(33, 256, generator=commit_generator()).to(dtype)
     packed_bytes = x.numel() * 3 // 2 + x.numel() // 128 * 4
     with emulator.virtual_gpu(checks=False) as gpu:
         packed = dk.pack_e5m6(x)
@@ -122,7 +122,7 @@ def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
 
 def test_blocks_take_more_than_one_turn(monkeypatch):
     monkeypatch.setattr(e5m6, "MAX_GRID", 1)
-    check(torch.randn(150, 128, generator=fresh_generator()))
+    check(torch.randn(150, 128, generator=commit_generator()))
 
 
 def test_the_launch_constants_are_those_of_the_kernel():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_helpers import assert_same, fresh_generator, wide
+from fp8_helpers import assert_same, commit_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, permute, reference
@@ -52,7 +52,7 @@ def check_unpermute(rows, slots, weights=None, **gpu):
 @pytest.mark.parametrize("shape", [(1, 1, 16), (40, 130, 144), (70, 200, 256)])
 def test_permute(dtype, power_of_2, shape):
     tokens, rows, width = shape
-    generator = fresh_generator()
+    generator = commit_generator()
     index = index_of(generator, rows, tokens)
     check_permute(wide(generator, tokens, width).to(dtype), index, None, power_of_2)
     offsets = torch.tensor([0, rows // 3, rows // 3, rows - rows // 4], dtype=torch.int32)
@@ -62,7 +62,7 @@ def test_permute(dtype, power_of_2, shape):
 
 
 def test_permute_empty():
-    generator = fresh_generator()
+    generator = commit_generator()
     for tokens, rows, width in ((0, 5, 16), (5, 0, 16), (5, 5, 0), (0, 0, 0)):
         index = index_of(generator, rows, tokens)
         check_permute(torch.zeros(tokens, width), index, torch.zeros(4, dtype=torch.int32))
@@ -71,7 +71,7 @@ def test_permute_empty():
 @pytest.mark.parametrize("top_k", [1, 3, 8, 33])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_unpermute(top_k, weighted):
-    generator = fresh_generator()
+    generator = commit_generator()
     for rows, tokens, width in ((1, 1, 8), (30, 9, 264), (50, 5, 512)):
         values = torch.randn(rows, width, generator=generator).bfloat16()
         slots = index_of(generator, tokens, rows, top_k)
@@ -82,7 +82,7 @@ def test_unpermute(top_k, weighted):
 
 def test_unpermute_infinities_nan_and_what_is_left_out():
     """A slot of -1 adds nothing, whatever its weight; nor does it turn -0 into NaN."""
-    rows = torch.randn(6, 16, generator=fresh_generator()).bfloat16()
+    rows = torch.randn(6, 16, generator=commit_generator()).bfloat16()
     rows[1, 3], rows[2, 3], rows[3, 5], rows[4] = float("inf"), float("-inf"), float("nan"), -0.0
     slots = torch.tensor([[1, 2, -1], [3, 0, 5], [-1, 4, -1], [4, -1, -1]], dtype=torch.int32)
     weights = torch.tensor([[1.0, 1, torch.nan], [1, 2, 3], [torch.inf, 1, torch.nan], [1, 1, 1]])
@@ -91,14 +91,14 @@ def test_unpermute_infinities_nan_and_what_is_left_out():
 
 
 def test_unpermute_empty():
-    generator = fresh_generator()
+    generator = commit_generator()
     for rows, tokens, top_k, width in ((0, 4, 2, 8), (4, 0, 2, 8), (4, 3, 0, 8), (4, 3, 2, 0)):
         check_unpermute(torch.zeros(rows, width).bfloat16(), index_of(generator, tokens, rows, top_k))
 
 
 def test_there_and_back():
     """Every token through two experts with weights that add up to 1: it comes back."""
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(20, 32, generator=generator).bfloat16()
     order = torch.randperm(40, generator=generator).int()
     slots = torch.empty(40, dtype=torch.int32)
@@ -109,7 +109,7 @@ def test_there_and_back():
 
 def test_indices_on_a_gpu_are_not_trusted():
     """There nobody reads them back: one that is out of range is none, and nothing is read outside x."""
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(5, 32, generator=generator).bfloat16()
     index = torch.tensor([-(2**31), -2, 5, 2**31 - 1, 4, -1], dtype=torch.int32)
     within = torch.where((index >= 0) & (index < 5), index, -1)
@@ -121,7 +121,7 @@ def test_indices_on_a_gpu_are_not_trusted():
 
 
 def test_each_byte_moves_once_and_without_bank_conflicts():
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(256, 384, generator=generator).bfloat16()
     index = torch.randperm(256, generator=generator).int()
     quantized = x.numel() + x.numel() // 128 * 4
@@ -142,7 +142,7 @@ def test_each_byte_moves_once_and_without_bank_conflicts():
 
 def test_blocks_take_more_than_one_turn(monkeypatch):
     monkeypatch.setattr(permute, "MAX_GRID", 1)
-    generator = fresh_generator()
+    generator = commit_generator()
     rows = torch.randn(30, 520, generator=generator).bfloat16()
     check_unpermute(rows, index_of(generator, 11, 30, 2))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import assert_same, fresh_generator, wide
+from fp8_helpers import assert_same, commit_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, reference
@@ -23,7 +23,7 @@ def on_kernel(x, power_of_2=False):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (5, 128), (33, 272), (64, 400), (3, 40, 144), (2, 1, 128)])
 def test_bit_exact(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     for x in (torch.randn(shape, generator=generator), wide(generator, *shape)):
         x = x.to(dtype)
         assert_same(on_kernel(x, power_of_2), reference.quantize_1x128(x, power_of_2_scales=power_of_2))
@@ -32,7 +32,7 @@ def test_bit_exact(dtype, power_of_2, shape):
 @each_dtype
 @powers
 def test_nan_infinity_and_zeros(dtype, power_of_2):
-    x = torch.randn(40, 256, generator=fresh_generator()).to(dtype)
+    x = torch.randn(40, 256, generator=commit_generator()).to(dtype)
     x[0, 5] = float("nan")
     x[1, 200] = float("inf")
     x[2, 0], x[2, 1] = float("-inf"), float("nan")
@@ -52,7 +52,7 @@ def test_quotients_next_to_a_border_between_codes(lift):
 
     Each tile holds its amax, and products of its scale and a border between two codes, with neighbours.
     """
-    generator = fresh_generator()
+    generator = commit_generator()
     rows = 64
     amax = torch.ldexp(1 + torch.rand(rows, 1, generator=generator), torch.tensor(lift))
     scale = (amax / 448).clamp(min=2.0**-126)
@@ -88,7 +88,7 @@ def test_one_correction_is_enough_for_16_bits(bits):
 @each_dtype
 def test_strided_rows_and_nothing_written_outside(dtype):
     """Straight to the kernel: any strides, outputs poisoned, guards around them, and any grid."""
-    generator = fresh_generator()
+    generator = commit_generator()
     batches, rows, width = 2, 37, 176
     backing = torch.randn(batches, rows + 3, width + 32, generator=generator).to(dtype)
     x = backing[:, :rows, 16 : 16 + width]

@@ -5,10 +5,11 @@ import re
 
 import pytest
 import torch
-from fp8_helpers import assert_same, fresh_generator, wide
+from fp8_helpers import assert_same, commit_generator, wide
 
 import dsv3_kernels as dk
-from dsv3_kernels import emulator, launch, quantize, reference, tile
+from dsv3_kernels import emulator, launch, quantize, quantized, reference, tile
+from dsv3_kernels.device_error import DeviceValueError, ErrorCode
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -55,21 +56,21 @@ def check_both(x, offsets=None, power_of_2=False, **gpu):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (129, 272), (2, 37, 144)])
 def test_blocks(dtype, power_of_2, shape):
-    check_128x128(wide(fresh_generator(), *shape).to(dtype), power_of_2)
+    check_128x128(wide(commit_generator(), *shape).to(dtype), power_of_2)
 
 
 @each_dtype
 @powers
 @pytest.mark.parametrize("shape", [(16, 16), (144, 272), (2, 48, 144)])
 def test_blocks_with_their_transpose(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     w = torch.randn(shape, generator=generator)
     w[..., ::3, :] *= torch.randn(w[..., ::3, :].shape, generator=generator).exp2()
     check_128x128(w.to(dtype), power_of_2, transpose=True)
 
 
 def test_experts_take_one_launch():
-    w = torch.randn(5, 32, 144, generator=fresh_generator())
+    w = torch.randn(5, 32, 144, generator=commit_generator())
     with emulator.virtual_gpu() as gpu:
         q, q_t = dk.quantize_128x128(w, transpose=True)
     assert gpu.counters["launches"] == 1
@@ -83,7 +84,7 @@ def test_experts_take_one_launch():
 @each_dtype
 @powers
 def test_blocks_with_nan_infinity_zeros_and_subnormals(dtype, power_of_2):
-    w = torch.randn(128, 6 * 128, generator=fresh_generator()).to(dtype)
+    w = torch.randn(128, 6 * 128, generator=commit_generator()).to(dtype)
     w[127, 127] = float("nan")
     w[5, 128] = float("inf")
     w[0, 256], w[1, 256] = float("-inf"), float("nan")
@@ -102,7 +103,7 @@ def test_blocks_with_nan_infinity_zeros_and_subnormals(dtype, power_of_2):
 @powers
 @pytest.mark.parametrize("shape", [(1, 8), (128, 128), (300, 136)])
 def test_transposed(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     check_1x128_t(torch.randn(shape, generator=generator).to(dtype), None, power_of_2)
     x = wide(generator, *shape[::-1]).t().contiguous()  # features from subnormal to nearly overflowing
     check_1x128_t(x.to(dtype), None, power_of_2)
@@ -112,7 +113,7 @@ def test_transposed(dtype, power_of_2, shape):
 @powers
 def test_tiles_restart_at_each_group(dtype, power_of_2):
     tokens = sum(GROUPS) + 11  # the last rows are of no group
-    x = torch.randn(tokens, 24, generator=fresh_generator()).to(dtype)
+    x = torch.randn(tokens, 24, generator=commit_generator()).to(dtype)
     q = check_1x128_t(x, offsets_of(*GROUPS), power_of_2)
     assert q.shape[1] == 128 * ((tokens + 127 * 5) // 128)
     codes = q.data.view(torch.uint8)
@@ -122,7 +123,7 @@ def test_tiles_restart_at_each_group(dtype, power_of_2):
 
 def test_groups_of_every_count():
     """The search for a tile's group takes 32 groups at a time."""
-    generator = fresh_generator()
+    generator = commit_generator()
     for groups in (1, 31, 32, 33, 70):
         sizes = torch.randint(0, 6, (groups,), generator=generator) ** 3
         sizes[torch.rand(groups, generator=generator) < 0.5] = 0
@@ -135,14 +136,14 @@ def test_groups_of_every_count():
     [(0, [0, 0, 0, 0]), (0, [0, 0]), (5, [0, 0, 0]), (300, [0]), (128, [0, 128]), (129, [0, 0, 129])],
 )
 def test_empty_groups_and_empty_tensors(tokens, offsets):
-    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 16, generator=commit_generator()).bfloat16()
     check_1x128_t(x, torch.tensor(offsets, dtype=torch.int32))
 
 
 @each_dtype
 @powers
 def test_transposed_with_nan_infinity_and_zeros(dtype, power_of_2):
-    x = torch.randn(130, 16, generator=fresh_generator()).to(dtype)
+    x = torch.randn(130, 16, generator=commit_generator()).to(dtype)
     x[127, 0] = float("nan")
     x[0, 1] = float("inf")
     x[3, 2], x[64, 2] = float("-inf"), float("nan")
@@ -161,7 +162,7 @@ def test_transposed_with_nan_infinity_and_zeros(dtype, power_of_2):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
 def test_both_orientations(dtype, power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     check_both(torch.randn(shape, generator=generator).to(dtype), None, power_of_2)
     check_both(wide(generator, *shape).to(dtype), None, power_of_2)
     check_both(wide(generator, *shape[::-1]).t().contiguous().to(dtype), None, power_of_2)
@@ -173,13 +174,13 @@ def test_both_orientations(dtype, power_of_2, shape):
 def test_both_orientations_of_groups(dtype, power_of_2, rest):
     """Row-wise the rows past the last group count too."""
     tokens = sum(GROUPS) + rest
-    x = torch.randn(tokens, 32, generator=fresh_generator()).to(dtype)
+    x = torch.randn(tokens, 32, generator=commit_generator()).to(dtype)
     x[3, 5], x[200, 7], x[300, 16:] = float("nan"), float("inf"), 0.0
     check_both(x, offsets_of(*GROUPS), power_of_2)
 
 
 def test_both_orientations_of_many_groups_and_of_none():
-    generator = fresh_generator()
+    generator = commit_generator()
     for groups in (0, 1, 31, 32, 33, 63, 64):
         sizes = torch.randint(0, 6, (groups,), generator=generator) ** 3
         sizes[torch.rand(groups, generator=generator) < 0.5] = 0
@@ -195,7 +196,7 @@ def test_both_orientations_of_many_groups_and_of_none():
 
 @each_dtype
 def test_ue8m0_scales(dtype):
-    generator = fresh_generator()
+    generator = commit_generator()
     x = wide(generator, 300, 144).to(dtype)
     x[3, 5], x[200, 7] = float("nan"), float("inf")
     offsets, w = offsets_of(20, 0, 270), x[:288].contiguous()
@@ -227,7 +228,7 @@ def check_requantized(q, offsets=None, power_of_2=False, **gpu):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
 def test_requantized(power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     for x in (torch.randn(shape, generator=generator), wide(generator, *shape)):
         q = dk.quantize_1x128(x, power_of_2_scales=power_of_2)
         check_requantized(q, None, power_of_2)
@@ -237,14 +238,14 @@ def test_requantized(power_of_2, shape):
 
 @powers
 def test_requantized_groups(power_of_2):
-    x = torch.randn(sum(GROUPS) + 11, 48, generator=fresh_generator())
+    x = torch.randn(sum(GROUPS) + 11, 48, generator=commit_generator())
     check_requantized(dk.quantize_1x128(x, power_of_2_scales=power_of_2), offsets_of(*GROUPS), power_of_2)
 
 
 @powers
 def test_requantized_codes_of_every_kind_and_scales_of_any(power_of_2):
     """Every code, NaN too, with subnormal, infinite, huge and NaN scales."""
-    generator = fresh_generator()
+    generator = commit_generator()
     data = torch.randint(0, 256, (256, 256), dtype=torch.uint8, generator=generator)
     data[:, :128] &= 0x77  # no NaN on the left
     scales = torch.ldexp(torch.ones(256, 2), torch.randint(-149, 128, (256, 2), generator=generator))
@@ -271,16 +272,50 @@ BAD_OFFSETS = [
 ]
 
 
+def reports_offsets():
+    return pytest.raises(DeviceValueError, match=r"group_offsets held values that descend, do not start at 0")
+
+
+def quantisers_of_groups(x):
+    """With offsets of its rows."""
+    q, index = dk.quantize_1x128(x), torch.arange(x.shape[0], dtype=torch.int32)
+    dy = x[:, :128].contiguous()
+    yield lambda o: dk.quantize_1x128_t(x, o)
+    yield lambda o: dk.quantize_1x128(x, transpose=True, group_offsets=o)
+    yield lambda o: dk.requantize_1x128_t(q, o)
+    yield lambda o: dk.swiglu_quantize(x, transpose=True, group_offsets=o)
+    yield lambda o: dk.swiglu_backward_quantize(dy, q, o)
+    yield lambda o: dk.swiglu_backward_quantize(dy, q, o, recompute=True)
+    yield lambda o: dk.permute_quantize(x, index, transpose=True, group_offsets=o)
+
+
+def test_wrong_offsets_are_reported_once_and_right_ones_never():
+    """Each kind of mistake, in the first 32 offsets that a warp looks at together and in the next."""
+    tokens = 200
+    x = torch.randn(tokens, 256, generator=commit_generator()).bfloat16()
+    wrong = [[5, 100, 200], [-1, 100], [0, 100, 99, 200], [0, 100, 201], [0, -3], [7], [*range(40), 38]]
+    right = [[0, 0, 200], [0, 10], [0], [*range(40), 39], [0] * 32 + [200]]
+    for quantiser in quantisers_of_groups(x):
+        with emulator.virtual_gpu(checks=False):
+            for offsets in wrong:
+                with reports_offsets() as raised:
+                    quantiser(torch.tensor(offsets, dtype=torch.int32))
+                assert raised.value.code == ErrorCode.QUANTIZE_OFFSETS
+            for offsets in right:
+                quantiser(torch.tensor(offsets, dtype=torch.int32))
+
+
 @pytest.mark.parametrize("offsets", BAD_OFFSETS, ids=lambda o: str(o[:4]))
 def test_offsets_on_a_gpu_are_clamped(offsets):
     """Nobody reads them back there, and none makes the kernel read or write outside its arguments."""
     tokens = 257
-    x = torch.randn(tokens, 16, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 16, generator=commit_generator()).bfloat16()
     offsets_there = torch.tensor(offsets, dtype=torch.int32)
-    with emulator.virtual_gpu():
-        q = dk.quantize_1x128_t(x, offsets_there)
-    with emulator.virtual_gpu(checks=False):  # overlapping groups write a row more than once
-        _, q_t = dk.quantize_1x128(x, transpose=True, group_offsets=offsets_there)
+    rows = quantized.empty_rows(x.shape, x.device)
+    q, q_t = (quantized.empty_transposed(x.shape, offsets_there, x.device) for _ in range(2))
+    for outputs, checks in (((None, q), True), ((rows, q_t), False)):  # groups that overlap write rows twice
+        with emulator.virtual_gpu(checks=checks), reports_offsets():
+            quantize._launch_1x128_t("op", x, offsets_there, *outputs, False, False)
     columns = []
     clamped = [min(max(o, 0), tokens) for o in offsets]
     for low, high in itertools.pairwise(clamped):
@@ -299,7 +334,7 @@ def test_offsets_on_a_gpu_are_clamped(offsets):
 @each_dtype
 def test_nothing_is_written_outside_the_outputs(dtype):
     """Straight to the kernels: outputs poisoned, with guards around them."""
-    generator = fresh_generator()
+    generator = commit_generator()
 
     def guarded(elements, dtype, poison):
         memory = torch.full((elements + 512,), poison, dtype=dtype)
@@ -344,7 +379,7 @@ def test_nothing_is_written_outside_the_outputs(dtype):
         )
         with emulator.virtual_gpu():
             outputs = (codes[1], scales[1], codes_t[1], scales_t[1])
-            arguments = (x, offsets, *outputs, 140, width, 4, tiles, leading, leading)
+            arguments = (x, offsets, 0, *outputs, 140, width, 4, tiles, leading, leading)
             kernel = quantize.kernel_1x128_t(dtype, False, row_wise)
             launch.launch(kernel, ((tiles + 1) * 2, 1, 1), (threads, 1, 1), arguments)
         guards_are_whole(codes[0], scales[0], codes_t[0], scales_t[0])
@@ -361,7 +396,7 @@ def test_nothing_is_written_outside_the_outputs(dtype):
 
 @each_dtype
 def test_each_byte_moves_once_and_without_bank_conflicts(dtype):
-    x = torch.randn(256, 384, generator=fresh_generator()).to(dtype)
+    x = torch.randn(256, 384, generator=commit_generator()).to(dtype)
     with emulator.virtual_gpu(checks=False) as gpu:
         dk.quantize_128x128(x, transpose=True)
     counters = gpu.counters
@@ -431,7 +466,7 @@ def test_a_broken_kernel_is_noticed(name):
     dtype = "float" if "kRows" in broken else "dsv3::Bf16"
     expression = f"dsv3::quantize_1x128_t<{dtype}, false, true>"
     compiled = compile_source(tile_sources(broken, by), (expression,), source_options())
-    x = torch.randn(128, 128, generator=fresh_generator())
+    x = torch.randn(128, 128, generator=commit_generator())
     x = x if dtype == "float" else x.bfloat16()
     codes, codes_t = (torch.zeros(128, 128, dtype=torch.uint8) for _ in range(2))
     scales, scales_t = torch.empty(128), torch.empty(128)
@@ -439,7 +474,7 @@ def test_a_broken_kernel_is_noticed(name):
     seen = set()
     for seed in range(5):
         gpu = emulator.VirtualGPU(seed=seed)
-        arguments = (x, 0, codes, scales, codes_t, scales_t, 128, 128, 0, 1, 128, 128)
+        arguments = (x, 0, 0, codes, scales, codes_t, scales_t, 128, 128, 0, 1, 128, 128)
         threads = 32 * x.element_size() * 2
         try:
             gpu.launch(compiled.ptx, compiled.names[0], grid=(1, 1, 1), block=(threads, 1, 1), args=arguments)
@@ -455,7 +490,7 @@ def test_a_broken_kernel_is_noticed(name):
 
 @pytest.mark.parametrize("schedule", ["random", "round_robin", "pct"])
 def test_any_order_of_the_warps(schedule):
-    generator = fresh_generator()
+    generator = commit_generator()
     seed = int(torch.randint(2**31, (), generator=generator))
     x = torch.randn(144, 144, generator=generator).bfloat16()
     check_128x128(x, transpose=True, seed=seed, schedule=schedule, num_sms=1)
@@ -473,16 +508,17 @@ def test_tensors_of_more_than_2_to_the_32_elements():
         pytest.skip(f"this machine promises no more memory than it has: {error}")
     scales = torch.empty(128)
     first = 2**17 + 100
-    values = torch.randn(128, 128, generator=fresh_generator()).half()
+    values = torch.randn(128, 128, generator=commit_generator()).half()
     x[first : first + 128, :128] = values
-    offsets = torch.tensor([first, first + 128], dtype=torch.int32)
+    offsets, word = torch.tensor([first, first + 128], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     with emulator.virtual_gpu(checks=False):
         kernel = quantize.kernel_1x128_t(torch.float16, False)
-        arguments = (x, offsets, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
+        arguments = (x, offsets, word, 0, 0, data, scales, tokens, width, 1, tiles, 0, 128)
         launch.launch(kernel, (1, 1, 1), (128, 1, 1), arguments)
     want = reference.quantize_1x128_t(values)
     assert torch.equal(data[:, :128], want.data.view(torch.uint8))
     assert torch.equal(scales, want.scales[:, 0])
+    assert word == ErrorCode.QUANTIZE_OFFSETS, "they do not start at 0"
 
 
 def test_empty_tensors_launch_nothing():

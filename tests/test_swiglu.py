@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_helpers import assert_same, fresh_generator, wide
+from fp8_helpers import assert_same, commit_generator, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, reference, swiglu
@@ -40,7 +40,7 @@ def test_sigmoid():
 
 @powers
 def test_codes_are_within_one_of_torch(power_of_2):
-    generator = fresh_generator()
+    generator = commit_generator()
     x = (torch.randn(64, 512, generator=generator) * 3).bfloat16()
     q = dk.swiglu_quantize(x, power_of_2_scales=power_of_2)
     gate, up = x.double().chunk(2, -1)
@@ -53,7 +53,7 @@ def test_codes_are_within_one_of_torch(power_of_2):
 
 def test_backward_is_the_gradient():
     """Against float64 autograd: within BF16's rounding of the gradient and FP32's of its factors."""
-    generator = fresh_generator()
+    generator = commit_generator()
     values = torch.randn(32, 256, generator=generator, dtype=torch.float64) * 3
     values = values.float().double()
     dy = torch.randn(32, 128, generator=generator).bfloat16()
@@ -72,7 +72,7 @@ def test_backward_is_the_gradient():
 
 @powers
 def test_the_fusion_changes_no_bit(power_of_2):
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(200, 288, generator=generator).bfloat16()
     weights, offsets = torch.rand(200, generator=generator), offsets_of(20, 0, 150)
     y = reference.swiglu(x, weights)
@@ -120,7 +120,7 @@ def check_backward(dy, x, offsets=None, power_of_2=False, **gpu):
 @powers
 @pytest.mark.parametrize("shape", [(1, 16), (130, 144), (64, 256)])
 def test_forward(power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     tokens, width = shape
     weights = torch.rand(tokens, generator=generator)
     x = torch.randn(tokens, 2 * width, generator=generator) * 4
@@ -132,7 +132,7 @@ def test_forward(power_of_2, shape):
 @pytest.mark.parametrize("rest", [0, 11])
 def test_forward_of_groups(power_of_2, rest):
     tokens = sum(GROUPS) + rest
-    x = torch.randn(tokens, 64, generator=fresh_generator()).bfloat16()
+    x = torch.randn(tokens, 64, generator=commit_generator()).bfloat16()
     x[3, 5], x[130, 40], x[129], x[7, 3] = float("nan"), float("inf"), 0.0, -300.0
     check_forward(x, None, offsets_of(*GROUPS), power_of_2)
 
@@ -140,7 +140,7 @@ def test_forward_of_groups(power_of_2, rest):
 @powers
 @pytest.mark.parametrize("shape", [(1, 128), (130, 256)])
 def test_backward(power_of_2, shape):
-    generator = fresh_generator()
+    generator = commit_generator()
     tokens, width = shape
     dy = torch.randn(shape, generator=generator).bfloat16()
     values = torch.randn(tokens, 2 * width, generator=generator) * 4
@@ -155,7 +155,7 @@ def test_backward(power_of_2, shape):
 @powers
 def test_backward_of_groups(power_of_2):
     tokens = sum(GROUPS) + 11
-    generator = fresh_generator()
+    generator = commit_generator()
     dy = torch.randn(tokens, 128, generator=generator).bfloat16()
     values = torch.randn(tokens, 256, generator=generator)
     values[3, 5], values[140, 200], values[129], dy[200, 3] = float("nan"), float("inf"), 0.0, float("nan")
@@ -172,7 +172,7 @@ def test_empty():
 
 
 def test_each_byte_moves_once_and_without_bank_conflicts():
-    generator = fresh_generator()
+    generator = commit_generator()
     x = torch.randn(256, 512, generator=generator).bfloat16()
     quantized = 256 * 256 + 256 * 256 // 128 * 4
     for both in (False, True):
@@ -194,7 +194,7 @@ def test_each_byte_moves_once_and_without_bank_conflicts():
 
 @pytest.mark.parametrize("schedule", ["random", "round_robin", "pct"])
 def test_any_order_of_the_warps(schedule):
-    generator = fresh_generator()
+    generator = commit_generator()
     seed = int(torch.randint(2**31, (), generator=generator))
     x = torch.randn(144, 256, generator=generator).bfloat16()
     check_forward(x, None, offsets_of(3, 0, 140), seed=seed, schedule=schedule, num_sms=2)
@@ -219,7 +219,7 @@ def test_a_broken_kernel_is_noticed(name):
     text, count = re.subn(broken, by, (kernel_dir() / "swiglu.cuh").read_text())
     assert count == 1
     compiled = compile_source(text, ("dsv3::swiglu_backward_quantize<true, false>",), source_options())
-    generator = fresh_generator()
+    generator = commit_generator()
     dy = torch.randn(128, 128, generator=generator).bfloat16()
     x = dk.quantize_1x128(torch.randn(128, 256, generator=generator))
     want, _ = dk.swiglu_backward_quantize(dy, x, power_of_2_scales=True)
@@ -227,7 +227,7 @@ def test_a_broken_kernel_is_noticed(name):
     for seed in range(5):
         codes, codes_t = torch.zeros(128, 256, dtype=torch.uint8), torch.zeros(256, 128, dtype=torch.uint8)
         scales, scales_t = torch.zeros(256), torch.zeros(256)
-        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, codes, scales, codes_t, scales_t, 0, 0)
+        arguments = (dy, x.data.view(torch.uint8), x.scales, 0, 0, codes, scales, codes_t, scales_t, 0, 0)
         arguments += (128, 128, 0, 1, *x.scales.stride(), 128)
         gpu = emulator.VirtualGPU(seed=seed)
         try:

@@ -60,7 +60,7 @@ Flow Context::block(Wait wait, uint64_t key, std::function<std::string()> what) 
     return Flow::Blocked;
 }
 
-bool Context::polls(uint64_t hash) const {
+bool Context::polls(uint64_t hash, uint32_t rounds) const {
     Poll* poll = nullptr;
     for (Poll& p : w.polls)
         if (p.pc == group->pc) poll = &p;
@@ -68,8 +68,9 @@ bool Context::polls(uint64_t hash) const {
     if (group->timed_out) {
         group->timed_out = false;
         poll->count = 0;
+        if (rounds == 0) return false;  // once round the loop, to look at the time
     }
-    if (poll->hash == hash && poll->effects == w.effects) return ++poll->count > 2;
+    if (poll->hash == hash && poll->effects == w.effects) return ++poll->count > rounds;
     *poll = {group->pc, hash, w.effects, 0};
     return false;
 }

@@ -72,7 +72,9 @@ Flow load(Context& c, const Inst& i) {
         hash = (hash ^ v ^ targets[l].watch()) * 0x9E3779B97F4A7C15;
     }
     const Target& first = targets[__builtin_ctz(c.mask)];
-    if (strong && (first.region || first.cta) && c.polls(hash)) {
+    // Each round of a loop that waits would multiply the interleavings; the next write to the word wakes it.
+    uint32_t rounds = c.m.options.schedule == "sequential" ? 0 : 2;
+    if (strong && (first.region || first.cta) && c.polls(hash, rounds)) {
         c.group->watch_low = UINT64_MAX, c.group->watch_high = 0;
         for (uint32_t rest = c.mask; rest; rest &= rest - 1) {
             const Target& t = targets[__builtin_ctz(rest)];

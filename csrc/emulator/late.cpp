@@ -86,7 +86,7 @@ void Machine::spread_late(const std::function<int(const LateWrite&)>& distance) 
 
 void Context::delay(const Target& t, uint32_t bytes, int lane) const {
     Region& region = *t.region;
-    if (m.options.schedule == "timed") return m.settle(region, t.offset, bytes);
+    if (m.options.schedule == "timed" || m.options.schedule == "sequential") return m.settle(region, t.offset, bytes);
     // Some arrive soon and some long after: with one rate for all, hardly two would change places.
     uint64_t due = m.options.schedule == "random" ? m.steps + m.random.below(m.random.one_in(2) ? usual_delay : long_delay) : 0;
     uint64_t priority = m.options.schedule == "pct" ? m.random.next() >> 1 : 0;

@@ -334,7 +334,7 @@ struct Context {
         return block(wait, key, [what = std::move(what)] { return what; });
     }
     /// A test that failed (`hash` of what it saw): true when it should block, because it only repeats itself.
-    bool polls(uint64_t hash) const;
+    bool polls(uint64_t hash, uint32_t rounds = 2) const;
     /// For .aligned and .sync instructions: true once all of `needed` (live) lanes stand here.
     bool converged(uint32_t needed) const;
 

@@ -11,10 +11,13 @@ constexpr uint64_t first_jump = 1000, largest_jump = 4'000'000'000;
 constexpr uint64_t max_jump_rounds = 600;
 constexpr size_t max_listed = 64;
 
+/// Follows `choices`, decides at synchronising steps only.
+bool explores(const Options& options) { return options.schedule == "exhaustive" || options.schedule == "sequential"; }
+
 }  // namespace
 
 uint32_t Machine::choose(uint32_t n) {
-    if (options.schedule != "exhaustive") return random.below(n);
+    if (!explores(options)) return random.below(n);
     if (n < 2) return 0;
     size_t depth = choice_widths.size();
     choice_widths.push_back(n);
@@ -114,8 +117,7 @@ void Machine::run(const std::vector<std::shared_ptr<Launch>>& until) {
                 w->queued = false;
                 runnable_[i] = runnable_.back();
                 runnable_.pop_back();
-                // "exhaustive" decides at synchronising steps only.
-                while (!step_warp(*w) && options.schedule == "exhaustive" && w->live) {}
+                while (!step_warp(*w) && explores(options) && w->live) {}
                 if (w->live) queue(*w);
             } else if (i -= runnable_.size(); i >= operations_.size()) {
                 arrive_late(i - operations_.size());
@@ -165,7 +167,7 @@ bool Machine::step_warp(Warp& w) {
         if (chosen == w.groups.size() || w.groups[i].pc < w.groups[chosen].pc) chosen = i;
     }
     if (ready == 0) return true;
-    if (ready > 1 && options.schedule != "exhaustive" && options.schedule != "timed" && choose(8) == 0) {
+    if (ready > 1 && !explores(options) && options.schedule != "timed" && choose(8) == 0) {
         uint32_t n = choose(ready);
         for (chosen = 0;; chosen++)
             if (w.groups[chosen].wait == Wait::None && n-- == 0) break;

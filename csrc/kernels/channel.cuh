@@ -103,6 +103,15 @@ struct Sequence {
     u64 finished_epochs, finished_blocks;
 };
 
+// One lane: this rank, a destination, has read all of this epoch.
+__device__ __forceinline__ void acknowledge(u8* const* workspaces, Workspace mine, u32 rank, u64 epoch) {
+    for (u32 peer = 0; peer < mine.ranks; ++peer) {
+        Workspace theirs = mine;
+        theirs.base = workspaces[peer];
+        ptx::store_release_system(theirs.ack(rank), epoch);
+    }
+}
+
 // By all threads of a block that has kept the protocol, after a barrier.
 __device__ __forceinline__ void finish(Sequence* sequence, u8* const* workspaces, Workspace mine, u32 rank,
                                        u64 epoch) {
@@ -110,11 +119,7 @@ __device__ __forceinline__ void finish(Sequence* sequence, u8* const* workspaces
     if (ptx::fetch_add_device(&sequence->finished_blocks, 1) + 1 != gridDim.x) return;
     sequence->finished_blocks = 0;
     sequence->finished_epochs = epoch;
-    for (u32 peer = 0; peer < mine.ranks; ++peer) {
-        Workspace theirs = mine;
-        theirs.base = workspaces[peer];
-        ptx::store_release_system(theirs.ack(rank), epoch);
-    }
+    acknowledge(workspaces, mine, rank, epoch);
 }
 
 }  // namespace dsv3

@@ -22,9 +22,9 @@ constexpr u32 kColumnsOfWarp = 32 * kColumnsOfLane;
 // a multiple of 16. A block takes a tile of the result.
 template <class Input, bool kPowerOf2Scales, bool kTranspose>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
-    permute_quantize(const Input* x, const i32* index, const i32* group_offsets, u8* q, float* scales,
-                     u8* q_t, float* scales_t, u32 tokens, u32 rows, u32 width, u32 groups, u32 tiles_t,
-                     i64 scale_stride, i64 scale_t_stride) {
+    permute_quantize(const Input* x, const i32* index, const i32* group_offsets, u32* error, u8* q,
+                     float* scales, u8* q_t, float* scales_t, u32 tokens, u32 rows, u32 width, u32 groups,
+                     u32 tiles_t, i64 scale_stride, i64 scale_t_stride) {
     using namespace permute;
     using P = PartOf<Input>;
     __shared__ RowStage<P::kColumns> row_stage;
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
     quantize_tile<kPowerOf2Scales, true, kTranspose>(
         held, row_stage, row_target(q, scales, scale_stride, width, span, column), column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+    if (kTranspose) report_wrong_offsets(group_offsets, groups, rows, error);
 }
 
 // rows [count, width] BF16 and slots [tokens, top_k] -> y[t] = the sum over k, ascending, of weights[t, k] *

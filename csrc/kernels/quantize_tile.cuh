@@ -89,14 +89,15 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
 
 // x [tokens, width], contiguous -> q_t e4m3 [width, 128 * tiles_t], contiguous, and scales_t [width, tiles_t]
 // with strides (1, scale_t_stride): groups in tiles of their own, zeros in their tails. group_offsets [groups
-// + 1] may be null: one group. width is a multiple of 8.
+// + 1] may be null: one group. error: see error.cuh. width is a multiple of 8.
 // With kRowWise also q e4m3 [tokens, width] and scales [tokens, ceil(width / 128)] with strides (1,
 // scale_stride), of all tokens, those past the last group too; width is then a multiple of 16.
 // A block takes a tile; neighbouring blocks take neighbouring features of the same tokens.
 template <class Input, bool kPowerOf2Scales, bool kRowWise, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
-    quantize_1x128_t(const Input* x, const i32* group_offsets, u8* q, Scale* scales, u8* q_t, Scale* scales_t,
-                     u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 scale_stride, i64 scale_t_stride) {
+    quantize_1x128_t(const Input* x, const i32* group_offsets, u32* error, u8* q, Scale* scales, u8* q_t,
+                     Scale* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 scale_stride,
+                     i64 scale_t_stride) {
     using namespace quantize;
     __shared__ RowStage<PartOf<Input>::kColumns> row_stage;
     __shared__ ColumnStage<PartOf<Input>::kColumns> column_stage;
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
     quantize_tile<kPowerOf2Scales, kRowWise, true>(
         held, row_stage, row_target(q, scales, scale_stride, width, span, column), column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+    report_wrong_offsets(group_offsets, groups, tokens, error);
 }
 
 // q e4m3 [tokens, width], contiguous, with scales of strides (row_stride, tile_stride), one for 1x128 ->
@@ -118,9 +120,9 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
 // takes a tile. A thread also holds the scales of its rows: 6 blocks of 64 threads leave it 168 registers.
 template <bool kPowerOf2Scales>
 __global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
-    requantize_1x128_t(const E4m3* q, const float* scales, const i32* group_offsets, u8* q_t, float* scales_t,
-                       u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride, i64 tile_stride,
-                       i64 scale_t_stride) {
+    requantize_1x128_t(const E4m3* q, const float* scales, const i32* group_offsets, u32* error, u8* q_t,
+                       float* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride,
+                       i64 tile_stride, i64 scale_t_stride) {
     using namespace quantize;
     using P = PartOf<E4m3>;
     __shared__ RowScales row_scales;
@@ -144,6 +146,7 @@ __global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
     quantize_tile<kPowerOf2Scales, false, true>(
         held, unused, RowTarget<float>{}, column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+    report_wrong_offsets(group_offsets, groups, tokens, error);
 }
 
 }  // namespace dsv3

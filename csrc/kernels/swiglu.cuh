@@ -50,8 +50,8 @@ __device__ __forceinline__ void dequantize(u32 codes, float scale, float (&v)[kC
 // width is a multiple of 16. A block takes a tile of y.
 template <bool kPowerOf2Scales, bool kTranspose>
 __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::PartOf<Bf16>::kBlocksPerSm)
-    swiglu_quantize(const Bf16* x, const float* weights, const i32* group_offsets, u8* q, float* scales,
-                    u8* q_t, float* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t,
+    swiglu_quantize(const Bf16* x, const float* weights, const i32* group_offsets, u32* error, u8* q,
+                    float* scales, u8* q_t, float* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t,
                     i64 scale_stride, i64 scale_t_stride) {
     using namespace swiglu;
     using P = PartOf<Bf16>;
@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::Pa
     quantize_tile<kPowerOf2Scales, true, kTranspose>(
         y, row_stage, row_target(q, scales, scale_stride, width, span, column), column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
+    if (kTranspose) report_wrong_offsets(group_offsets, groups, tokens, error);
 }
 
 // dy [tokens, width] BF16 and x e4m3 [tokens, 2 * width] with scales of strides (x_row_stride,
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::Pa
 template <bool kPowerOf2Scales, bool kRecompute>
 __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::GradientPart::kBlocksPerSm)
     swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const i32* group_offsets,
-                             u8* q, float* scales, u8* q_t, float* scales_t, u8* y_t, float* y_scales_t,
+                             u32* error, u8* q, float* scales, u8* q_t, float* scales_t, u8* y_t, float* y_scales_t,
                              u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 x_row_stride,
                              i64 x_tile_stride, i64 scale_stride) {
     using namespace swiglu;
@@ -186,6 +187,7 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
     };
     quantize_half(d_gate, column);
     quantize_half(d_up, width + column);
+    report_wrong_offsets(group_offsets, groups, tokens, error);
 }
 
 }  // namespace dsv3

@@ -6,6 +6,8 @@
 #pragma once
 
 #include "e4m3.cuh"
+#include "error.cuh"
+#include "tile_scheduler.cuh"
 
 namespace dsv3 {
 namespace quantize {
@@ -195,6 +197,14 @@ __device__ __forceinline__ Tokens tokens_of_tile(const i32* group_offsets, u32 g
         before = __shfl_sync(~0u, end, 31);
     }
     return {0, 0, false};
+}
+
+// Every thread calls, once, with what it gave tokens_of_tile; the first warp of the grid looks.
+__device__ __forceinline__ void report_wrong_offsets(const i32* group_offsets, u32 groups, u32 tokens,
+                                                     u32* error) {
+    if (group_offsets && blockIdx.x == 0 && threadIdx.x < 32 &&
+        !list_is_valid<Grouping::kOffsets>(group_offsets, groups, tokens, threadIdx.x))
+        report_error(error, ErrorCode::kQuantizeOffsets);
 }
 
 // Row-wise: where the tile goes, and what it takes on the way.

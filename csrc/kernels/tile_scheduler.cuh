@@ -88,6 +88,7 @@ class TileScheduler {
 template <Grouping kGrouping>
 __device__ __forceinline__ bool list_is_valid(const i32* list, u32 groups, u32 m, u32 lane) {
     constexpr bool kOffsets = kGrouping == Grouping::kOffsets;
+#pragma unroll 1
     for (u32 i = lane; i < groups + kOffsets; i += 32) {
         const i32 least = kOffsets && i > 0 ? list[i - 1] : 0;
         const i32 most = kOffsets && i == 0 ? 0 : static_cast<i32>(m);

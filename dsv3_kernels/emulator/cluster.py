@@ -86,6 +86,7 @@ class VirtualCluster:
         checks: bool = True,
         exact_accumulate: bool = False,
         max_steps: int = 2**40,
+        choices: Sequence[int] = (),
         nvlink: Link = NVLINK,
         ib: Link = IB,
         memory: Link = HBM,
@@ -94,7 +95,9 @@ class VirtualCluster:
             raise ValueError(f"nodes is {nodes}, gpus_per_node is {gpus_per_node}, expected 1 or more")
         self.nodes, self.gpus_per_node = nodes, gpus_per_node
         self.size = nodes * gpus_per_node
-        self._machine = Machine(self.size, num_sms, seed, schedule, checks, exact_accumulate, max_steps, ())
+        self._machine = Machine(
+            self.size, num_sms, seed, schedule, checks, exact_accumulate, max_steps, choices
+        )
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )

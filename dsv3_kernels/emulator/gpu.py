@@ -21,7 +21,8 @@ class VirtualGPU:
     num_sms: blocks that do not fit wait, as on a GPU. seed, schedule: see the module; "pct" runs by random
     priorities with few changes, "timed" moves who is earliest in virtual time (to compare figures of
     `counters["cycles"]` without the noise of a schedule; it finds few bugs), "exhaustive" follows `choices`
-    (see `explore`). checks=False runs faster and reports only deadlocks and accesses outside memory.
+    (see `explore`), and so does "sequential", where everybody sees stores at once. checks=False runs faster
+    and reports only deadlocks and accesses outside memory.
     exact_accumulate: FP32 sums in wgmma, not Hopper's. memory: latency and bandwidth of the GPU's memory in
     virtual time (see `trace`).
 
@@ -162,15 +163,27 @@ def virtual_gpu(
         _active.gpu = before
 
 
-def explore(run: Callable[[VirtualGPU], Any], *, limit: int = 10_000, **options: Any) -> int:
+def explore(
+    run: Callable[[Any], Any],
+    *,
+    limit: int = 10_000,
+    make: Callable[..., Any] = VirtualGPU,
+    late_stores: bool = True,
+    **options: Any,
+) -> int:
     """Calls `run` with a GPU for every interleaving of synchronising steps; returns how many there were.
+
+    make: VirtualGPU or VirtualCluster, called with `options`. late_stores: when each strong store reaches
+    the others is a choice too; without it there are far fewer interleavings, and only a thread that reads
+    elsewhere before its own store has arrived (store buffering) goes unseen.
 
     For small cases: raises `EmulationError` when there are more than `limit`. What `run` raises passes
     through, with the choices that led there in its `choices`.
     """
     choices: list[int] = []
+    schedule = "exhaustive" if late_stores else "sequential"
     for count in range(1, limit + 1):
-        gpu = VirtualGPU(schedule="exhaustive", choices=choices, **options)
+        gpu = make(schedule=schedule, choices=choices, **options)
         try:
             run(gpu)
         except EmulationError as error:

@@ -19,7 +19,7 @@ from .trace import chrome_trace
 
 _emulator: Any = importlib.import_module("dsv3_kernels._emulator")
 
-SCHEDULES = ("random", "round_robin", "pct", "timed", "exhaustive")
+SCHEDULES = ("random", "round_robin", "pct", "timed", "exhaustive", "sequential")
 Dim3 = Sequence[int]
 Argument = Tensor | TensorMap | int | float | bytes
 

@@ -36,6 +36,47 @@ def test_explore_finds_every_order():
     assert len(seen) == 6
 
 
+STORE_BUFFERING = """k(int* o) { int w = blockIdx.x, seen;
+    asm volatile("st.relaxed.gpu.global.u32 [%0], 1;" :: "l"(o + w) : "memory");
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(o + 1 - w) : "memory");
+    o[2 + w] = seen; }"""
+
+
+def test_explore_without_late_stores_is_sequentially_consistent():
+    """Every order of the four steps; that both read 0 takes stores that come late."""
+    ptx = jit.compile_ptx('extern "C" __global__ void ' + STORE_BUFFERING)
+    seen = set()
+
+    def run(gpu):
+        out = torch.zeros(4, dtype=torch.int32)
+        gpu.launch(ptx, "k", grid=(2, 1, 1), block=(1, 1, 1), args=[out])
+        seen.add(tuple(out.tolist()[2:]))
+
+    assert emulator.explore(run, late_stores=False) >= 6
+    assert seen == {(0, 1), (1, 0), (1, 1)}
+    emulator.explore(run)
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_explore_takes_a_cluster():
+    """Two ranks take a ticket: both orders occur."""
+    seen = set()
+    ptx = jit.compile_ptx(
+        'extern "C" __global__ void k(int* o, int r) { o[1 + r] = atomicAdd_system(o, 1); }'
+    )
+
+    def run(cluster):
+        out = torch.zeros(3, dtype=torch.int32)
+        address = torch.tensor([cluster.address_of(out, 0)])
+        args = [[address.numpy().tobytes(), r] for r in range(2)]
+        cluster.launch(ptx, "k", grid=(1, 1, 1), block=(1, 1, 1), args=args)
+        seen.add(tuple(out.tolist()[1:]))
+
+    make = emulator.VirtualCluster
+    assert emulator.explore(run, make=make, nodes=1, gpus_per_node=2, late_stores=False) >= 2
+    assert seen == {(0, 1), (1, 0)}
+
+
 def test_explore_finds_the_one_bad_order():
     """The bug needs one of the orders; the error holds the choices that led there."""
     source = """k(int* o) { if (threadIdx.x == 0) {
