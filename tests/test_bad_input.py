@@ -4,6 +4,7 @@ A valid random call is taken apart into slots (`a.data`, `a.scales`, `group_offs
 spoils one slot; the call must raise TypeError or ValueError naming that slot, and leave `out` as it was.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -96,6 +97,17 @@ def draw_unpermute(rng):
     return slots | {"weights": torch.rand(tokens, top_k)}
 
 
+def draw_route(rng):
+    groups, size = rng.randint(2, 8), rng.randint(2, 8)
+    best = rng.randint(1, groups - 1)
+    slots: Slots = {
+        "scores": torch.rand(rng.randint(1, 20), groups * size),
+        "bias": torch.randn(groups * size),
+    }
+    slots |= {"n_group": groups, "topk_group": best, "top_k": best * rng.randint(1, size)}
+    return slots | {"scaling": rng.random(), "logits": rng.random() < 0.5}
+
+
 def draw_pack(rng):
     return {"x": torch.randn(rng.randint(1, 40), 128 * rng.randint(1, 3)).to(rng.choice(INPUTS))}
 
@@ -159,6 +171,7 @@ DRAW = {
     "swiglu_backward_quantize": draw_swiglu_backward,
     "permute_quantize": draw_permute,
     "unpermute": draw_unpermute,
+    "route": draw_route,
     "pack_e5m6": draw_pack,
     "unpack_e5m6": draw_unpack,
     "dequantize": draw_dequantize,
@@ -336,6 +349,14 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         yield from all_of("slots", dense | out_of_range | {"dtype": of_another_dtype(torch.int32)})
         weights = dense | FLOAT | {"dtype": of_another_dtype(torch.float32), "longer": longer(0)}
         yield from all_of("weights", weights)
+    if op == "route":
+        dense = ANY_TENSOR | FLOAT | {"dtype": of_another_dtype(torch.float32)}
+        yield from all_of("scores", dense | DENSE | {"513": lambda t, rng: torch.zeros(len(t), 513)})
+        yield from all_of("bias", dense | {"strided": strided, "longer": longer(0), "shorter": shorter(0)})
+        no_count = other(0, -1, True, 1.0, None, "2", 1 << 40)
+        yield from ((n, f"{n} is", no_count) for n in ("top_k", "n_group", "topk_group"))
+        yield "scaling", "scaling", other(None, "1", True, math.nan, -math.inf)
+        yield "logits", "logits", NO_FLAG
     if op == "unpack_e5m6":
         data = ANY_TENSOR | DENSE | {"dtype": of_another_dtype(torch.uint8), "K": shorter(-1)}
         scales = ANY_TENSOR | DENSE | FLOAT | {"dtype": of_another_dtype(torch.float32), "K": longer(-1)}
