@@ -40,3 +40,12 @@ def trained_tiny():
         trainer.train_step()
     torch.set_num_threads(threads)
     return trainer.model.eval(), corpus
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A folder of small files to train on."""
+    folder = tmp_path_factory.mktemp("text")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"The {i}th file counts: " + ", ".join(map(str, range(i, i + 80))))
+    return folder
