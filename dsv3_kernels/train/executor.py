@@ -1,4 +1,4 @@
-"""Who runs forward and backward of a global batch's micro-batches: one process, or the ranks of a pipeline."""
+"""Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
 
 from collections.abc import Collection, Sequence
 from typing import Protocol
