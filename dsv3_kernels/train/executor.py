@@ -1,0 +1,63 @@
+"""Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
+
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dsv3_kernels.model import DeepSeekV3, Losses
+
+
+class Executor(Protocol):
+    """What the trainer knows of a pipeline.
+
+    modules: the parts of the model that this rank holds. Their parameters, and what `named_parameters` calls
+        them, are those of the whole model ("blocks.3.attention...").
+    replicated: names of the parameters that the pipeline's rank P - 1 - r holds too, where r is this one. The
+        gradient is the sum of both ranks', each having seen a part of the micro-batches, or of the uses.
+    """
+
+    @property
+    def modules(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def replicated(self) -> Collection[str]: ...
+
+    def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+        """Adds to `grad` the gradient of the mean over the micro-batches, and returns their mean losses.
+
+        windows: int64 [M, B, S + 1 + D], the M micro-batches of this data-parallel rank, the same on all
+            ranks of the pipeline.
+        The loss of one is main + mtp_weight · mtp + balance_weight · balance. All ranks get the same losses.
+        """
+        ...
+
+
+class LocalExecutor:
+    """The whole model in one process, a micro-batch after the other."""
+
+    def __init__(self, model: DeepSeekV3) -> None:
+        self.modules = [model]
+        self.replicated: frozenset[str] = frozenset()
+        self._model = model
+
+    def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+        check_windows(windows)
+        count = len(windows)
+        seen = []
+        for window in windows:
+            losses = self._model.losses(window)
+            loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
+            (loss / count).backward()
+            parts = (losses.main, losses.mtp, losses.balance)
+            seen.append(torch.stack([part.detach().to(loss) for part in parts]))
+        return Losses(*torch.stack(seen).mean(0))
+
+
+def check_windows(windows: Tensor) -> None:
+    if windows.dim() != 3 or windows.dtype != torch.int64 or 0 in windows.shape:
+        raise ValueError(
+            f"forward_backward: windows is {windows.dtype} of shape {tuple(windows.shape)}, expected "
+            "torch.int64 [micro-batches, sequences, S + 1 + D], none of them 0"
+        )
