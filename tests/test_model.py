@@ -11,9 +11,9 @@ from model_helpers import SMALL, model_of
 
 from dsv3_kernels.model import PRESETS, DeepSeekV3, count_parameters
 from dsv3_kernels.model.attention import MultiHeadLatentAttention
-from dsv3_kernels.model.moe import MoE, Routing, sequence_balance_loss
+from dsv3_kernels.model.model import moe_of as build_moe
 from dsv3_kernels.model.rope import rope_table
-from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
+from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, Routing, sequence_balance_loss, set_recipe
 from dsv3_kernels.reference import choose_experts
 
 
@@ -151,7 +151,7 @@ def test_attention_against_float64():
 
 
 def moe_of(config=SMALL):
-    moe = MoE(config)
+    moe = build_moe(config)
     set_recipe(moe, BF16)
     with torch.no_grad():
         for parameter in moe.parameters():
@@ -168,7 +168,7 @@ def test_moe_against_float64(groups):
     config = dataclasses.replace(SMALL, **groups)
     moe = moe_of(config)
     x = torch.randn(2, 13, 64, requires_grad=True)
-    y, _ = moe(x)
+    y = moe(x)
     dy = torch.randn_like(y)
     y.backward(dy)
     reference, x64 = wide(moe), x.detach().double().requires_grad_()
@@ -185,7 +185,7 @@ def test_no_token_is_dropped_when_all_go_to_the_same_experts():
     with torch.no_grad():
         moe.gate.bias[[0, 1, 2, 3]] = 10.0
     x = torch.randn(1, 31, 64)
-    y, _ = moe(x)
+    y = moe(x)
     expected, chosen = slow_moe(x[0].double(), wide(moe), moe.gate.bias, SMALL)
     assert all(experts == [0, 1, 2, 3] for experts in chosen)
     assert_close(y[0], expected)
@@ -280,7 +280,7 @@ def test_sequence_balance_loss_against_loops():
     batch, length, experts, top_k = 3, 7, 8, 2
     scores = torch.rand(batch * length, experts, dtype=torch.float64, requires_grad=True)
     chosen = torch.stack([torch.randperm(experts)[:top_k].sort().values for _ in range(batch * length)])
-    got = sequence_balance_loss(Routing(chosen, torch.empty(0), scores), batch)
+    got = sequence_balance_loss(Routing(chosen, torch.empty(0), scores, torch.empty(0)), batch)
     expected = 0.0
     for b in range(batch):
         rows = range(b * length, (b + 1) * length)
@@ -295,7 +295,7 @@ def test_sequence_balance_loss_against_loops():
 
 def test_sequence_balance_loss_is_one_when_even():
     chosen = torch.arange(8).view(4, 2)
-    loss = sequence_balance_loss(Routing(chosen, torch.empty(0), torch.full((4, 8), 0.3)), 1)
+    loss = sequence_balance_loss(Routing(chosen, torch.empty(0), torch.full((4, 8), 0.3), torch.empty(0)), 1)
     assert float(loss) == pytest.approx(1.0)
 
 
