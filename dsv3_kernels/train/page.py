@@ -39,9 +39,7 @@ def write_page(path: Path, config: RunConfig, log: MetricsLog, summary: Summary)
             "Expert load",
             "<p>The most loaded expert of each layer over the mean: 1 is even. The last row is the MTP "
             "module's, where there is one.</p>"
-            + "".join(
-                _picture(functools.partial(_draw_loads, log=log, precision=p), 2.5) for p in precisions
-            ),
+            + "".join(_picture(partial(_draw_loads, log=log, precision=p), 2.5) for p in precisions),
         ),
         _section("Speed and memory", _picture(lambda f: _draw_machine(f, log, precisions), 3.5)),
         _section("Schedule", _picture(lambda f: schedule.plot(f.subplots(), config.train), 3.5)),
