@@ -1,8 +1,8 @@
 """python -m dsv3_kernels.train --memory-report: what each saving saves, measured.
 
 Activations are what lives between the forward and the backward, counted by storages as they are made and
-freed, so that nothing kept by whatever means is missed; on a GPU, by torch's allocator. What a parameter
-costs besides, masters, gradient and moments, is the size of the trainer's own tensors.
+freed, so that nothing kept by whatever means is missed; on a GPU, by torch's allocator. What the states of a
+parameter take is counted.
 """
 
 import argparse
@@ -30,8 +30,8 @@ PLAIN = Fp8Recipe("fp8", swiglu_input="bf16", attention_output="fp8")
 SAVINGS: dict[str, Fp8Recipe] = {
     "BF16 GEMMs": Fp8Recipe("bf16"),
     "FP8 GEMMs, their inputs kept in FP8": PLAIN,
-    "+ SwiGLU: input in FP8, output recomputed": dataclasses.replace(PLAIN, swiglu_input="fp8"),
-    "+ output of attention in 12 bits, not 8": Fp8Recipe("fp8"),
+    "+ SwiGLU again from its input in FP8": dataclasses.replace(PLAIN, swiglu_input="fp8"),
+    "+ output of attention in 12 bits": Fp8Recipe("fp8"),
     "+ norms recomputed": Fp8Recipe("fp8", recompute=RECOMPUTE[:1]),
     "+ MLA up-projections recomputed": Fp8Recipe("fp8", recompute=RECOMPUTE[:2]),
     "+ transposed FP8 weights recomputed": Fp8Recipe("fp8", recompute=RECOMPUTE[:3]),
@@ -136,31 +136,33 @@ def report(
     first = next(iter(used.values()))
     title = f"activations of {name}, {batch} x {seq_len} tokens, on {device}"
     table = Table(title=title, title_justify="left")
-    for column in ("", "kept", "share", "peak", "share"):
+    for column in ("", "kept, MiB", "share", "peak, MiB", "share"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for row, u in used.items():
         shares = f"{u.kept / first.kept:.0%}", f"{u.peak / first.peak:.0%}"
-        table.add_row(row, _size(u.kept), shares[0], _size(u.peak), shares[1])
+        table.add_row(row, _mebibytes(u.kept), shares[0], _mebibytes(u.peak), shares[1])
     console.print(table)
     _print_states(sum(p.numel() for p in model.parameters()), console)
     return used
 
 
 def _print_states(count: int, console: Console) -> None:
-    """Bytes beside the BF16 weights; the masters, the gradients and what is average are FP32."""
-    table = Table(title=f"states of its {count / 1e6:,.1f}M parameters", title_justify="left")
-    for column in ("", "plain", "saved", "how"):
-        table.add_column(column, justify="right" if column in ("plain", "saved") else "left")
-    table.add_row("moments", _size(8 * count), _size(4 * count), "BF16 instead of FP32")
-    table.add_row("average of the weights", _size(4 * count), _size(0), "in CPU memory (--ema)")
-    table.add_row(
-        "masters, gradients, moments", _size(12 * count), _size(12 * count // 8), "ZeRO-1, of 8 ranks each"
-    )
+    """Beside the BF16 weights, by arithmetic: masters, gradients and the average are FP32."""
+    table = Table(title=f"states of its {count / 1e6:,.1f}M parameters, counted", title_justify="left")
+    for column in ("", "plain, MiB", "saved, MiB", "how"):
+        table.add_column(column, justify="right" if "MiB" in column else "left")
+    rows = {
+        "moments": (8.0, 4.0, "BF16 instead of FP32"),
+        "average of the weights": (4.0, 0.0, "in CPU memory (--ema)"),
+        "masters, gradients, moments": (12.0, 12.0 / 8, "ZeRO-1, on each of 8 ranks"),
+    }
+    for name, (plain, saved, how) in rows.items():
+        table.add_row(name, _mebibytes(plain * count), _mebibytes(saved * count), how)
     console.print(table)
 
 
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _mebibytes(count: float) -> str:
+    return f"{count / 2**20:,.1f}"
 
 
 def build_parser() -> argparse.ArgumentParser:
