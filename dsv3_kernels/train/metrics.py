@@ -1,13 +1,11 @@
 """metrics.jsonl: one row a step and precision, kept free of duplicates when a run goes on."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.trainer import StepMetrics
 
 
 class MetricsLog:
@@ -19,12 +17,11 @@ class MetricsLog:
         replace_file(path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the log)
 
-    def append(self, metrics: StepMetrics, validation_loss: float | None) -> dict[str, Any]:
-        row = asdict(metrics) | {"validation_loss": validation_loss}
+    def append(self, row: dict[str, Any]) -> None:
+        """row: a StepMetrics as a dict, and validation_loss."""
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        return row
 
     def of(self, precision: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["precision"] == precision]
