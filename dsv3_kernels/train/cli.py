@@ -9,11 +9,13 @@ from typing import Any, get_args
 import torch
 from rich.console import Console
 
-from dsv3_kernels.model import PRESETS
+from dsv3_kernels.model import PRESETS, ModelConfig
 from dsv3_kernels.train.config import ParallelConfig, PipelineSchedule, RunConfig, TrainConfig, to_json
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.processes import choose_device, processes, report
 from dsv3_kernels.train.run import execute, read_config
+from dsv3_kernels.train.schedule import load_schedule
+from dsv3_kernels.train.tokens import HEADER, read_header
 
 TRAINABLE = {"tiny": TrainConfig()}
 """The presets that one machine can train, with their training settings."""
@@ -84,7 +86,9 @@ def build_parser() -> argparse.ArgumentParser:
         parallel.micro_batches,
     )
     schedules = get_args(PipelineSchedule)
-    option(group, "--schedule", str, "Order of a pipeline's work.", parallel.schedule, choices=schedules)
+    option(
+        group, "--pp-schedule", str, "Order of a pipeline's work.", parallel.pp_schedule, choices=schedules
+    )
     option(group, "--timeout", float, "Seconds of a rank's silence that end the run.", parallel.timeout)
 
     group = parser.add_argument_group("text")
@@ -104,6 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--final-lr", float, "The last learning rate, as a fraction of the highest.", train.final_lr
     )
     option(group, "--warmup-steps", int, "Steps over which the learning rate rises.", train.warmup_steps)
+    option(
+        group,
+        "--schedule",
+        str,
+        "What changes over the run: cosine, paper (DeepSeek-V3's), or a JSON file.",
+        "cosine",
+    )
+    option(group, "--ema", float, "Decay of an average of the weights, kept in CPU memory.", "none")
     option(group, "--weight-decay", float, "AdamW's decay of matrices.", train.weight_decay)
     option(group, "--grad-clip", float, "The gradient's norm is cut to this.", train.grad_clip)
     option(group, "--mtp-weight", float, "Weight of the multi-token-prediction loss.", train.mtp_weight)
@@ -141,10 +153,13 @@ def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
     precision = given.get("precision")
     if "data" in given:
         given = given | {"data": str(Path(given["data"]).resolve())}  # --resume may run elsewhere
+    if "schedule" in given:
+        batch_size = given.get("batch_size", TRAINABLE[preset].batch_size)
+        given = given | {"schedule": load_schedule(given["schedule"], batch_size)}
     config = RunConfig(
         preset=preset,
         precisions=(precision,) if precision else ("fp8", "bf16"),
-        model=PRESETS[preset],
+        model=_model(preset, given.get("data")),
         train=dataclasses.replace(TRAINABLE[preset], **_only(given, _TRAIN_FIELDS)),
         parallel=ParallelConfig(**_only(given, _PARALLEL_FIELDS)),
         **_only(given, _RUN_FIELDS - {"preset"}),
@@ -163,6 +178,14 @@ def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
             return _same_run(config, read_config(folder), folder), folder
         raise TrainError(f"--out: {folder} already holds a run. Mend: another --out, or --resume {folder}")
     return config, folder
+
+
+def _model(preset: str, data: str | None) -> ModelConfig:
+    """The preset, with room for the vocabulary of prepared tokens."""
+    model = PRESETS[preset]
+    if data is None or not (Path(data) / HEADER).exists():
+        return model
+    return dataclasses.replace(model, vocab_size=max(model.vocab_size, read_header(Path(data)).vocab_size))
 
 
 def _same_run(config: RunConfig, saved: RunConfig, folder: Path) -> RunConfig:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 from dsv3_kernels.model import PRESETS, ModelConfig
 from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.phases import Schedule, resolve
 
 T = TypeVar("T")
 PipelineSchedule = Literal["dualpipe", "dualpipev", "1f1b", "zb1p"]
@@ -34,6 +35,10 @@ class TrainConfig:
     power_of_2_scales: bool = False
     on_not_finite: Literal["stop", "skip"] = "stop"
     """What to do where loss or gradients are not finite; a step that is skipped changes no weight."""
+    schedule: Schedule | None = None
+    """None: a cosine right after the warm-up, and one batch size."""
+    ema: float | None = None
+    """The decay of an average of the weights that is kept in CPU memory; None keeps none."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):
@@ -44,6 +49,9 @@ class TrainConfig:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected a finite number from 0 up")
         if not self.grad_clip > 0:
             raise TrainError(f"grad_clip is {self.grad_clip}, expected a number above 0")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise TrainError(f"ema is {self.ema}, expected a number from 0 up to, and without, 1")
+        resolve(self.schedule, self.steps, self.batch_size, self.seq_len, self.warmup_steps)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class ParallelConfig:
     ep: int = 1
     micro_batches: int = 1
     """Into how many parts a process (or pipeline) divides its sequences of a step, one after the other."""
-    schedule: PipelineSchedule = "dualpipe"
+    pp_schedule: PipelineSchedule = "dualpipe"
     timeout: float = 120.0
     """Seconds after which a rank that gives no sign of life ends the run."""
 

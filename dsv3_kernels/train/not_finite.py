@@ -15,16 +15,17 @@ SHOWN = 3
 
 
 def layer_of_loss(executor: Executor, again: Callable[[], object], group: "dist.ProcessGroup | None") -> str:
-    """Runs the step again and watches every layer that has weights; all ranks call it together.
+    """Runs the step again and watches every layer; all ranks call it together.
 
-    The layer sought has finite inputs and an output that is not: what others then make of it does not count.
+    The layer sought is the first with finite inputs and an output that is not. Experts get their tokens from
+    other ranks, and all of these see what one makes of them: a rank whose weights are to blame goes first.
     """
-    found: list[str] = []
+    found: list[tuple[str, nn.Module]] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if not found and _finite(inputs) and not _finite(output):
-                found.append(name)
+                found.append((name, module))
 
         return hook
 
@@ -32,14 +33,20 @@ def layer_of_loss(executor: Executor, again: Callable[[], object], group: "dist.
         module.register_forward_hook(watch(name))
         for part in executor.modules
         for name, module in part.named_modules()
-        if next(module.parameters(recurse=False), None) is not None
+        if name
     ]
     try:
         again()
     finally:
         for handle in handles:
             handle.remove()
-    return _name(f"the output of {found[0]}" if found else None, group) or "no layer's output alone"
+    weights = output = None
+    if found:
+        name, module = found[0]
+        output = f"the output of {name}"
+        bad = [f"{name}.{n}" for n, parameter in module.named_parameters() if not _finite(parameter)]
+        weights = f"the weights {bad[0]}" if bad else None
+    return _name(weights, group) or _name(output, group) or "no layer's output alone"
 
 
 def layer_of_gradient(executor: Executor, names: list[str], group: "dist.ProcessGroup | None") -> str:

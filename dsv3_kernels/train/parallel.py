@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_kernels.model import ModelConfig
-from dsv3_kernels.model.moe import Experts
+from dsv3_kernels.nn.experts import Experts
 from dsv3_kernels.train.config import ParallelConfig
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor

@@ -20,7 +20,8 @@ from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.config import RunConfig, from_json, to_json
 from dsv3_kernels.train.data import load_corpus, validation_windows
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.metrics import MetricsLog
+from dsv3_kernels.train.metrics import Meter, MetricsLog
+from dsv3_kernels.train.page import write_page
 from dsv3_kernels.train.parallel import Layout, gather
 from dsv3_kernels.train.processes import Processes, agree
 from dsv3_kernels.train.saver import Saver
@@ -81,11 +82,15 @@ class Run:
         """
         process = process or Processes.alone()
         layout = Layout.of(config.parallel, process.size)
-        layout.check(config.model, config.train.batch_size, config.parallel.micro_batches)
         self.groups, self.leads = process.groups(layout), process.rank == 0
         window = config.train.seq_len + 1 + config.model.num_nextn_predict_layers
         self.config, self.console = config, console
         self.corpus = load_corpus(config.data, window)
+        if self.corpus.vocab_size > config.model.vocab_size:
+            raise TrainError(
+                f"--data: {self.corpus.source} has a vocabulary of {self.corpus.vocab_size}, expected at most "
+                f"the model's {config.model.vocab_size}"
+            )
         agree({"config": to_json(config), "text_sha256": self.corpus.sha256}, self.groups.control)
         self.validation = validation_windows(self.corpus.validation, window, config.validation_windows)
         self.saver = Saver(self.groups.saving)
@@ -112,7 +117,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
             steps: dict[str, int] = {t.precision: t.step for t in self.trainers}
-            self.log = MetricsLog(self.folder / "metrics.jsonl", steps)
+            meter = Meter(config.model, config.train.seq_len, process.device, devices=process.size)
+            self.log = MetricsLog(self.folder / "metrics.jsonl", steps, meter)
 
     def _agreed_folder(self, folder: Path | None) -> Path:
         """Rank 0's, so that all mean the same one."""
@@ -148,7 +154,7 @@ class Run:
             f"Training {self.config.preset} ({count.total / 1e6:.1f}M parameters, "
             f"{count.active / 1e6:.1f}M active, and {count.mtp / 1e6:.1f}M of MTP) "
             f"in {' and '.join(self.config.precisions)} "
-            f"for {train.steps} steps of {train.batch_size} x {train.seq_len} bytes\n"
+            f"for {train.steps} steps of {train.batch_size} x {train.seq_len} {corpus.unit}s\n"
             f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
             f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}",
             highlight=False,
@@ -185,7 +191,7 @@ class Run:
         return row
 
     def finish(self, seconds: float, prompt: str, sample_bytes: int) -> None:
-        """Prints the tables and a sample, writes summary.json and loss.png."""
+        """Prints the tables and a sample, writes summary.json, loss.png and report.html."""
         ends = {
             t.precision: _same_weights(f"trained in {t.precision.upper()}", t, self.validation)
             for t in self.trainers
@@ -201,9 +207,11 @@ class Run:
             validation_before={p: getattr(self.start, p) for p in self.config.precisions},
             validation_after={p: getattr(ends[p], p) for p in self.config.precisions},
             same_weights=[self.start, *ends.values()],
+            unit=self.corpus.unit,
         )
         summary.write(self.folder / "summary.json", self.log)
         report.plot(self.folder / "loss.png", self.log, summary)
+        write_page(self.folder / "report.html", self.config, self.log, summary)
         summary.print(self.console, self.log)
         if sample_bytes and self.groups.layout.pp * self.groups.layout.ep == 1:
             self._print_sample(prompt, sample_bytes)
@@ -213,13 +221,14 @@ class Run:
         model = trainer.model.cpu()
         set_recipe(model, BF16)
         generator = Generator(model, Sampling(TEMPERATURE), seed=self.config.train.seed)
-        start = prompt.encode() or b"\n"
-        text = start + bytes(generator.tokens(list(start), length))
+        tokenizer = self.corpus.tokenizer
+        tokens = generator.tokens(tokenizer.encode(prompt) or tokenizer.encode("\n"), length)
+        text = prompt + "".join(tokenizer.stream(tokens))
         self.console.print(
             f"\nA sample of the weights trained in {trainer.precision.upper()}, temperature {TEMPERATURE}:",
             highlight=False,
         )
-        self.console.print(text.decode("utf-8", "replace"), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _same_weights(name: str, trainer: Trainer, validation: Tensor) -> report.SameWeights:

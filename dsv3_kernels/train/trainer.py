@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model import DeepSeekV3, Losses, ModelConfig
-from dsv3_kernels.model.moe import Gate
 from dsv3_kernels.nn import Fp8Recipe, set_recipe
+from dsv3_kernels.nn.gate import Gate
 from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train import not_finite, schedule
 from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig, from_json, to_json
 from dsv3_kernels.train.data import Batches, Corpus
+from dsv3_kernels.train.ema import Ema
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor, LocalExecutor
 from dsv3_kernels.train.optimizer import AdamW, Piece
@@ -39,6 +40,8 @@ class StepMetrics:
     lr: float
     expert_load: float
     """The most loaded expert's share of the mean load, the worst of the layers."""
+    expert_loads: tuple[float, ...]
+    """The same of each layer, the MTP modules' last."""
     seconds: float
     tokens_per_second: float
     skipped: str | None = None
@@ -73,7 +76,8 @@ class Trainer:
         self.parallel = parallel or ParallelConfig()
         self.groups = groups or Groups(Layout())
         self.layout, self.device, self.dtype = self.groups.layout, torch.device(device), dtype
-        self.layout.check(model, train.batch_size, self.parallel.micro_batches)
+        for batch_size in {schedule.batch_size(step, train) for step in range(train.steps)}:
+            self.layout.check(model, batch_size, self.parallel.micro_batches)
         self.recipe = Fp8Recipe(precision, power_of_2_scales=train.power_of_2_scales)
         self.model = DeepSeekV3(model, self.recipe, self._buffer())
         self.model.initialize(train.seed)
@@ -90,6 +94,7 @@ class Trainer:
         self.optimizer.write_parameters()
         self.step = 0
         window = train.seq_len + 1 + model.num_nextn_predict_layers
+        self.ema = None if train.ema is None else Ema(self.optimizer.masters(), train.ema)
         self.batches = Batches(corpus.train, window, train.batch_size, train.seed)
         self.saver = saver or Saver(self.groups.saving)
 
@@ -119,10 +124,14 @@ class Trainer:
         lr = schedule.learning_rate(self.step, self.config)
         skipped = self._not_finite(loss.item(), norm.item())
         if skipped is None:
+            if self.ema is not None:
+                self.ema.before_write()
             self.optimizer.step(lr, min(1.0, self.config.grad_clip / max(norm.item(), 1e-12)))
-            load = self._balance_experts(schedule.bias_speed(self.step, self.config))
-        else:
-            load = self._balance_experts(0.0)
+            if self.ema is not None:
+                self.ema.update(self.step + 1)
+        speed = schedule.bias_speed(self.step, self.config) if skipped is None else 0.0
+        loads = self._balance_experts(speed)
+        sequences = schedule.batch_size(self.step, self.config)
         self.step += 1
         seconds = time.perf_counter() - start
         return StepMetrics(
@@ -133,9 +142,10 @@ class Trainer:
             balance_loss=losses.balance.item(),
             grad_norm=norm.item(),
             lr=lr,
-            expert_load=load,
+            expert_load=max(loads, default=1.0),
+            expert_loads=tuple(loads),
             seconds=seconds,
-            tokens_per_second=self.config.batch_size * self.config.seq_len / seconds,
+            tokens_per_second=sequences * self.config.seq_len / seconds,
             skipped=skipped,
         )
 
@@ -143,10 +153,11 @@ class Trainer:
         """Gradients of this rank's share of the step's sequences; the losses of all of them."""
         for part in self.executor.modules:
             part.train()
-        windows = self.batches.batch(self.step).tensor_split(self.layout.shares)
-        mine = windows[self.layout.share(self.groups.rank)].to(self.device)
+        count = schedule.batch_size(self.step, self.config) // self.layout.shares
+        first = schedule.first_sample(self.step, self.config) + self.layout.share(self.groups.rank) * count
+        windows = self.batches.samples(first, count).to(self.device)
         losses = self.executor.forward_backward(
-            mine.unflatten(0, (self.parallel.micro_batches, -1)),
+            windows.unflatten(0, (self.parallel.micro_batches, -1)),
             schedule.mtp_weight(self.step, self.config),
             self.config.balance_weight,
         )
@@ -188,19 +199,22 @@ class Trainer:
     def _gate_group(self, name: str) -> "dist.ProcessGroup | None":
         return self.groups.replicas(self.executor, f"{name}.weight")
 
-    def _balance_experts(self, speed: float) -> float:
-        """Moves the biases by the loads of the whole step. Returns the worst max/mean of a layer."""
-        by_group: dict[Any, list[Gate]] = {}
+    def _balance_experts(self, speed: float) -> list[float]:
+        """Moves the biases by the loads of the whole step. Returns max/mean of each layer, MTP's last."""
+        by_group: dict[Any, list[tuple[str, Gate]]] = {}
         for name, gate in self._gates().items():
-            by_group.setdefault(self._gate_group(name), []).append(gate)
-        worst = torch.ones(())
+            by_group.setdefault(self._gate_group(name), []).append((name, gate))
+        shares: dict[str, float] = {}
         for group, gates in by_group.items():
-            loads = add_up(torch.stack([gate.load for gate in gates]), group)
-            for gate, load in zip(gates, loads, strict=True):
-                worst = torch.maximum(worst, (load.max() / load.mean()).cpu())
+            loads = add_up(torch.stack([gate.load for _, gate in gates]), group)
+            for (name, gate), load in zip(gates, loads, strict=True):
+                shares[name] = (load.max() / load.mean()).item()
                 gate.load.copy_(load)
                 gate.balance(speed)
-        return max(gather(worst.item(), self.groups.control))
+        everywhere = {
+            name: share for part in gather(shares, self.groups.control) for name, share in part.items()
+        }
+        return [everywhere[name] for name in sorted(everywhere, key=_layer)]
 
     @torch.no_grad()
     def evaluate(self, windows: Tensor, precision: Precision | None = None) -> float:
@@ -241,7 +255,12 @@ class Trainer:
             for name, gate in self._gates().items()
             if not owned or rank_in(self._gate_group(name)) == 0
         }
-        return self.optimizer.pieces() | biases
+        pieces = self.optimizer.pieces() | biases
+        if self.ema is not None:
+            for name, average in self.ema.tensors().items():
+                master = pieces[f"master/{name}"]
+                pieces[f"ema/{name}"] = Piece(average, master.first, master.shape)
+        return pieces
 
     def _state(self, step: int) -> dict[str, Any]:
         """The manifest's state of a checkpoint at the step."""
@@ -249,7 +268,7 @@ class Trainer:
             "precision": self.precision,
             "step": step,
             "updates": self.optimizer.steps,
-            "samples": step * self.config.batch_size,
+            "samples": schedule.first_sample(step, self.config),
             "text_sha256": self.corpus.sha256,
             "model": to_json(self.model_config),
             "train": to_json(self.config),
@@ -284,6 +303,12 @@ class Trainer:
         found.read(pieces, names)
         self.optimizer.steps, self.step = state["updates"], state["step"]
         self.optimizer.write_parameters()
+
+
+def _layer(name: str) -> tuple[bool, int]:
+    """Sorts names of modules by layer, MTP modules last."""
+    part, number = name.split(".")[:2]
+    return part == "mtp", int(number)
 
 
 def _difference(name: str, found: Any, expected: Any) -> str:
