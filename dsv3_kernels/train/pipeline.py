@@ -1,0 +1,143 @@
+"""The executor of pipeline schedules over the ranks of a torch.distributed group.
+
+One executor runs every schedule's action lists: DualPipe, DualPipeV, 1F1B and ZB1P differ in nothing else, so
+that the same stages, messages and weight-gradient store are tested by all of them.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dsv3_kernels.model import DeepSeekV3, Losses
+from dsv3_kernels.nn import WgradStore, deferred_wgrad
+from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work
+from dsv3_kernels.train.executor import check_windows
+from dsv3_kernels.train.link import Link, posts
+from dsv3_kernels.train.pipeline_schedules import SCHEDULES
+from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, split
+from dsv3_kernels.train.trace import TraceEvent, label
+
+
+class PipelineExecutor:
+    """The layers of one rank of a pipeline, and the schedule that runs them.
+
+    model: the whole; what other ranks hold is removed from it. Its parameters keep their names.
+    schedule: "1f1b", "zb1p", "dualpipe" or "dualpipev". group: the pipeline's ranks in order; None is one
+        rank alone.
+    Parameters that several ranks hold (all, in DualPipe; the embedding where MTP needs it on the last rank)
+    get a part of their gradient on each: the gradient is the sum.
+    Weight gradients of linear layers do not pass autograd's hooks.
+    trace: a list to which every step's timeline is added, seconds of this node's clock; None for none.
+    Raises ValueError where the schedule or the split does not exist.
+    """
+
+    def __init__(self, model: DeepSeekV3, schedule: str, group: "dist.ProcessGroup | None" = None) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"PipelineExecutor: schedule is {schedule!r}, expected one of {list(SCHEDULES)}")
+        self._make = SCHEDULES[schedule]
+        self._group = group
+        self._ranks = 1 if group is None else dist.get_world_size(group)
+        self._rank = 0 if group is None else dist.get_rank(group)
+        smallest = self._make(self._ranks, 2 * self._ranks)  # its stages lie where any other's do
+        self._stages = split(model.config, smallest.stages)
+        self.modules: list[nn.Module] = [
+            cut(model, [self._stages[i] for i in smallest.stages_of(self._rank)])
+        ]
+        self._model = model
+        self._plan = functools.cache(self._uncached_plan)
+        self.trace: list[TraceEvent] | None = None
+
+    def _uncached_plan(self, micro_batches: int) -> "tuple[Schedule, list]":
+        schedule = self._make(self._ranks, micro_batches)
+        return schedule, posts(schedule, self._rank)
+
+    def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
+        """As `Executor` says. Raises ValueError where the schedule needs more micro-batches, TrainError where
+        a rank of the pipeline is gone.
+        """
+        check_windows(windows)
+        schedule, plan = self._plan(len(windows))
+        length = windows.shape[2] - 1 - self._model.config.num_nextn_predict_layers
+        parameter = next(self._model.parameters())
+        like = parameter.new_empty(windows.shape[1], length, self._model.config.hidden_size)
+        with deferred_wgrad() as store:
+            link = Link(self._group, schedule, like)
+            runner = StageRunner(self._model, mtp_weight, balance_weight)
+            step = _Step(windows, self._stages, runner, link, store)
+            link.post(plan[0])
+            for action, batches in zip(schedule.ranks[self._rank], plan[1:], strict=True):
+                start = time.perf_counter()
+                step.run(action, functools.partial(link.post, batches))
+                self._record("compute", label(action), start)
+            link.finish()
+        losses = step.losses
+        if self._group is not None:
+            dist.all_reduce(losses, group=self._group)
+        return Losses(*(losses / len(windows)))
+
+    def _record(self, lane: str, name: str, start: float) -> None:
+        if self.trace is not None:
+            self.trace.append(TraceEvent(self._rank, lane, name, start, time.perf_counter()))
+
+
+class _Step:
+    """The micro-batches of one step on one rank."""
+
+    def __init__(
+        self, windows: Tensor, stages: list[Stage], runner: StageRunner, link: Link, store: WgradStore
+    ) -> None:
+        self._windows, self._stages, self._runner, self._link, self._store = (
+            windows,
+            stages,
+            runner,
+            link,
+            store,
+        )
+        self._graphs: dict[tuple[int, int], tuple[Tensor | None, Output]] = {}
+        self._put_off: dict[tuple[int, int], Callable[[], None]] = {}
+        self.losses = torch.zeros(3, device=windows.device)
+
+    def run(self, action: Action, post: Callable[[], None]) -> None:
+        """post: what sends the action's results, called as soon as they are there."""
+        parts = action if isinstance(action, Overlap) else (action,)
+        for work in parts:
+            if work.kind == "F":
+                self._forward(work)
+            elif work.kind != "W":
+                self._backward(work)
+        post()
+        last = parts[-1]
+        if last.kind == "B":
+            self._store.run()
+        elif last.kind == "I":
+            self._put_off[last.stage, last.micro_batch] = self._store.take()
+        elif last.kind == "W":
+            self._put_off.pop((last.stage, last.micro_batch))()
+
+    def _forward(self, work: Work) -> None:
+        stage = self._stages[work.stage]
+        hidden = None
+        if not stage.first:
+            hidden = self._link.take("F", work.stage - 1, work.micro_batch).requires_grad_()
+        output = self._runner.forward(stage, self._windows[work.micro_batch], hidden)
+        self._graphs[work.stage, work.micro_batch] = hidden, output
+        self.losses += output.losses
+        if output.hidden is not None:
+            self._link.give("F", work.stage, work.micro_batch, output.hidden.detach())
+
+    def _backward(self, work: Work) -> None:
+        hidden, output = self._graphs.pop((work.stage, work.micro_batch))
+        roots, gradients = [], []
+        if output.hidden is not None:
+            roots.append(output.hidden)
+            gradients.append(self._link.take("B", work.stage + 1, work.micro_batch))
+        if output.loss is not None:
+            roots.append(output.loss)
+            gradients.append(torch.full_like(output.loss, 1 / len(self._windows)))
+        torch.autograd.backward(roots, gradients)
+        if hidden is not None and hidden.grad is not None:
+            self._link.give("B", work.stage, work.micro_batch, hidden.grad)
