@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, deferred_wgrad
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work
+from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, label
 from dsv3_kernels.train.executor import check_windows
 from dsv3_kernels.train.link import Link, posts
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, split
-from dsv3_kernels.train.trace import TraceEvent, label
+from dsv3_kernels.train.trace import TraceEvent
 
 
 class PipelineExecutor:

@@ -5,8 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_kernels.train.actions import Action, Overlap
-
 
 class TraceEvent(NamedTuple):
     """lane: what within a rank, such as "compute"; start, end: seconds."""
@@ -16,13 +14,6 @@ class TraceEvent(NamedTuple):
     name: str
     start: float
     end: float
-
-
-def label(action: Action) -> str:
-    """F5 stage 2: the kind of work, the micro-batch, the stage."""
-    if isinstance(action, Overlap):
-        return f"{label(action.forward)} & {label(action.backward)}"
-    return f"{action.kind}{action.micro_batch} stage {action.stage}"
 
 
 def write_trace(path: Path, events: Iterable[TraceEvent]) -> None:
