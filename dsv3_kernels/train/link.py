@@ -105,7 +105,10 @@ class Link:
                 )
                 for message, tensor in zip(batch, tensors, strict=True)
             ]
-            work = dist.batch_isend_irecv(operations)
+            try:
+                work = dist.batch_isend_irecv(operations)
+            except RuntimeError as error:
+                raise self._failure(batch, error) from error
             # Some backends give one work for the whole batch, others one a message.
             each = work if len(work) == len(batch) else [work[0]] * len(batch)
             for message, one, tensor in zip(batch, each, tensors, strict=True):
@@ -132,9 +135,19 @@ class Link:
         try:
             work.wait()
         except RuntimeError as error:
-            what = "state" if message.kind == "F" else "gradient"
-            peer = message.target if message.source == self._rank else message.source
-            raise TrainError(
-                f"pipeline rank {self._rank}: rank {peer} is gone or stalls; the {what} of micro-batch "
-                f"{message.micro_batch} from stage {message.stage} did not pass between them: {error}"
-            ) from error
+            raise self._failure([message], error) from error
+
+    def _failure(self, batch: list[Message], error: RuntimeError) -> TrainError:
+        peers = {m.target if m.source == self._rank else m.source for m in batch}
+        names = " or ".join(f"rank {peer}" for peer in sorted(peers))
+        first = batch[0]
+        what = "state" if first.kind == "F" else "gradient"
+        return TrainError(
+            f"pipeline rank {self._rank}: {names} is gone or stalls; the {what} of micro-batch "
+            f"{first.micro_batch} from stage {first.stage} did not pass: {_cause(error)}"
+        )
+
+
+def _cause(error: RuntimeError) -> str:
+    """The backend's own sentence, without where in its source it comes from."""
+    return str(error).split("] ", 1)[-1].split(". ", 1)[0]

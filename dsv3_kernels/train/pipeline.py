@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, deferred_wgrad
 from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, label
+from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
 from dsv3_kernels.train.link import Link, posts
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
@@ -76,7 +77,12 @@ class PipelineExecutor:
             link.finish()
         losses = step.losses
         if self._group is not None:
-            dist.all_reduce(losses, group=self._group)
+            try:
+                dist.all_reduce(losses, group=self._group)
+            except RuntimeError as error:
+                raise TrainError(
+                    f"pipeline rank {self._rank}: a rank left before the step's losses were summed: {error}"
+                ) from error
         return Losses(*(losses / len(windows)))
 
     def _record(self, lane: str, name: str, start: float) -> None:
