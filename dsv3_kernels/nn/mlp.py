@@ -25,7 +25,6 @@ from dsv3_kernels.nn.gemms import (
 )
 from dsv3_kernels.nn.linear import Fp8Linear, GroupedFp8Linear, as_autocast_says
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
-from dsv3_kernels.nn.rows import Fp8Rows
 from dsv3_kernels.quantize import dequantize, quantize_1x128, quantize_128x128
 from dsv3_kernels.quantized import ROW, SQUARE, TILE, QuantizedTensor
 from dsv3_kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
@@ -139,7 +138,7 @@ def swiglu_mlp(
             h = (h * weights.unsqueeze(-1)).to(h.dtype)
         return down(h, *groups)
     recipe = up.recipe
-    rows = x if isinstance(x, Fp8Rows) else x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view's backward would dequantise
     weights = None if weights is None else weights.contiguous()
     if records_gradient(x, up.weight, down.weight, weights):
         y = _Fp8MLP.apply(
@@ -154,7 +153,8 @@ def swiglu_mlp(
         )
     else:
         y = _forward(rows, up, down, weights, group_offsets, recipe)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    y = y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def _fusible(up: Layer, down: Layer) -> bool:
