@@ -1,9 +1,8 @@
 """The linear layers: against float64 with dequantised operands, and against the ops called by hand."""
 
-from collections import Counter
-
 import pytest
 import torch
+from op_calls import counting
 from torch import nn
 
 import dsv3_kernels.nn.linear as linear_layers
@@ -137,24 +136,7 @@ def test_grouped_bit_equal_to_the_ops_by_hand():
 
 @pytest.fixture
 def calls(monkeypatch):
-    counter = Counter()
-    names = (
-        "quantize_1x128",
-        "quantize_1x128_t",
-        "quantize_128x128",
-        "fp8_gemm",
-        "grouped_fp8_gemm",
-        "fp8_wgrad",
-    )
-    for name in names:
-        original = getattr(linear_layers, name)
-
-        def counted(*args, _name=name, _original=original, **kwargs):
-            counter[_name] += 1
-            return _original(*args, **kwargs)
-
-        monkeypatch.setattr(linear_layers, name, counted)
-    return counter
+    return counting(monkeypatch)
 
 
 @pytest.mark.parametrize("grouped", [False, True])

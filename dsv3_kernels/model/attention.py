@@ -56,7 +56,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.q_b_proj = Fp8Linear(config.q_lora_rank, self.heads * (self.nope_dim + self.rope_dim))
         self.kv_a_norm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_EPS)
         self.kv_b_proj = Fp8Linear(config.kv_lora_rank, self.heads * (self.nope_dim + self.v_dim))
-        self.o_proj = Fp8Linear(self.heads * self.v_dim, config.hidden_size)
+        self.o_proj = Fp8Linear(self.heads * self.v_dim, config.hidden_size, after_attention=True)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0

@@ -1,7 +1,7 @@
 """DeepSeek-V3: embedding, transformer blocks, head, and the multi-token-prediction modules beside them."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +10,60 @@ from torch import Tensor, nn
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
-from dsv3_kernels.model.moe import MLP, Experts, Gate, MoE
 from dsv3_kernels.model.rope import rope_table
-from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, Linear, set_recipe
+from dsv3_kernels.nn import (
+    MLP,
+    Dispatched,
+    Experts,
+    Fp8Linear,
+    Fp8Recipe,
+    Gate,
+    Linear,
+    MoE,
+    Routing,
+    sequence_balance_loss,
+    set_recipe,
+)
+
+
+def moe_of(config: ModelConfig, ep_buffer: Buffer | None = None) -> MoE:
+    moe = MoE(
+        config.hidden_size,
+        config.moe_intermediate_size,
+        num_experts=config.n_routed_experts,
+        top_k=config.num_experts_per_tok,
+        shared_experts=config.n_shared_experts,
+        n_group=config.n_group,
+        topk_group=config.topk_group,
+        scaling=config.routed_scaling_factor,
+        ep_buffer=ep_buffer,
+    )
+    nn.init.normal_(moe.gate.weight, std=config.initializer_range)
+    return moe
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """A block's feed-forward layer under way: what its next phase needs. Of a dense layer only `x`, `normed`
+    and `y` are there."""
+
+    x: Tensor
+    """[B, S, hidden], the block's state before it, to which its output is added."""
+    normed: Tensor
+    """[B, S, hidden], the layer's input."""
+    routing: Routing | None = None
+    sent: Dispatched | None = None
+    y: Tensor | None = None
+    """What shared experts, or the dense layer, add, [B, S, hidden]."""
+    rows: Tensor | None = None
+    """What this rank's experts made, [R, hidden]."""
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)).
+
+    forward is attend, dispatch, compute, combine: four calls for schedules that overlap them with other work.
+    """
 
     def __init__(self, config: ModelConfig, dense: bool, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
@@ -27,17 +74,50 @@ class Block(nn.Module):
         if dense:
             self.mlp = MLP(config.hidden_size, config.intermediate_size)
         else:
-            self.mlp = MoE(config, ep_buffer)
+            self.mlp = moe_of(config, ep_buffer)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor | None]:
         """x: [B, S, hidden]. Returns ([B, S, hidden], the balance loss or None if dense)."""
-        x = x + self.attention(self.attention_norm(x), cos, sin, cache, start)
-        y = self.mlp(self.mlp_norm(x))
-        if isinstance(y, tuple):
-            return x + y[0], y[1]
-        return x + y, None
+        x = self.attend(x, cos, sin, cache, start)
+        return self.combine(self.compute(self.dispatch(x)))
+
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """x: [B, S, hidden]. Returns x + attention(norm(x))."""
+        return x + self.attention(self.attention_norm(x), cos, sin, cache, start)
+
+    def dispatch(self, x: Tensor) -> FeedForward:
+        """x: what attend returned. Routes its tokens and sends them to their experts."""
+        normed = self.mlp_norm(x)
+        if isinstance(self.mlp, MLP):
+            return FeedForward(x, normed)
+        tokens = normed.flatten(0, 1)
+        routing = self.mlp.gate(tokens)
+        sent = self.mlp.experts.dispatch(tokens, routing.experts, routing.weights, routing.counts)
+        return FeedForward(x, normed, routing, sent)
+
+    def compute(self, state: FeedForward) -> FeedForward:
+        """This rank's experts and the shared ones; or the dense layer."""
+        if isinstance(self.mlp, MLP):
+            return replace(state, y=self.mlp(state.normed))
+        assert state.sent is not None
+        shared = self.mlp.shared_experts
+        y = None if shared is None else shared(state.normed)
+        return replace(state, y=y, rows=self.mlp.experts.compute(state.sent))
+
+    def combine(self, state: FeedForward) -> tuple[Tensor, Tensor | None]:
+        """Brings the experts' outputs home. Returns as forward."""
+        x, y = state.x, state.y
+        if isinstance(self.mlp, MLP):
+            assert y is not None
+            return x + y, None
+        assert state.sent is not None and state.rows is not None and state.routing is not None
+        routed = self.mlp.experts.combine(state.rows, state.sent).view_as(x)
+        y = routed if y is None else routed + y
+        return x + y, sequence_balance_loss(state.routing, x.shape[0])
 
 
 class MTPModule(nn.Module):
