@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from dsv3_kernels.model import PRESETS, ModelConfig
 from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.phases import Schedule, resolve
 
 T = TypeVar("T")
 
@@ -31,6 +32,8 @@ class TrainConfig:
     balance_weight: float = 1e-4
     bias_speed: float = 5e-3
     power_of_2_scales: bool = False
+    schedule: Schedule | None = None
+    """None: a cosine right after the warm-up, and one batch size."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):
@@ -41,6 +44,7 @@ class TrainConfig:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected a finite number from 0 up")
         if not self.grad_clip > 0:
             raise TrainError(f"grad_clip is {self.grad_clip}, expected a number above 0")
+        resolve(self.schedule, self.steps, self.batch_size, self.seq_len, self.warmup_steps)
 
 
 @dataclass(frozen=True)
