@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from model_helpers import SMALL
 
+from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
+from dsv3_kernels.train import pipeline
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
 from dsv3_kernels.train.pipeline import PipelineExecutor
@@ -24,8 +26,8 @@ CASES = [(pp, name) for pp in (1, 2, 4) for name in ("1f1b", "zb1p", "dualpipe",
 CASES.remove((1, "dualpipe"))
 
 
-def model_of(seed, config=CONFIG, recipe=BF16, dtype=torch.float32):
-    model = DeepSeekV3(config, recipe)
+def model_of(seed, config=CONFIG, recipe=BF16, dtype=torch.float32, ep_buffer=None):
+    model = DeepSeekV3(config, recipe, ep_buffer)
     model.initialize(seed)
     model.to(dtype)
     for parameter in model.parameters():
@@ -53,9 +55,38 @@ def groups():
     return {pp: dist.new_group(list(range(pp))) for pp in (1, 2, 4)}
 
 
+def expert_parallel(rank, seed, results):
+    """Two pipelines of two ranks whose experts are spread over both; each has micro-batches of its own."""
+    pipelines = [dist.new_group([lane, lane + 2]) for lane in (0, 1)]
+    experts = [dist.new_group([stage * 2, stage * 2 + 1]) for stage in (0, 1)]
+    lane = rank % 2
+    config = replace(CONFIG, num_hidden_layers=3)
+    windows = windows_of(seed, 12, config)
+    if rank == 0:
+        results["ep/local"] = outcome(LocalExecutor(model_of(seed, config)), windows)
+    for label, overlapped in (("ep/overlapped", True), ("ep/in turn", False)):
+        buffer = ep.Buffer(
+            experts[rank // 2], config.n_routed_experts, config.hidden_size, 24, 4, dtype=torch.float32
+        )
+        model = model_of(seed, config, ep_buffer=buffer)
+        shares = {n: p for n, p in model.named_parameters() if ".experts." in n}
+        executor = PipelineExecutor(model, "dualpipe", pipelines[lane])
+        with pytest.MonkeyPatch.context() as patch:
+            if not overlapped:
+                patch.setattr(pipeline, "interleaved", lambda first, second: (first(), second()))
+            result = outcome(executor, windows[6 * lane : 6 * lane + 6])
+        for name, share in shares.items():  # whole tensors, zero but for this rank's experts
+            if (grad := result.get(f"grad/{name}")) is not None:
+                whole = torch.zeros(2 * share.shape[0], *share.shape[1:])
+                whole[lane * share.shape[0] :][: share.shape[0]] = grad
+                result[f"grad/{name}"] = whole
+        results[label] = result
+
+
 def matrix(rank, size, seed):
     by_size = groups()
     results = {}
+    expert_parallel(rank, seed, results)
     micro_batches = 8
     for label, recipe, dtype in (("fp32", BF16, torch.float32), ("fp8", FP8, torch.bfloat16)):
         if rank == 0:
@@ -132,6 +163,19 @@ def test_fp8_in_dualpipe(results):
 @pytest.mark.parametrize("label", ["no mtp", "two mtp", "dense"])
 def test_other_models_and_a_second_step(results, label):
     assert_close(summed(results, f"{label}/4/dualpipe"), results[0][f"{label}/local"])
+
+
+def test_overlapped_with_expert_parallel(results):
+    """Overlapped or in turn: the same bits. And the mean over both pipelines is what one process has."""
+    for rank, of_rank in enumerate(results):
+        for key, tensor in of_rank["ep/in turn"].items():
+            assert torch.equal(of_rank["ep/overlapped"][key], tensor), (rank, key)
+    expected = results[0]["ep/local"]
+    total = {}
+    for lane in (0, 1):
+        for key, tensor in summed(results[lane::2], "ep/overlapped").items():
+            total[key] = total.get(key, 0) + (tensor if key.startswith("load/") else tensor / 2)
+    assert_close(total, expected)
 
 
 def test_each_parameter_is_where_it_should_be(results):

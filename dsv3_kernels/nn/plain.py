@@ -10,7 +10,7 @@ from torch import Tensor
 from dsv3_kernels.nn.deferred import active_store
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _slow_bf16_cpu() -> bool:
     """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
     try:
@@ -21,7 +21,7 @@ def _slow_bf16_cpu() -> bool:
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x · weightᵀ in their own dtype. BF16 products are exact in FP32: the upcast only changes the speed."""
-    return _Deferring.apply(x, weight, None) if _defers(x, weight) else _product(x, weight, None)
+    return _Deferring.apply(x, weight, None) if _defers(weight) else _product(x, weight, None)
 
 
 def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
     On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds
     each.
     """
-    if _defers(x, weight):
+    if _defers(weight):
         return _Deferring.apply(x, weight, group_offsets)
     return _product(x, weight, group_offsets)
 
@@ -45,13 +45,13 @@ def _product(x: Tensor, weight: Tensor, group_offsets: Tensor | None) -> Tensor:
     return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
 
 
-def _defers(x: Tensor, weight: Tensor) -> bool:
+def _defers(weight: Tensor) -> bool:
     return (
-        active_store() is not None
+        not torch.compiler.is_compiling()
+        and active_store() is not None
         and torch.is_grad_enabled()
         and weight.requires_grad
         and weight.is_leaf
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, deferred_wgrad
+from dsv3_kernels.nn.interleave import filled, interleaved
 from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, label
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
@@ -109,20 +110,26 @@ class _Step:
 
     def run(self, action: Action, post: Callable[[], None]) -> None:
         """post: what sends the action's results, called as soon as they are there."""
-        parts = action if isinstance(action, Overlap) else (action,)
-        for work in parts:
-            if work.kind == "F":
-                self._forward(work)
-            elif work.kind != "W":
-                self._backward(work)
-        post()
-        last = parts[-1]
-        if last.kind == "B":
+        if isinstance(action, Overlap):
+            forward, backward = action
+            interleaved(lambda: self._forward(forward), lambda: self._backward(backward))
+            post()
             self._store.run()
-        elif last.kind == "I":
-            self._put_off[last.stage, last.micro_batch] = self._store.take()
-        elif last.kind == "W":
-            self._put_off.pop((last.stage, last.micro_batch))()
+        elif action.kind == "F":
+            self._forward(action)
+            post()
+        elif action.kind == "B":
+            with filled(self._store.run):
+                self._backward(action)
+            post()
+            self._store.run()
+        elif action.kind == "I":
+            self._backward(action)
+            post()
+            self._put_off[action.stage, action.micro_batch] = self._store.take()
+        else:
+            self._put_off.pop((action.stage, action.micro_batch))()
+            post()
 
     def _forward(self, work: Work) -> None:
         stage = self._stages[work.stage]
