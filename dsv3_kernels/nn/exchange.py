@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dsv3_kernels.ep import Buffer, CombineResult, DispatchResult, Handle
-from dsv3_kernels.nn.interleave import pause
+from dsv3_kernels.ep import Buffer, DispatchResult, Handle
+from dsv3_kernels.nn.interleave import await_event
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.rows import Fp8Rows
 from dsv3_kernels.quantize import quantize_1x128
@@ -31,12 +31,6 @@ def _arrived(x: Tensor | QuantizedTensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if isinstance(x, Tensor) else Fp8Rows(x, None, dtype)
 
 
-def _finish(result: DispatchResult | CombineResult) -> None:
-    """Lets what is interleaved with this compute until the result is there."""
-    pause()
-    result.event.wait()
-
-
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -50,7 +44,7 @@ class _Dispatch(torch.autograd.Function):
             max_recv_tokens=layer.max_recv_tokens,
             async_op=True,
         )
-        _finish(got)
+        await_event(got.event, "dispatch")
         ctx.layer, ctx.handle, ctx.dtype = layer, got.handle, x.dtype
         return _arrived(got.x, x.dtype), got.topk_weights, got
 
@@ -64,7 +58,7 @@ class _Dispatch(torch.autograd.Function):
             weights_grad=dweights.contiguous(),
             async_op=True,
         )
-        _finish(home)
+        await_event(home.event, "combine")
         return home.x.to(ctx.dtype), home.weights_grad, None, None
 
 
@@ -80,7 +74,7 @@ class _Combine(torch.autograd.Function):
             weights = topk_weights.contiguous()
         rows = y.to(layer.buffer.dtype).contiguous()
         home = layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms, async_op=True)
-        _finish(home)
+        await_event(home.event, "combine")
         return home.x.to(y.dtype)
 
     @staticmethod
@@ -92,7 +86,7 @@ class _Combine(torch.autograd.Function):
             handle=ctx.handle,
             async_op=True,
         )
-        _finish(got)
+        await_event(got.event, "dispatch")
         if not ctx.saved_tensors:
             return _arrived(got.x, ctx.dtype), None, None, None
         y, topk_weights = ctx.saved_tensors

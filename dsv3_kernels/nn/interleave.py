@@ -2,30 +2,62 @@
 
 DualPipe (section 3.2.1 of the DeepSeek-V3 report) runs the forward of one micro-batch beside the backward of
 another: attention, dispatch, MLP, combine of the one alternate with those of the other. Here both are plain
-code. Where a layer has started a communication it calls `pause`, and goes on when the other side pauses or is
-through. Only one of the two ever runs, and where they change depends on nothing but the code: ranks that run
-the same layers communicate in the same order.
+code. Where a layer has started a communication it calls `await_event`, and goes on when the other side does
+so too or is through. Only one of the two ever runs, and where they change depends on nothing but the code:
+ranks that run the same layers communicate in the same order.
 """
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
 
+from dsv3_kernels.ep import Event
+
 F = TypeVar("F")
 S = TypeVar("S")
 
+Observer = Callable[[str, float, float, float], None]
+
 _between: Callable[[], None] | None = None
+_observer: Observer | None = None
 _second_thread = ThreadPoolExecutor(1, thread_name_prefix="interleaved")
 
 
 def pause() -> None:
-    """Called between the start of a communication and its end: now something else may compute."""
+    """Lets something else compute, if there is anything."""
     if _between is not None:
         _between()
+
+
+def await_event(event: Event, name: str) -> None:
+    """Ends a communication that has been started; until then something else may compute."""
+    if _observer is None:
+        pause()
+        event.wait()
+        return
+    observer, started = _observer, time.perf_counter()
+    pause()
+    resumed = time.perf_counter()
+    event.wait()
+    observer(name, started, resumed, time.perf_counter())
+
+
+@contextlib.contextmanager
+def observed(observer: Observer | None) -> Iterator[None]:
+    """Inside, every `await_event` tells the observer its name, and by `time.perf_counter()` when it paused,
+    when it went on to wait, and when the wait was over. On a GPU it is the stream that waits, not the host.
+    """
+    global _observer
+    before, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = before
 
 
 @contextlib.contextmanager

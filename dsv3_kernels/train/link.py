@@ -5,6 +5,7 @@ posts its own, sends and receives, in that order. What a rank posts before a rec
 what it receives, so nothing deadlocks even where messages are strictly served in turn, as on NCCL.
 """
 
+import time
 from collections.abc import Iterable
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dsv3_kernels.nn.interleave import Observer
 from dsv3_kernels.train.actions import Schedule, Work, works
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.simulate import simulate
@@ -67,11 +69,18 @@ def _ordered(schedule: Schedule) -> list[tuple[Message, Work]]:
 class Link:
     """One rank's side of the messages of one step. All are tensors of one shape.
 
-    group: None where the pipeline is one rank, which has no messages.
+    group: None where the pipeline is one rank, which has no messages. observer: as in `interleave.observed`.
     """
 
-    def __init__(self, group: "dist.ProcessGroup | None", schedule: Schedule, like: Tensor) -> None:
+    def __init__(
+        self,
+        group: "dist.ProcessGroup | None",
+        schedule: Schedule,
+        like: Tensor,
+        observer: Observer,
+    ) -> None:
         self._group, self._like, self._micro_batches = group, like, schedule.micro_batches
+        self._observe = observer
         self._rank = 0 if group is None else dist.get_rank(group)
         self._ready: dict[tuple[str, int, int], Tensor] = {}
         self._coming: dict[tuple[str, int, int], tuple[Message, Any, Tensor]] = {}
@@ -87,7 +96,9 @@ class Link:
         if key not in self._coming:
             return self._ready.pop(key)
         message, work, buffer = self._coming.pop(key)
+        start = time.perf_counter()
         self._wait(message, work)
+        self._observe(f"{kind}{micro_batch} of stage {stage}", start, start, time.perf_counter())
         return buffer
 
     def post(self, batches: Iterable[list[Message]]) -> None:

@@ -5,7 +5,6 @@ that the same stages, messages and weight-gradient store are tested by all of th
 """
 
 import functools
-import time
 from collections.abc import Callable
 
 import torch
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, deferred_wgrad
-from dsv3_kernels.nn.interleave import filled, interleaved
+from dsv3_kernels.nn.interleave import filled, interleaved, observed
 from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, label
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
 from dsv3_kernels.train.link import Link, posts
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, split
-from dsv3_kernels.train.trace import TraceEvent
+from dsv3_kernels.train.trace import Clock, TraceEvent
 
 
 class PipelineExecutor:
@@ -33,7 +32,9 @@ class PipelineExecutor:
     Parameters that several ranks hold (all, in DualPipe; the embedding where MTP needs it on the last rank)
     get a part of their gradient on each: the gradient is the sum.
     Weight gradients of linear layers do not pass autograd's hooks.
-    trace: a list to which every step's timeline is added, seconds of this node's clock; None for none.
+    trace: a list to which the timeline of every step is added, in seconds of the host's clock; None for none.
+        Lanes: "actions"; and where the host waits, as on CPUs, "under way", a dispatch or combine with
+        something else beside it, and "waits".
     Raises ValueError where the schedule or the split does not exist.
     """
 
@@ -66,16 +67,24 @@ class PipelineExecutor:
         length = windows.shape[2] - 1 - self._model.config.num_nextn_predict_layers
         parameter = next(self._model.parameters())
         like = parameter.new_empty(windows.shape[1], length, self._model.config.hidden_size)
-        with deferred_wgrad() as store:
-            link = Link(self._group, schedule, like)
-            runner = StageRunner(self._model, mtp_weight, balance_weight)
-            step = _Step(windows, self._stages, runner, link, store)
+        clock = Clock(windows.device) if self.trace is not None else None
+        moments = []
+        with deferred_wgrad() as store, observed(self._waited if clock is not None else None):
+            link = Link(self._group, schedule, like, self._waited)
+            step = _Step(
+                windows, self._stages, StageRunner(self._model, mtp_weight, balance_weight), link, store
+            )
             link.post(plan[0])
             for action, batches in zip(schedule.ranks[self._rank], plan[1:], strict=True):
-                start = time.perf_counter()
+                start = clock and clock.now()
                 step.run(action, functools.partial(link.post, batches))
-                self._record("compute", label(action), start)
+                moments.append((action, start, clock and clock.now()))
             link.finish()
+        if clock is not None:
+            if windows.is_cuda:
+                torch.cuda.synchronize(windows.device)
+            for action, start, end in moments:
+                self._record("actions", label(action), clock.seconds(start), clock.seconds(end))
         losses = step.losses
         if self._group is not None:
             try:
@@ -86,9 +95,14 @@ class PipelineExecutor:
                 ) from error
         return Losses(*(losses / len(windows)))
 
-    def _record(self, lane: str, name: str, start: float) -> None:
+    def _waited(self, name: str, started: float, resumed: float, over: float) -> None:
+        if started < resumed:
+            self._record("under way", name, started, resumed)
+        self._record("waits", name, resumed, over)
+
+    def _record(self, lane: str, name: str, start: float, end: float) -> None:
         if self.trace is not None:
-            self.trace.append(TraceEvent(self._rank, lane, name, start, time.perf_counter()))
+            self.trace.append(TraceEvent(self._rank, lane, name, start, end))
 
 
 class _Step:

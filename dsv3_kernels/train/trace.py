@@ -1,9 +1,12 @@
 """Timelines for ui.perfetto.dev (Chrome's trace format)."""
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 
 class TraceEvent(NamedTuple):
@@ -14,6 +17,28 @@ class TraceEvent(NamedTuple):
     name: str
     start: float
     end: float
+
+
+class Clock:
+    """Moments of the work that a device does, as it reaches them; seconds of the host's clock in the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.synchronize(device)
+            self._first = self.now()
+        self._host = time.perf_counter()
+
+    def now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moment: Any) -> float:
+        """Of a moment that the device has reached."""
+        return self._host + self._first.elapsed_time(moment) / 1e3 if self._cuda else moment
 
 
 def write_trace(path: Path, events: Iterable[TraceEvent]) -> None:
