@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+import torch.distributed.pipelining.schedules as torch_schedules
 
 from dsv3_kernels.train import show_schedule
 from dsv3_kernels.train.actions import Overlap, Schedule, Work, works
@@ -135,6 +136,27 @@ def test_dualpipev_is_the_half_of_dualpipe():
 
     assert half.ranks == tuple(tuple(map(folded, actions)) for actions in whole.ranks[:4])
     assert [half.stages_of(r) for r in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
+
+
+def test_dualpipev_is_torchs():
+    """Action by action, where this version of torch can be asked."""
+    torchs = getattr(torch_schedules, "ScheduleDualPipeV", None)
+    if not hasattr(torchs, "_calculate_single_rank_operations"):
+        pytest.skip("this version of torch does not give DualPipeV's actions")
+    kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    for ranks, micro_batches in ((1, 2), (2, 4), (4, 8), (4, 13), (8, 20)):
+        schedule = object.__new__(torchs)
+        schedule._n_microbatches, schedule.pp_group_size = micro_batches, ranks
+        for rank, actions in enumerate(dualpipev(ranks, micro_batches).ranks):
+            found = [a for a in schedule._calculate_single_rank_operations(rank) if a is not None]
+            theirs = [
+                tuple(
+                    (kinds[part.computation_type.name], part.stage_index, part.microbatch_index)
+                    for part in (action.sub_actions or (action,))
+                )
+                for action in found
+            ]
+            assert [works(action) for action in actions] == theirs
 
 
 def test_a_list_written_out():
