@@ -217,7 +217,7 @@ class DeepSeekV3(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
-        cos, sin = self._rope(0, tokens.shape[1])
+        cos, sin = self.rope(0, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin)
         return self._logits(self.norm(hidden))
 
@@ -261,7 +261,7 @@ class DeepSeekV3(nn.Module):
                 f"DeepSeekV3: the cache holds {start} of {capacity} positions, expected room for {count} "
                 "more. Mend: a larger capacity in new_cache"
             )
-        cos, sin = self._rope(start, count)
+        cos, sin = self.rope(start, count)
         cache.length = start + count
         return start, cos, sin
 
@@ -275,13 +275,21 @@ class DeepSeekV3(nn.Module):
         window: int64 [B, S + 1 + D] for D MTP modules: position i < S predicts window[:, i + 1], and module k
         (from 1) predicts window[:, i + 1 + k] having seen window[:, i + k].
         """
-        depth = len(self.mtp)
-        length = window.shape[1] - 1 - depth
-        cos, sin = self._rope(0, length)
+        length = window.shape[1] - 1 - len(self.mtp)
+        cos, sin = self.rope(0, length)
         hidden, balances = self._trunk(window[:, :length], cos, sin)
+        main, mtp, more = self.predictions(hidden, window, cos, sin)
+        return Losses(main, mtp, _mean([b for b in balances if b is not None] + more))
+
+    def predictions(
+        self, hidden: Tensor, window: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What follows the last block: the main loss, the MTP loss, the balance losses of the MTP modules."""
+        length = hidden.shape[1]
         normed = self.norm(hidden)
         main = self._cross_entropy(normed, window[:, 1 : 1 + length])
-        mtp = []
+        mtp: list[Tensor] = []
+        balances: list[Tensor] = []
         state = normed if self.config.mtp_post_norm else hidden
         for k, module in enumerate(self.mtp, start=1):
             embedded = self.embedding(window[:, k : k + length])
@@ -289,7 +297,7 @@ class DeepSeekV3(nn.Module):
             state = normed if self.config.mtp_post_norm else hidden
             balances.append(balance)
             mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
-        return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
+        return main, _mean(mtp), balances
 
     def _trunk(
         self,
@@ -306,14 +314,15 @@ class DeepSeekV3(nn.Module):
             balances.append(balance)
         return hidden, balances
 
-    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions start to start + count, as the blocks take them."""
         config = self.config
         if start + count > config.max_position_embeddings:
             raise ValueError(
                 f"DeepSeekV3: the sequence has {start + count} positions, expected at most "
                 f"max_position_embeddings = {config.max_position_embeddings}"
             )
-        positions = torch.arange(start, start + count, device=self.embedding.weight.device)
+        positions = torch.arange(start, start + count, device=next(self.parameters()).device)
         return rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def _logits(self, normed: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_kernels.ep import Buffer, DispatchResult, Handle
+from dsv3_kernels.nn.interleave import await_event
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.rows import Fp8Rows
 from dsv3_kernels.quantize import quantize_1x128
@@ -41,7 +42,9 @@ class _Dispatch(torch.autograd.Function):
             topk_weights.contiguous(),
             layer.num_sms,
             max_recv_tokens=layer.max_recv_tokens,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         ctx.layer, ctx.handle, ctx.dtype = layer, got.handle, x.dtype
         return _arrived(got.x, x.dtype), got.topk_weights, got
 
@@ -53,7 +56,9 @@ class _Dispatch(torch.autograd.Function):
             ctx.handle,
             num_sms=ctx.layer.num_sms,
             weights_grad=dweights.contiguous(),
+            async_op=True,
         )
+        await_event(home.event, "combine")
         return home.x.to(ctx.dtype), home.weights_grad, None, None
 
 
@@ -68,14 +73,20 @@ class _Combine(torch.autograd.Function):
             ctx.save_for_backward(y, topk_weights)
             weights = topk_weights.contiguous()
         rows = y.to(layer.buffer.dtype).contiguous()
-        return layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms).x.to(y.dtype)
+        home = layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms, async_op=True)
+        await_event(home.event, "combine")
+        return home.x.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
         got = layer.buffer.dispatch(
-            _wire(grad_outputs[0], layer.recipe, layer.buffer), num_sms=layer.num_sms, handle=ctx.handle
+            _wire(grad_outputs[0], layer.recipe, layer.buffer),
+            num_sms=layer.num_sms,
+            handle=ctx.handle,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         if not ctx.saved_tensors:
             return _arrived(got.x, ctx.dtype), None, None, None
         y, topk_weights = ctx.saved_tensors

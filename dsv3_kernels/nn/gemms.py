@@ -47,7 +47,8 @@ def quantized_rows(
 
 def as_rows(x: Tensor) -> Tensor:
     """x [..., K] as rows [T, K]."""
-    return x if isinstance(x, Fp8Rows) else x.reshape(-1, x.shape[-1]).contiguous()
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view's backward would dequantise
+    return rows if isinstance(rows, Fp8Rows) else rows.contiguous()
 
 
 def quantized_weight(

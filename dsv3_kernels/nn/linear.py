@@ -14,12 +14,10 @@ of its shape, the kernel adds it to that, and `weight.grad` stays None; `deferre
 holds in a graph made by torch.compile: there the gradient goes to `weight.grad`.
 """
 
-import functools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.e5m6 import PackedE5M6, pack_e5m6, unpack_e5m6
@@ -34,6 +32,7 @@ from dsv3_kernels.nn.gemms import (
     transposed_weight,
     weight_gradient,
 )
+from dsv3_kernels.nn.plain import grouped_linear, linear
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.recompute import Remake, remake_of
 from dsv3_kernels.nn.stored import StoresFp8
@@ -168,33 +167,6 @@ def _with_stored(
         as_rows(x), group_offsets, recipe.power_of_2_scales, recipe.retiled_power_of_2, transpose=False
     )
     return gemm(q, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
-
-
-@functools.cache
-def _slow_bf16_cpu() -> bool:
-    """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
-    try:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return True
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in their own dtype. BF16 products are exact in FP32: the upcast only changes the speed."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu():
-        return F.linear(x.float(), weight.float()).to(x.dtype)
-    return F.linear(x, weight)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
-    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32).
-
-    On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds
-    each.
-    """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
 
 
 def as_autocast_says(x: Tensor) -> Tensor:

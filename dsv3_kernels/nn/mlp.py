@@ -170,7 +170,8 @@ def swiglu_mlp(
         )
     else:
         y = _forward(rows, up, down, weights, group_offsets, recipe)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+    y = y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def _fusible(up: Layer, down: Layer) -> bool:
