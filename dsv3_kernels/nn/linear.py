@@ -14,7 +14,6 @@ of its shape, the kernel adds it to that, and `weight.grad` stays None; `deferre
 holds in a graph made by torch.compile: there the gradient goes to `weight.grad`.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -153,7 +152,7 @@ def _with_stored(
     return gemm(q, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _slow_bf16_cpu() -> bool:
     """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
     try:
@@ -177,7 +176,14 @@ def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cpu":
         return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
+    run = F.grouped_mm if x.dtype == torch.bfloat16 else _wide_grouped_mm
+    return run(x, weight.transpose(-2, -1), offs=group_offsets[1:])
+
+
+@torch.compiler.disable
+def _wide_grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
+    """torch runs it in FP32 on CPUs, but cannot trace it there: torch.compile breaks its graph here."""
+    return F.grouped_mm(*args, **kwargs)
 
 
 def as_autocast_says(x: Tensor) -> Tensor:
