@@ -1,4 +1,4 @@
-"""Runs of several processes from end to end: ranks that die or stall, ranks that disagree, torchrun's restarts."""
+"""Runs of several processes from end to end: ranks that die, stall or disagree, torchrun's restarts."""
 
 import json
 import multiprocessing
@@ -179,7 +179,7 @@ DYING = textwrap.dedent(
 
 
 def test_torchrun_restarts_from_the_checkpoint(text, tmp_path):
-    """kill -9 at step 8, from step 5 on again: bit for bit as one process without a stop, with micro-batches."""
+    """kill -9 at step 8, again from step 5: bit for bit one process without a stop, with micro-batches."""
     script = tmp_path / "train.py"
     script.write_text(DYING)
     common = [*FAST, "--data", text, "--steps", 10, "--checkpoint-every", 5]

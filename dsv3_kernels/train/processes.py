@@ -57,6 +57,11 @@ class Watch:
         self.verdict = why
         return why
 
+    def linger(self) -> None:
+        """Rank 0 may be the store's host: the others get time to read why before it goes."""
+        if self._rank == 0:
+            time.sleep(3 * BEAT)
+
     def explain(self) -> str | None:
         """Why a collective failed here, once somebody knows or a rank is found silent; None if none is."""
         before, start = self._signs(), time.monotonic()
@@ -171,10 +176,13 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         why = watch.explain()
         if why is None:
             watch.fail(f"rank {rank} failed: {_one_line(error)}")
+        watch.linger()
+        if why is None:
             raise
         raise TrainError(why) from error
     except Exception as error:
         watch.fail(f"rank {rank} failed: {_one_line(error)}")
+        watch.linger()
         raise
     dist.destroy_process_group()
 
