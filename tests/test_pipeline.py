@@ -14,10 +14,11 @@ from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
 from dsv3_kernels.train import pipeline
+from dsv3_kernels.train.actions import label as name_of
+from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
 from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.trace import write_trace
 
 SIZE = 4
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05
@@ -194,10 +195,7 @@ def traced(rank, size, folder):
     executor = PipelineExecutor(model_of(3), "dualpipe", dist.group.WORLD)
     executor.trace = []
     executor.forward_backward(windows_of(3, 4), MTP_WEIGHT, BALANCE_WEIGHT)
-    events = [None] * size
-    dist.all_gather_object(events, executor.trace)
-    if rank == 0:
-        write_trace(folder / "trace.json", [event for of_rank in events for event in of_rank])
+    executor.write_trace(folder / "trace.json")
 
 
 def one_leaves(rank, size):
@@ -222,4 +220,8 @@ def test_trace_and_a_rank_that_leaves(tmp_path):
     assert re.match(r"pipeline rank 0: rank 1 is gone or stalls; the (state|gradient) of micro-", messages[0])
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     spans = [e for e in events if e["ph"] == "X"]
-    assert {e["pid"] for e in spans} == {0, 1} and all(e["dur"] > 0 for e in spans)
+    assert {e["pid"] for e in spans} == {0, 1} and all(e["dur"] >= 0 for e in spans)
+    names = [[e["name"] for e in spans if e["pid"] == rank and e["name"][0] in "FBIW"] for rank in (0, 1)]
+    for rank, actions in enumerate(dualpipe(2, 4).ranks):
+        assert [n for n in names[rank] if " of " not in n] == [name_of(action) for action in actions]
+        assert sum(" of " in n for n in names[rank]) == 4, "each rank waits for a state or a gradient of each"

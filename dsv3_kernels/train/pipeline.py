@@ -6,6 +6,8 @@ that the same stages, messages and weight-gradient store are tested by all of th
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from dsv3_kernels.train.executor import check_windows
 from dsv3_kernels.train.link import Link, posts
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, split
-from dsv3_kernels.train.trace import Clock, TraceEvent
+from dsv3_kernels.train.trace import Clock, TraceEvent, write_trace
 
 
 class PipelineExecutor:
@@ -94,6 +96,16 @@ class PipelineExecutor:
                     f"pipeline rank {self._rank}: a rank left before the step's losses were summed: {error}"
                 ) from error
         return Losses(*(losses / len(windows)))
+
+    def write_trace(self, path: Path) -> None:
+        """Everything in `trace` of all ranks into one file, by rank 0; all ranks call together."""
+        events = self.trace or []
+        if self._group is not None:
+            every: list[Any] = [None] * self._ranks
+            dist.all_gather_object(every, events, group=self._group)
+            events = [event for of_rank in every for event in of_rank]
+        if self._rank == 0:
+            write_trace(path, events)
 
     def _waited(self, name: str, started: float, resumed: float, over: float) -> None:
         if started < resumed:
