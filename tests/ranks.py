@@ -13,6 +13,7 @@ PRELOAD = [
     "torch.distributed",
     "dsv3_kernels.ep",
     "dsv3_kernels.model",
+    "dsv3_kernels.train.run",
     "dsv3_kernels.train.pipeline",
 ]
 

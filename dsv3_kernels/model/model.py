@@ -12,6 +12,7 @@ from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
 from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import (
+    FP8,
     MLP,
     Dispatched,
     Experts,
@@ -24,6 +25,7 @@ from dsv3_kernels.nn import (
     sequence_balance_loss,
     set_recipe,
 )
+from dsv3_kernels.nn.recompute import keep_inputs, remade, then
 
 
 def moe_of(config: ModelConfig, ep_buffer: Buffer | None = None) -> MoE:
@@ -67,6 +69,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
+        self.recipe = FP8
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = MultiHeadLatentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -87,14 +90,17 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """x: [B, S, hidden]. Returns x + attention(norm(x))."""
-        return x + self.attention(self.attention_norm(x), cos, sin, cache, start)
+        return x + self.attention(self._normed(self.attention_norm, x), cos, sin, cache, start)
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return remade(norm, x) if "norms" in self.recipe.recompute else norm(x)
 
     def dispatch(self, x: Tensor) -> FeedForward:
         """x: what attend returned. Routes its tokens and sends them to their experts."""
-        normed = self.mlp_norm(x)
+        normed = self._normed(self.mlp_norm, x)
         if isinstance(self.mlp, MLP):
             return FeedForward(x, normed)
-        tokens = normed.flatten(0, 1)
+        tokens = then(_tokens, normed)
         routing = self.mlp.gate(tokens)
         sent = self.mlp.experts.dispatch(tokens, routing.experts, routing.weights, routing.counts)
         return FeedForward(x, normed, routing, sent)
@@ -120,12 +126,17 @@ class Block(nn.Module):
         return x + y, sequence_balance_loss(state.routing, x.shape[0])
 
 
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
 class MTPModule(nn.Module):
     """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
 
     def __init__(self, config: ModelConfig, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.recipe = FP8
         self.embedding_norm = nn.RMSNorm(hidden, eps=eps)
         self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
         self.eh_proj = Fp8Linear(2 * hidden, hidden)
@@ -145,9 +156,13 @@ class MTPModule(nn.Module):
 
         Returns the new state, the same after the module's norm, for the head, and the balance loss.
         """
-        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+        recompute = "norms" in self.recipe.recompute
+        joined = remade(self._join, embedded, hidden) if recompute else self._join(embedded, hidden)
         hidden, balance = self.block(self.eh_proj(joined), cos, sin, cache, start)
         return hidden, self.norm(hidden), balance
+
+    def _join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
 
 
 @dataclass
@@ -170,7 +185,7 @@ class DeepSeekV3(nn.Module):
         self, config: ModelConfig, recipe: Fp8Recipe | None = None, ep_buffer: Buffer | None = None
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recipe = config, FP8
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(config, i < config.first_k_dense_replace, ep_buffer)
@@ -315,7 +330,10 @@ class DeepSeekV3(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _cross_entropy(self, normed: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+        def loss(normed: Tensor) -> Tensor:
+            return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+
+        return keep_inputs(loss, normed) if "head" in self.recipe.recompute else loss(normed)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
@@ -29,6 +30,10 @@ class Executor(Protocol):
         """
         ...
 
+    def window_losses(self, windows: Tensor) -> Tensor:
+        """Mean cross-entropy of the next token of each window, int64 [B, S + 1]: [B], on all ranks."""
+        ...
+
 
 class LocalExecutor:
     """The whole model in one process, a micro-batch after the other."""
@@ -48,6 +53,12 @@ class LocalExecutor:
             parts = (losses.main, losses.mtp, losses.balance)
             total += torch.stack([part.detach().to(total) for part in parts])
         return Losses(*(total / count))
+
+    @torch.no_grad()
+    def window_losses(self, windows: Tensor) -> Tensor:
+        logits = self._model(windows[:, :-1])
+        losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+        return losses.view(len(windows), -1).mean(1)
 
 
 def check_windows(windows: Tensor) -> None:

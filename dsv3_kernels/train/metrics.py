@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from dsv3_kernels.model import ModelConfig, count_parameters
 from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.trainer import StepMetrics
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12}
 """Dense BF16 of NVIDIA's data sheets, which model FLOPs utilisation is counted against, FP8 or not. The first
@@ -73,19 +71,18 @@ class MetricsLog:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the log)
         self._boards = _tensorboards(path.parent / "tensorboard", steps)
 
-    def append(self, metrics: StepMetrics, validation_loss: float | None) -> dict[str, Any]:
-        row = asdict(metrics) | {"validation_loss": validation_loss}
+    def append(self, row: dict[str, Any]) -> None:
+        """row: a StepMetrics as a dict, with validation_loss; what the meter reads is added to it."""
         if self._meter is not None:
-            row |= self._meter.read(metrics.tokens_per_second)
+            row |= self._meter.read(row["tokens_per_second"])
         self.rows.append(row)
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        board = self._boards.get(metrics.precision)
+        board = self._boards.get(row["precision"])
         if board is not None:
             for name, value in row.items():
                 if name != "step" and isinstance(value, int | float):
-                    board.add_scalar(name, value, metrics.step)
-        return row
+                    board.add_scalar(name, value, row["step"])
 
     def of(self, precision: str) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["precision"] == precision]

@@ -6,6 +6,7 @@ import html
 import io
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
