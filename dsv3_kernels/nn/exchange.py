@@ -2,7 +2,8 @@
 
 As in section 3.2.3 and 3.3.3 of the DeepSeek-V3 report: with an FP8 recipe tokens are dispatched in FP8, and
 so are the gradients that enter combine's backward; combine and dispatch's backward move the buffer's dtype,
-BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is.
+BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is. torch.compile breaks
+its graph at both.
 """
 
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_kernels.ep import Buffer, DispatchResult, Handle
+from dsv3_kernels.nn.interleave import await_event
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.rows import Fp8Rows
 from dsv3_kernels.quantize import quantize_1x128
@@ -41,7 +43,9 @@ class _Dispatch(torch.autograd.Function):
             topk_weights.contiguous(),
             layer.num_sms,
             max_recv_tokens=layer.max_recv_tokens,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         ctx.layer, ctx.handle, ctx.dtype = layer, got.handle, x.dtype
         return _arrived(got.x, x.dtype), got.topk_weights, got
 
@@ -53,7 +57,9 @@ class _Dispatch(torch.autograd.Function):
             ctx.handle,
             num_sms=ctx.layer.num_sms,
             weights_grad=dweights.contiguous(),
+            async_op=True,
         )
+        await_event(home.event, "combine")
         return home.x.to(ctx.dtype), home.weights_grad, None, None
 
 
@@ -68,14 +74,20 @@ class _Combine(torch.autograd.Function):
             ctx.save_for_backward(y, topk_weights)
             weights = topk_weights.contiguous()
         rows = y.to(layer.buffer.dtype).contiguous()
-        return layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms).x.to(y.dtype)
+        home = layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms, async_op=True)
+        await_event(home.event, "combine")
+        return home.x.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
         got = layer.buffer.dispatch(
-            _wire(grad_outputs[0], layer.recipe, layer.buffer), num_sms=layer.num_sms, handle=ctx.handle
+            _wire(grad_outputs[0], layer.recipe, layer.buffer),
+            num_sms=layer.num_sms,
+            handle=ctx.handle,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         if not ctx.saved_tensors:
             return _arrived(got.x, ctx.dtype), None, None, None
         y, topk_weights = ctx.saved_tensors
@@ -106,6 +118,7 @@ class MoEDispatch(nn.Module):
         self.buffer, self.recipe = buffer, recipe
         self.max_recv_tokens, self.num_sms = max_recv_tokens, num_sms
 
+    @torch.compiler.disable
     def forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> DispatchResult:
         """x: `[T, hidden]`, BF16 or FP32; topk_idx: int64, topk_weights: FP32 `[T, K]`.
 
@@ -123,6 +136,7 @@ class MoECombine(nn.Module):
         super().__init__()
         self.buffer, self.recipe, self.num_sms = buffer, recipe, num_sms
 
+    @torch.compiler.disable
     def forward(self, y: Tensor, handle: Handle, topk_weights: Tensor | None = None) -> Tensor:
         """y: `[rows, hidden]`, BF16 or FP32; handle, topk_weights `[rows]`: of the dispatch. Without weights,
         which the experts may have applied, nothing is kept for the backward.

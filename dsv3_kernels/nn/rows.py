@@ -36,14 +36,16 @@ class Fp8Rows(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            (x,) = args
-            return cls(x.rows, x.transposed, x.dtype)
+            return cls(args[0].rows, args[0].transposed, args[0].dtype)
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device", args[0].device) == args[0].device:
+            return cls(args[0].rows, args[0].transposed, kwargs.get("dtype", args[0].dtype))
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write:
                 raise TypeError(
                     f"Fp8Rows: {func} would write to rows that are kept in FP8, expected none that does; "
                     "write to a clone()"
                 )
-        args, kwargs = tree_map_only(cls, lambda x: dequantize(x.rows, x.dtype), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda x: dequantize(x.rows, x.dtype), (args, kwargs))
         return func(*args, **kwargs)

@@ -34,6 +34,13 @@ def works(action: Action) -> tuple[Work, ...]:
     return (action,) if isinstance(action, Work) else tuple(action)
 
 
+def label(action: Action) -> str:
+    """F5 stage 2: the kind of work, the micro-batch, the stage."""
+    if isinstance(action, Overlap):
+        return f"{label(action.forward)} & {label(action.backward)}"
+    return f"{action.kind}{action.micro_batch} stage {action.stage}"
+
+
 @dataclass(frozen=True)
 class Schedule:
     """stages: how many the model is cut into; ranks: the actions of each rank, in order."""

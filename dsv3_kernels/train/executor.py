@@ -1,6 +1,6 @@
 """Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -13,17 +13,13 @@ from dsv3_kernels.model import DeepSeekV3, Losses
 class Executor(Protocol):
     """What the trainer knows of a pipeline.
 
-    modules: the parts of the model that this rank holds. Their parameters, and what `named_parameters` calls
-        them, are those of the whole model ("blocks.3.attention...").
-    replicated: names of the parameters that the pipeline's rank P - 1 - r holds too, where r is this one. The
-        gradient is the sum of both ranks', each having seen a part of the micro-batches, or of the uses.
+    modules: the parts of the model that this rank holds, their parameters under the whole model's names
+        ("blocks.3.attention..."). Where several ranks of a pipeline hold one, each gets a part of its
+        gradient, which is the sum; so it is with the loads that the gates count.
     """
 
     @property
     def modules(self) -> Sequence[nn.Module]: ...
-
-    @property
-    def replicated(self) -> Collection[str]: ...
 
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         """Adds to `grad` the gradient of the mean over the micro-batches, and returns their mean losses.
@@ -43,21 +39,20 @@ class LocalExecutor:
     """The whole model in one process, a micro-batch after the other."""
 
     def __init__(self, model: DeepSeekV3) -> None:
-        self.modules = [model]
-        self.replicated: frozenset[str] = frozenset()
+        self.modules: list[nn.Module] = [model]
         self._model = model
 
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         check_windows(windows)
         count = len(windows)
-        seen = []
+        total = torch.zeros(3, device=windows.device)
         for window in windows:
             losses = self._model.losses(window)
             loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
             (loss / count).backward()
             parts = (losses.main, losses.mtp, losses.balance)
-            seen.append(torch.stack([part.detach().to(loss) for part in parts]))
-        return Losses(*torch.stack(seen).mean(0))
+            total += torch.stack([part.detach().to(total) for part in parts])
+        return Losses(*(total / count))
 
     @torch.no_grad()
     def window_losses(self, windows: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, dependencies, works
+from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, dependencies, label, works
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,6 @@ def simulate(schedule: Schedule, times: Times = Times()) -> Timeline:
         r: a[len(s)] for r, (a, s) in enumerate(zip(schedule.ranks, spans, strict=True)) if len(s) < len(a)
     }
     if stuck:
-        waiting = "; ".join(f"rank {rank} before {action}" for rank, action in stuck.items())
+        waiting = "; ".join(f"rank {rank} before {label(action)}" for rank, action in stuck.items())
         raise ValueError(f"{schedule.name}: the schedule never ends: {waiting}")
     return Timeline(schedule, tuple(map(tuple, spans)))

@@ -1,11 +1,12 @@
 """Timelines for ui.perfetto.dev (Chrome's trace format)."""
 
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dsv3_kernels.train.actions import Action, Overlap
+import torch
 
 
 class TraceEvent(NamedTuple):
@@ -18,11 +19,26 @@ class TraceEvent(NamedTuple):
     end: float
 
 
-def label(action: Action) -> str:
-    """F5 stage 2: the kind of work, the micro-batch, the stage."""
-    if isinstance(action, Overlap):
-        return f"{label(action.forward)} & {label(action.backward)}"
-    return f"{action.kind}{action.micro_batch} stage {action.stage}"
+class Clock:
+    """Moments of the work that a device does, as it reaches them; seconds of the host's clock in the end."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            torch.cuda.synchronize(device)
+            self._first = self.now()
+        self._host = time.perf_counter()
+
+    def now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, moment: Any) -> float:
+        """Of a moment that the device has reached."""
+        return self._host + self._first.elapsed_time(moment) / 1e3 if self._cuda else moment
 
 
 def write_trace(path: Path, events: Iterable[TraceEvent]) -> None:
