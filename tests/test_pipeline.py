@@ -119,7 +119,7 @@ def matrix(rank, size, seed):
 def results(tmp_path_factory):
     seed = int(torch.randint(1 << 30, ()))
     print(f"seed {seed}")
-    return ranks.run(tmp_path_factory.mktemp("pipeline") / "ranks", SIZE, matrix, seed)
+    return ranks.run(tmp_path_factory.mktemp("pipeline") / "ranks", SIZE, matrix, seed, seconds=600.0)
 
 
 def summed(results, case):

@@ -65,7 +65,7 @@ class LocalExecutor:
 
 
 def window_losses(logits: Tensor, windows: Tensor) -> Tensor:
-    """logits: [B, S, vocab_size], of windows, int64 [B, S + 1]. Returns each one's mean cross-entropy, [B]."""
+    """logits: [B, S, vocab_size], of windows, int64 [B, S + 1]. Returns the mean loss of each, [B]."""
     losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
     return losses.view(len(windows), -1).mean(1)
 

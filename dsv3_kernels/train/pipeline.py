@@ -101,7 +101,7 @@ class PipelineExecutor:
 
     @torch.no_grad()
     def window_losses(self, windows: Tensor) -> Tensor:
-        """As `Executor` says. The windows pass in as many parts as there are ranks, where that divides them."""
+        """As `Executor` says. Windows pass in as many parts as there are ranks, where that divides them."""
         count = self._ranks if len(windows) % self._ranks == 0 else 1
         schedule, plan = self._plan_forward(count)
         parts = windows.unflatten(0, (count, -1))
