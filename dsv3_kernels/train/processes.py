@@ -37,7 +37,10 @@ class Watch:
     """
 
     def __init__(self, store: "dist.Store", rank: int, size: int, timeout: float) -> None:
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: waits on the other must not stop the signs
+        # A connection of its own: waits on the other must not stop the signs. torchrun's store outlives an
+        # attempt.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"watch{attempt}", store.clone())  # type: ignore[attr-defined]
         self._rank, self._size, self._timeout = rank, size, timeout
         self._done = threading.Event()
         self.verdict: str | None = None
