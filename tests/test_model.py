@@ -102,7 +102,7 @@ def test_causal():
 
 
 def mtp_logits(model, tokens, ahead):
-    cos, sin = model._rope(0, tokens.shape[1])
+    cos, sin = model.rope(0, tokens.shape[1])
     hidden, _ = model._trunk(tokens, cos, sin)
     _, normed, _ = model.mtp[0](model.embedding(ahead), model.norm(hidden), cos, sin)
     return model.head(normed)

@@ -6,6 +6,7 @@ from op_calls import counting
 from torch import nn
 
 import dsv3_kernels.nn.linear as linear_layers
+import dsv3_kernels.nn.plain as plain_layers
 from dsv3_kernels import (
     dequantize,
     fp8_gemm,
@@ -236,8 +237,8 @@ def test_grouped_bf16_recipe_against_float64(sizes, dtype):
 
 def test_slow_bf16_cpus_compute_the_same(monkeypatch):
     x, w, _ = operands(33, 64, 32)
-    monkeypatch.setattr(linear_layers, "_slow_bf16_cpu", lambda: True)
-    y = linear_layers.linear(x, w)
+    monkeypatch.setattr(plain_layers, "_slow_bf16_cpu", lambda: True)
+    y = plain_layers.linear(x, w)
     assert y.dtype == torch.bfloat16
     assert_product(y, x.detach().double(), w.detach().double(), BF16_STEP)
 

@@ -12,6 +12,7 @@ from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
 from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import (
+    FP8,
     MLP,
     Dispatched,
     Experts,
@@ -24,6 +25,7 @@ from dsv3_kernels.nn import (
     sequence_balance_loss,
     set_recipe,
 )
+from dsv3_kernels.nn.recompute import keep_inputs, remade, then
 
 
 def moe_of(config: ModelConfig, ep_buffer: Buffer | None = None) -> MoE:
@@ -67,6 +69,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, dense: bool, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
+        self.recipe = FP8
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.attention = MultiHeadLatentAttention(config)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -87,14 +90,17 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
     ) -> Tensor:
         """x: [B, S, hidden]. Returns x + attention(norm(x))."""
-        return x + self.attention(self.attention_norm(x), cos, sin, cache, start)
+        return x + self.attention(self._normed(self.attention_norm, x), cos, sin, cache, start)
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return remade(norm, x) if "norms" in self.recipe.recompute else norm(x)
 
     def dispatch(self, x: Tensor) -> FeedForward:
         """x: what attend returned. Routes its tokens and sends them to their experts."""
-        normed = self.mlp_norm(x)
+        normed = self._normed(self.mlp_norm, x)
         if isinstance(self.mlp, MLP):
             return FeedForward(x, normed)
-        tokens = normed.flatten(0, 1)
+        tokens = then(_tokens, normed)
         routing = self.mlp.gate(tokens)
         sent = self.mlp.experts.dispatch(tokens, routing.experts, routing.weights, routing.counts)
         return FeedForward(x, normed, routing, sent)
@@ -120,12 +126,17 @@ class Block(nn.Module):
         return x + y, sequence_balance_loss(state.routing, x.shape[0])
 
 
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(0, 1)
+
+
 class MTPModule(nn.Module):
     """Predicts one token further than the state it is given (section 2.2); head and embedding are shared."""
 
     def __init__(self, config: ModelConfig, ep_buffer: Buffer | None = None) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.recipe = FP8
         self.embedding_norm = nn.RMSNorm(hidden, eps=eps)
         self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
         self.eh_proj = Fp8Linear(2 * hidden, hidden)
@@ -145,9 +156,13 @@ class MTPModule(nn.Module):
 
         Returns the new state, the same after the module's norm, for the head, and the balance loss.
         """
-        joined = torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
+        recompute = "norms" in self.recipe.recompute
+        joined = remade(self._join, embedded, hidden) if recompute else self._join(embedded, hidden)
         hidden, balance = self.block(self.eh_proj(joined), cos, sin, cache, start)
         return hidden, self.norm(hidden), balance
+
+    def _join(self, embedded: Tensor, hidden: Tensor) -> Tensor:
+        return torch.cat((self.embedding_norm(embedded), self.hidden_norm(hidden)), dim=-1)
 
 
 @dataclass
@@ -170,7 +185,7 @@ class DeepSeekV3(nn.Module):
         self, config: ModelConfig, recipe: Fp8Recipe | None = None, ep_buffer: Buffer | None = None
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.recipe = config, FP8
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(
             Block(config, i < config.first_k_dense_replace, ep_buffer)
@@ -202,7 +217,7 @@ class DeepSeekV3(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
-        cos, sin = self._rope(0, tokens.shape[1])
+        cos, sin = self.rope(0, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin)
         return self._logits(self.norm(hidden))
 
@@ -246,7 +261,7 @@ class DeepSeekV3(nn.Module):
                 f"DeepSeekV3: the cache holds {start} of {capacity} positions, expected room for {count} "
                 "more. Mend: a larger capacity in new_cache"
             )
-        cos, sin = self._rope(start, count)
+        cos, sin = self.rope(start, count)
         cache.length = start + count
         return start, cos, sin
 
@@ -260,13 +275,21 @@ class DeepSeekV3(nn.Module):
         window: int64 [B, S + 1 + D] for D MTP modules: position i < S predicts window[:, i + 1], and module k
         (from 1) predicts window[:, i + 1 + k] having seen window[:, i + k].
         """
-        depth = len(self.mtp)
-        length = window.shape[1] - 1 - depth
-        cos, sin = self._rope(0, length)
+        length = window.shape[1] - 1 - len(self.mtp)
+        cos, sin = self.rope(0, length)
         hidden, balances = self._trunk(window[:, :length], cos, sin)
+        main, mtp, more = self.predictions(hidden, window, cos, sin)
+        return Losses(main, mtp, _mean([b for b in balances if b is not None] + more))
+
+    def predictions(
+        self, hidden: Tensor, window: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """What follows the last block: the main loss, the MTP loss, the balance losses of the MTP modules."""
+        length = hidden.shape[1]
         normed = self.norm(hidden)
         main = self._cross_entropy(normed, window[:, 1 : 1 + length])
-        mtp = []
+        mtp: list[Tensor] = []
+        balances: list[Tensor] = []
         state = normed if self.config.mtp_post_norm else hidden
         for k, module in enumerate(self.mtp, start=1):
             embedded = self.embedding(window[:, k : k + length])
@@ -274,7 +297,7 @@ class DeepSeekV3(nn.Module):
             state = normed if self.config.mtp_post_norm else hidden
             balances.append(balance)
             mtp.append(self._cross_entropy(normed, window[:, k + 1 : k + 1 + length]))
-        return Losses(main, _mean(mtp), _mean([b for b in balances if b is not None]))
+        return main, _mean(mtp), balances
 
     def _trunk(
         self,
@@ -291,14 +314,15 @@ class DeepSeekV3(nn.Module):
             balances.append(balance)
         return hidden, balances
 
-    def _rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+    def rope(self, start: int, count: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the positions start to start + count, as the blocks take them."""
         config = self.config
         if start + count > config.max_position_embeddings:
             raise ValueError(
                 f"DeepSeekV3: the sequence has {start + count} positions, expected at most "
                 f"max_position_embeddings = {config.max_position_embeddings}"
             )
-        positions = torch.arange(start, start + count, device=self.embedding.weight.device)
+        positions = torch.arange(start, start + count, device=next(self.parameters()).device)
         return rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
     def _logits(self, normed: Tensor) -> Tensor:
@@ -306,7 +330,10 @@ class DeepSeekV3(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _cross_entropy(self, normed: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+        def loss(normed: Tensor) -> Tensor:
+            return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+
+        return keep_inputs(loss, normed) if "head" in self.recipe.recompute else loss(normed)
 
 
 def _mean(losses: list[Tensor]) -> Tensor:

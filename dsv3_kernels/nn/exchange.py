@@ -1,8 +1,9 @@
 """Dispatch and combine as differentiable layers: the backward of each is the other, on the same handle.
 
 As in section 3.2.3 and 3.3.3 of the DeepSeek-V3 report: with an FP8 recipe tokens are dispatched in FP8, and
-so are the gradients that enter combine's backward; combine and dispatch's backward move BF16. What arrives in
-FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is. torch.compile breaks its graph at both.
+so are the gradients that enter combine's backward; combine and dispatch's backward move the buffer's dtype,
+BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is. torch.compile breaks
+its graph at both.
 """
 
 from dataclasses import replace
@@ -12,17 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_kernels.ep import Buffer, DispatchResult, Handle
+from dsv3_kernels.nn.interleave import await_event
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.rows import Fp8Rows
 from dsv3_kernels.quantize import quantize_1x128
 from dsv3_kernels.quantized import QuantizedTensor
 
 
-def _wire(x: Tensor, recipe: Fp8Recipe) -> Tensor | QuantizedTensor:
+def _wire(x: Tensor, recipe: Fp8Recipe, buffer: Buffer) -> Tensor | QuantizedTensor:
     """x as the recipe has it travel."""
-    x = x.to(torch.bfloat16).contiguous()
     if recipe.precision == "bf16" or recipe.dispatch == "bf16":
-        return x
+        return x.to(buffer.dtype).contiguous()
+    x = x.to(torch.bfloat16).contiguous()
     return quantize_1x128(x, power_of_2_scales=recipe.retiled_power_of_2)
 
 
@@ -36,12 +38,14 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, layer: "MoEDispatch"
     ) -> tuple[Tensor, Tensor | None, DispatchResult]:
         got = layer.buffer.dispatch(
-            _wire(x, layer.recipe),
+            _wire(x, layer.recipe, layer.buffer),
             topk_idx.contiguous(),
             topk_weights.contiguous(),
             layer.num_sms,
             max_recv_tokens=layer.max_recv_tokens,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         ctx.layer, ctx.handle, ctx.dtype = layer, got.handle, x.dtype
         return _arrived(got.x, x.dtype), got.topk_weights, got
 
@@ -49,11 +53,13 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         dx, dweights, _ = grad_outputs
         home = ctx.layer.buffer.combine(
-            dx.to(torch.bfloat16).contiguous(),
+            dx.to(ctx.layer.buffer.dtype).contiguous(),
             ctx.handle,
             num_sms=ctx.layer.num_sms,
             weights_grad=dweights.contiguous(),
+            async_op=True,
         )
+        await_event(home.event, "combine")
         return home.x.to(ctx.dtype), home.weights_grad, None, None
 
 
@@ -67,15 +73,21 @@ class _Combine(torch.autograd.Function):
         if topk_weights is not None:
             ctx.save_for_backward(y, topk_weights)
             weights = topk_weights.contiguous()
-        rows = y.to(torch.bfloat16).contiguous()
-        return layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms).x.to(y.dtype)
+        rows = y.to(layer.buffer.dtype).contiguous()
+        home = layer.buffer.combine(rows, handle, weights, num_sms=layer.num_sms, async_op=True)
+        await_event(home.event, "combine")
+        return home.x.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         layer = ctx.layer
         got = layer.buffer.dispatch(
-            _wire(grad_outputs[0], layer.recipe), num_sms=layer.num_sms, handle=ctx.handle
+            _wire(grad_outputs[0], layer.recipe, layer.buffer),
+            num_sms=layer.num_sms,
+            handle=ctx.handle,
+            async_op=True,
         )
+        await_event(got.event, "dispatch")
         if not ctx.saved_tensors:
             return _arrived(got.x, ctx.dtype), None, None, None
         y, topk_weights = ctx.saved_tensors

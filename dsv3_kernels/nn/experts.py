@@ -12,6 +12,7 @@ from dsv3_kernels.nn.linear import GroupedFp8Linear, as_autocast_says
 from dsv3_kernels.nn.mlp import swiglu_mlp
 from dsv3_kernels.nn.permutation import ExpertOrder, expert_order, permute, unpermute
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.nn.recompute import remake_of, with_remake
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,8 +82,11 @@ class Experts(nn.Module):
             got = self.send(x, experts, weights)
             return Dispatched(got.x, got.topk_weights, got.group_offsets, got.handle)
         order = expert_order(experts, self.num_experts, counts)
-        recipe = self.gate_up_proj.recipe
-        rows = permute(x, order, recipe=recipe, transpose=torch.is_grad_enabled())
+        recipe, again = self.gate_up_proj.recipe, remake_of(x)
+        remakes = again is not None and recipe.precision == "fp8"
+        rows = permute(x, order, recipe=recipe, transpose=torch.is_grad_enabled() and not remakes)
+        if again is not None and remakes:
+            with_remake(rows, lambda: permute(again(), order, recipe=recipe))
         return Dispatched(rows, weights.flatten().index_select(0, order.choices), order.group_offsets, order)
 
     def compute(self, sent: Dispatched) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.gate import route
+from dsv3_kernels.nn.recompute import keep_remake
 from dsv3_kernels.reference import routing_weights
 
 
@@ -65,7 +66,7 @@ class Gate(nn.Module):
         """x: [T, hidden_size]."""
         with torch.autocast(x.device.type, enabled=False):
             wide = torch.promote_types(x.dtype, torch.float32)
-            scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()
+            scores = keep_remake(lambda rows: F.linear(rows.to(wide), self.weight.to(wide)), x).sigmoid()
             experts, weights, counts = route(
                 scores.detach().float(),
                 self.bias,

@@ -9,8 +9,8 @@ from torch import Tensor
 from dsv3_kernels.gemm import fp8_gemm, grouped_fp8_gemm
 from dsv3_kernels.nn.deferred import active_store
 from dsv3_kernels.nn.rows import Fp8Rows
-from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, requantize_1x128_t
-from dsv3_kernels.quantized import QuantizedTensor
+from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, quantize_128x128, requantize_1x128_t
+from dsv3_kernels.quantized import SQUARE, QuantizedTensor
 from dsv3_kernels.wgrad import fp8_wgrad
 
 
@@ -43,6 +43,31 @@ def quantized_rows(
     if not transpose:
         return quantize_1x128(x, power_of_2_scales=power_of_2), None
     return quantize_1x128(x, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., K] as rows [T, K]."""
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view's backward would dequantise
+    return rows if isinstance(rows, Fp8Rows) else rows.contiguous()
+
+
+def quantized_weight(
+    weight: Tensor, power_of_2: bool, keep: bool
+) -> tuple[QuantizedTensor, tuple[Tensor, Tensor | None]]:
+    """A weight [.., N, K] as the operand of a forward GEMM, and what `transposed_weight` takes in the
+    backward: with `keep` its transpose, codes and scales; else the weight itself.
+    """
+    if not keep:
+        return quantize_128x128(weight, power_of_2_scales=power_of_2), (weight, None)
+    q, q_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+    return q, (q_t.data, q_t.scales)
+
+
+def transposed_weight(kept: Tensor, scales: Tensor | None, power_of_2: bool) -> QuantizedTensor:
+    """The operand of an input-gradient GEMM."""
+    if scales is not None:
+        return QuantizedTensor(kept, scales, SQUARE)
+    return quantize_128x128(kept, power_of_2_scales=power_of_2, transpose=True)[1]
 
 
 def transposed_rows(

@@ -18,29 +18,33 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.e5m6 import PackedE5M6, pack_e5m6, unpack_e5m6
 from dsv3_kernels.nn.gemms import (
+    as_rows,
     gemm,
     place_of_gradient,
     quantized_rows,
+    quantized_weight,
     records_gradient,
     transposed_rows,
+    transposed_weight,
     weight_gradient,
 )
+from dsv3_kernels.nn.plain import grouped_linear, linear
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
-from dsv3_kernels.nn.rows import Fp8Rows
+from dsv3_kernels.nn.recompute import Remake, remake_of
 from dsv3_kernels.nn.stored import StoresFp8
 from dsv3_kernels.quantize import quantize_128x128
-from dsv3_kernels.quantized import ROW, SQUARE, TILE, QuantizedTensor
+from dsv3_kernels.quantized import ROW, TILE, QuantizedTensor
 
 
 class _Fp8LinearFunction(torch.autograd.Function):
     """weight [N, K] without group_offsets, [G, N, K] with them.
 
-    power_of_2, retiled: as in `quantized_rows`. e5m6: x is kept for the backward in 12 bits a value.
+    power_of_2, retiled: as in `quantized_rows`. e5m6: x is kept for the backward in 12 bits a value. remake:
+    makes x, which is then not kept. keep_weight: wᵀ is kept in FP8; else the backward quantises it.
     """
 
     @staticmethod
@@ -52,22 +56,26 @@ class _Fp8LinearFunction(torch.autograd.Function):
         power_of_2: bool,
         retiled: bool,
         e5m6: bool,
+        remake: Remake | None,
+        keep_weight: bool,
         training: bool,
     ) -> Tensor:
         if not training:
             w_q = quantize_128x128(weight, power_of_2_scales=power_of_2)
             x_q, _ = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=False)
             return gemm(x_q, w_q, group_offsets)
-        w_q, w_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+        w_q, weight_kept = quantized_weight(weight, power_of_2, keep_weight)
         needs_dw = ctx.needs_input_grad[1]
-        x_q, x_t = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=needs_dw and not e5m6)
+        ctx.remake = remake if needs_dw else None
+        keeps_x = needs_dw and remake is None
+        x_q, x_t = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=keeps_x and not e5m6)
         kept: tuple[Tensor | None, Tensor | None] = None, None
         if x_t is not None:
             kept = x_t.data, x_t.scales
-        elif needs_dw:
+        elif keeps_x:
             kept = pack_e5m6(x)
         ctx.weight = place_of_gradient(weight) if needs_dw else None
-        ctx.save_for_backward(w_t.data, w_t.scales, *kept, group_offsets)
+        ctx.save_for_backward(*weight_kept, *kept, group_offsets)
         ctx.power_of_2, ctx.retiled, ctx.e5m6 = power_of_2, retiled, e5m6
         return gemm(x_q, w_q, group_offsets)
 
@@ -79,17 +87,24 @@ class _Fp8LinearFunction(torch.autograd.Function):
         dy_q = dy_t = dx = dw = None
         if needs_dx:
             dy_q, dy_t = quantized_rows(dy, group_offsets, power_of_2, retiled, transpose=needs_dw)
-            dx = gemm(dy_q, QuantizedTensor(w_data, w_scales, SQUARE), group_offsets)
+            dx = gemm(dy_q, transposed_weight(w_data, w_scales, power_of_2), group_offsets)
         elif needs_dw:
             dy_t = transposed_rows(dy, group_offsets, power_of_2, retiled)
         if dy_t is not None and needs_dw:
-            if ctx.e5m6:
-                x = unpack_e5m6(PackedE5M6(x_data, x_scales))
-                x_t = transposed_rows(x, group_offsets, retiled, retiled)
-            else:
-                x_t = QuantizedTensor(x_data, x_scales, ROW)
+            x_t = _kept_rows(ctx, x_data, x_scales, group_offsets)
             dw = weight_gradient(ctx.weight, dy_t, x_t, group_offsets)
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None, None
+
+
+def _kept_rows(ctx: Any, data: Tensor, scales: Tensor, group_offsets: Tensor | None) -> QuantizedTensor:
+    """x as the operand of the weight gradient, from what was kept of it."""
+    x = None if ctx.remake is None else as_rows(ctx.remake())
+    if ctx.e5m6:
+        packed = PackedE5M6(data, scales) if x is None else pack_e5m6(x)
+        return transposed_rows(unpack_e5m6(packed), group_offsets, ctx.retiled, ctx.retiled)
+    if x is None:
+        return QuantizedTensor(data, scales, ROW)
+    return transposed_rows(x, group_offsets, ctx.power_of_2, ctx.retiled)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) -> Tensor:
@@ -103,15 +118,16 @@ def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) ->
 
 
 def _fp8_linear(x: Tensor, weight: Tensor, recipe: Fp8Recipe, after_attention: bool) -> Tensor:
-    width = x.shape[-1]
-    e5m6 = after_attention and recipe.attention_output == "e5m6" and width % TILE == 0
+    e5m6 = after_attention and recipe.attention_output == "e5m6" and x.shape[-1] % TILE == 0
     y = _Fp8LinearFunction.apply(
-        x.reshape(-1, width).contiguous(),
+        as_rows(x),
         weight,
         None,
         recipe.power_of_2_scales,
         recipe.retiled_power_of_2,
         e5m6,
+        remake_of(x),
+        "weights" not in recipe.recompute,
         records_gradient(x, weight),
     )
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
@@ -136,6 +152,8 @@ def _grouped_fp8_linear(x: Tensor, weight: Tensor, group_offsets: Tensor, recipe
         recipe.power_of_2_scales,
         recipe.retiled_power_of_2,
         False,
+        remake_of(x),
+        "weights" not in recipe.recompute,
         records_gradient(x, weight),
     )
     return y.to(x.dtype)
@@ -145,45 +163,10 @@ def _with_stored(
     x: Tensor, weight: QuantizedTensor, group_offsets: Tensor | None, recipe: Fp8Recipe
 ) -> Tensor:
     """The forward GEMM with a weight that is kept in FP8. It has no backward."""
-    rows = x if isinstance(x, Fp8Rows) else x.reshape(-1, x.shape[-1])
     q, _ = quantized_rows(
-        rows, group_offsets, recipe.power_of_2_scales, recipe.retiled_power_of_2, transpose=False
+        as_rows(x), group_offsets, recipe.power_of_2_scales, recipe.retiled_power_of_2, transpose=False
     )
     return gemm(q, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
-
-
-@torch.compiler.assume_constant_result
-def _slow_bf16_cpu() -> bool:
-    """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
-    try:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return True
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in their own dtype. BF16 products are exact in FP32: the upcast only changes the speed."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu():
-        return F.linear(x.float(), weight.float()).to(x.dtype)
-    return F.linear(x, weight)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
-    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32).
-
-    On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds
-    each.
-    """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
-    run = F.grouped_mm if x.dtype == torch.bfloat16 else _wide_grouped_mm
-    return run(x, weight.transpose(-2, -1), offs=group_offsets[1:])
-
-
-@torch.compiler.disable
-def _wide_grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
-    """torch runs it in FP32 on CPUs, but cannot trace it there: torch.compile breaks its graph here."""
-    return F.grouped_mm(*args, **kwargs)
 
 
 def as_autocast_says(x: Tensor) -> Tensor:

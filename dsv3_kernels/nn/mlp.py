@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from dsv3_kernels import reference
 from dsv3_kernels.nn.gemms import (
+    as_rows,
     gemm,
     place_of_gradient,
     quantized_rows,
+    quantized_weight,
     records_gradient,
     transposed_rows,
+    transposed_weight,
     weight_gradient,
 )
 from dsv3_kernels.nn.linear import Fp8Linear, GroupedFp8Linear, as_autocast_says
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.nn.recompute import Remake, remake_of
 from dsv3_kernels.quantize import dequantize, quantize_1x128, quantize_128x128
-from dsv3_kernels.quantized import ROW, SQUARE, TILE, QuantizedTensor
+from dsv3_kernels.quantized import ROW, TILE, QuantizedTensor
 from dsv3_kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
 
 Layer = Fp8Linear | GroupedFp8Linear
@@ -41,7 +45,8 @@ def swiglu(x: Tensor) -> Tensor:
 class _Fp8MLP(torch.autograd.Function):
     """x: [T, K]; up: [.., 2·I, K]; down: [.., N, I]; weights: FP32 [T], a factor of each row of y, or None.
 
-    power_of_2, retiled: as in `quantized_rows`. keep_fp8: h is kept in FP8, not BF16.
+    power_of_2, retiled: as in `quantized_rows`. keep_fp8: h is kept in FP8, not BF16. remake, keep_weights:
+    as in a linear layer.
     """
 
     @staticmethod
@@ -55,11 +60,14 @@ class _Fp8MLP(torch.autograd.Function):
         power_of_2: bool,
         retiled: bool,
         keep_fp8: bool,
+        remake: Remake | None,
+        keep_weights: bool,
     ) -> Tensor:
-        up_q, up_t = quantize_128x128(up, power_of_2_scales=power_of_2, transpose=True)
-        x_q, x_t = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=ctx.needs_input_grad[1])
+        up_q, up_kept = quantized_weight(up, power_of_2, keep_weights)
+        keeps_x = ctx.needs_input_grad[1] and remake is None
+        x_q, x_t = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=keeps_x)
         h = gemm(x_q, up_q, group_offsets)
-        down_q, down_t = quantize_128x128(down, power_of_2_scales=power_of_2, transpose=True)
+        down_q, down_kept = quantized_weight(down, power_of_2, keep_weights)
         y = gemm(swiglu_quantize(h, weights, power_of_2_scales=power_of_2), down_q, group_offsets)
         x_kept = (None, None) if x_t is None else (x_t.data, x_t.scales)
         h_kept: tuple[Tensor, Tensor | None] = h, None
@@ -67,31 +75,38 @@ class _Fp8MLP(torch.autograd.Function):
             h_q = quantize_1x128(h, power_of_2_scales=power_of_2)
             h_kept = h_q.data, h_q.scales
         ctx.up, ctx.down = place_of_gradient(up), place_of_gradient(down)
-        ctx.power_of_2, ctx.retiled = power_of_2, retiled
-        ctx.save_for_backward(
-            up_t.data, up_t.scales, down_t.data, down_t.scales, *x_kept, *h_kept, weights, group_offsets
-        )
+        ctx.power_of_2, ctx.retiled, ctx.remake = power_of_2, retiled, remake
+        ctx.save_for_backward(*up_kept, *down_kept, *x_kept, *h_kept, weights, group_offsets)
         return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *t, weights, offsets = ctx.saved_tensors
-        up_t, down_t = QuantizedTensor(t[0], t[1], SQUARE), QuantizedTensor(t[2], t[3], SQUARE)
         needs_dx, needs_up, needs_down, needs_weights = ctx.needs_input_grad[:4]
         dout_q, dout_t = quantized_rows(
             grad_outputs[0], offsets, ctx.power_of_2, ctx.retiled, transpose=needs_down
         )
         h = t[6] if t[7] is None else QuantizedTensor(t[6], t[7], ROW)
         dh_q, dh_t, y_t, dweights = _swiglu_backward(
-            gemm(dout_q, down_t, offsets), h, weights, offsets, needs_down, ctx.power_of_2
+            gemm(dout_q, transposed_weight(t[2], t[3], ctx.power_of_2), offsets),
+            h,
+            weights,
+            offsets,
+            needs_down,
+            ctx.power_of_2,
         )
-        dx = gemm(dh_q, up_t, offsets) if needs_dx else None
+        dx = gemm(dh_q, transposed_weight(t[0], t[1], ctx.power_of_2), offsets) if needs_dx else None
         d_up = d_down = None
         if dout_t is not None and y_t is not None:
             d_down = weight_gradient(ctx.down, dout_t, y_t, offsets)
         if needs_up:
-            d_up = weight_gradient(ctx.up, dh_t, QuantizedTensor(t[4], t[5], ROW), offsets)
-        return dx, d_up, d_down, dweights if needs_weights else None, None, None, None, None
+            x_t = (
+                QuantizedTensor(t[4], t[5], ROW)
+                if ctx.remake is None
+                else transposed_rows(as_rows(ctx.remake()), offsets, ctx.power_of_2, ctx.retiled)
+            )
+            d_up = weight_gradient(ctx.up, dh_t, x_t, offsets)
+        return dx, d_up, d_down, dweights if needs_weights else None, *(None,) * 6
 
 
 def _swiglu_backward(
@@ -138,7 +153,7 @@ def swiglu_mlp(
             h = (h * weights.unsqueeze(-1)).to(h.dtype)
         return down(h, *groups)
     recipe = up.recipe
-    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # a view's backward would dequantise
+    rows = as_rows(x)
     weights = None if weights is None else weights.contiguous()
     if records_gradient(x, up.weight, down.weight, weights):
         y = _Fp8MLP.apply(
@@ -150,6 +165,8 @@ def swiglu_mlp(
             recipe.power_of_2_scales,
             recipe.retiled_power_of_2,
             recipe.swiglu_input == "fp8",
+            remake_of(x),
+            "weights" not in recipe.recompute,
         )
     else:
         y = _forward(rows, up, down, weights, group_offsets, recipe)

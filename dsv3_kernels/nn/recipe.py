@@ -8,6 +8,9 @@ SwigluInput = Literal["fp8", "bf16"]
 AttentionOutput = Literal["e5m6", "fp8"]
 Dispatch = Literal["fp8", "bf16"]
 Combine = Literal["bf16"]
+Recompute = Literal["norms", "up_projections", "weights", "head"]
+RECOMPUTE: tuple[Recompute, ...] = get_args(Recompute)
+"""All that can be made again."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,24 @@ class Fp8Recipe:
     in FP8 goes into the GEMMs as it is."""
     combine: Combine = "bf16"
     """How the experts' outputs travel home, and gradients in the backward of dispatch."""
+    recompute: tuple[Recompute, ...] = ()
+    """What a model of `dsv3_kernels.model` makes again in the backward, bit for bit, instead of keeping it.
+    "norms": their outputs, as all their readers would keep them (FP8 layers, the gate, experts that are not
+    spread over ranks); "up_projections": queries, keys and values, with the GEMMs that make them, while the
+    output of attention is kept once; "weights": the transposed FP8 copy that each call of a layer keeps;
+    "head": logits, with their GEMM. In BF16 the plain matmuls still keep their inputs."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, allowed = getattr(self, field.name), _ALLOWED.get(field.name, (False, True))
-            if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            if field.name == "recompute":
+                self._check_recompute()
+            elif not any(type(value) is type(choice) and value == choice for choice in allowed):
                 raise ValueError(f"Fp8Recipe: {field.name} is {value!r}, expected one of {allowed}")
+
+    def _check_recompute(self) -> None:
+        if not isinstance(self.recompute, tuple) or not set(self.recompute) <= set(RECOMPUTE):
+            raise ValueError(f"Fp8Recipe: recompute is {self.recompute!r}, expected a tuple of {RECOMPUTE}")
 
     @property
     def retiled_power_of_2(self) -> bool:
