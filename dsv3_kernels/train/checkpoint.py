@@ -83,7 +83,7 @@ def save(
         manifest = {"format": FORMAT, "state": state, "tensors": _join(parts)}
         _write(writing / _MANIFEST, (json.dumps(manifest) + "\n").encode())
         sums = {part["file"]: part["sha256"] for part in parts} | {_MANIFEST: _sha256(writing / _MANIFEST)}
-        _write(writing / _SUMS, "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode())
+        _write(writing / _SUMS, _lines(sums).encode())
         _flush(writing)
         writing.rename(target)
         _flush(folder)
@@ -108,6 +108,11 @@ def save(
             if old != step:
                 shutil.rmtree(folder / f"step-{old:06d}", ignore_errors=True)
     return target
+
+
+def _lines(sums: Mapping[str, str]) -> str:
+    """Digests by file name, as sha256sum writes them."""
+    return "".join(f"{digest}  {name}\n" for name, digest in sums.items())
 
 
 def _together(part: Callable[[], Any], group: "dist.ProcessGroup | None") -> list[Any]:
@@ -174,15 +179,17 @@ class Checkpoint:
                     f"the checkpoint {self.path} is of format 1, an earlier version's, expected {FORMAT}. "
                     "Mend: train again, or load it with the version that wrote it"
                 )
-            lines = [line.split("  ", 1) for line in (self.path / _SUMS).read_text("utf-8").splitlines()]
-            if any(len(line) != 2 for line in lines) or _MANIFEST not in {line[1] for line in lines}:
+            text = (self.path / _SUMS).read_bytes().decode("ascii", "replace")
+            sums = {line[66:]: line[:64] for line in text.split("\n")[:-1]}
+            files = {path.name for path in self.path.iterdir()} - {_SUMS}
+            if text != _lines(sums) or sums.keys() != files or _MANIFEST not in files:
                 raise self._damaged()
-            for index, (digest, name) in enumerate(sorted(lines, key=lambda line: line[1])):
+            for index, name in enumerate(sorted(files)):
                 mine = index % ranks == rank or name == _MANIFEST
-                if Path(name).name != name or (mine and _sha256(self.path / name) != digest):
+                if mine and _sha256(self.path / name) != sums[name]:
                     raise self._damaged()
             manifest = json.loads((self.path / _MANIFEST).read_bytes())
-            self.state, self._tensors = _manifest(manifest, {name for _, name in lines})
+            self.state, self._tensors = _manifest(manifest, files)
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise TrainError(f"cannot load the checkpoint {self.path}: {error}") from error
 
@@ -248,18 +255,14 @@ def _manifest(value: Any, files: set[str]) -> tuple[dict[str, Any], dict[str, An
         if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "pieces"}:
             raise ValueError(f"{_MANIFEST}: {name} is not an object of dtype, shape and pieces")
         if (
-            entry["dtype"] not in _DTYPES
+            entry["dtype"] not in list(_DTYPES)
             or not _sizes(entry["shape"])
             or not isinstance(entry["pieces"], list)
         ):
             raise ValueError(f"{_MANIFEST}: {name} has a dtype, shape or pieces that are not such")
         for piece in entry["pieces"]:
-            if (
-                not isinstance(piece, list)
-                or len(piece) != 3
-                or piece[0] not in files
-                or not _sizes(piece[1:])
-            ):
+            known = isinstance(piece, list) and len(piece) == 3 and isinstance(piece[0], str)
+            if not known or piece[0] not in files or not _sizes(piece[1:]):
                 raise ValueError(
                     f"{_MANIFEST}: {name} has the piece {piece!r}, expected [file, first, count]"
                 )

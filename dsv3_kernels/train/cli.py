@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -257,4 +258,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return execute(config, folder, console, prompt, length, process)
     except (TrainError, OSError) as error:
         report(error)
+        if torch.distributed.is_initialized():
+            os._exit(1)  # at once: threads of torch.distributed would wait for peers that are gone
         return 1

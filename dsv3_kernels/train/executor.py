@@ -16,7 +16,7 @@ class Executor(Protocol):
     modules: the parts of the model that this rank holds, their parameters under the whole model's names
         ("blocks.3.attention..."). Where several ranks of a pipeline hold one, each gets a part of its
         gradient, which is the sum; so it is with the loads that the gates count.
-    replicated: the names of those parameters.
+    replicated: names of the parameters that rank P - 1 - r of the pipeline holds too, this one being r.
     """
 
     @property
@@ -61,9 +61,13 @@ class LocalExecutor:
 
     @torch.no_grad()
     def window_losses(self, windows: Tensor) -> Tensor:
-        logits = self._model(windows[:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-        return losses.view(len(windows), -1).mean(1)
+        return window_losses(self._model(windows[:, :-1]), windows)
+
+
+def window_losses(logits: Tensor, windows: Tensor) -> Tensor:
+    """logits: [B, S, vocab_size], of windows, int64 [B, S + 1]. Returns the mean loss of each, [B]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).mean(1)
 
 
 def check_windows(windows: Tensor) -> None:

@@ -84,7 +84,7 @@ class Link:
         self._rank = 0 if group is None else dist.get_rank(group)
         self._ready: dict[tuple[str, int, int], Tensor] = {}
         self._coming: dict[tuple[str, int, int], tuple[Message, Any, Tensor]] = {}
-        self._going: list[tuple[Message, Any, Tensor]] = []
+        self._going: dict[Message, tuple[Any, Tensor]] = {}
 
     def give(self, kind: Literal["F", "B"], stage: int, micro_batch: int, result: Tensor) -> None:
         """What a stage has made, for `post` to send, or for another stage of this rank to take."""
@@ -99,11 +99,11 @@ class Link:
         start = time.perf_counter()
         self._wait(message, work)
         self._observe(f"{kind}{micro_batch} of stage {stage}", start, start, time.perf_counter())
+        self._forget_sent(message)
         return buffer
 
     def post(self, batches: Iterable[list[Message]]) -> None:
         """Starts sends and receives; those of one batch together."""
-        self._going = [item for item in self._going if not item[1].is_completed()]
         for batch in batches:
             tensors = [self._tensor(message) for message in batch]
             operations = [
@@ -124,15 +124,28 @@ class Link:
             each = work if len(work) == len(batch) else [work[0]] * len(batch)
             for message, one, tensor in zip(batch, each, tensors, strict=True):
                 if message.source == self._rank:
-                    self._going.append((message, one, tensor))
+                    self._going[message] = one, tensor
                 else:
                     self._coming[message.kind, message.stage, message.micro_batch] = message, one, tensor
 
     def finish(self) -> None:
         """Waits until all that was sent has gone."""
-        going, self._going = self._going, []
-        for message, work, _ in going:
+        going, self._going = self._going, {}
+        for message, (work, _) in going.items():
             self._wait(message, work)
+
+    def _forget_sent(self, received: Message) -> None:
+        """Whoever sent this had posted the receives of all that comes before it in the one order: those sends
+        of ours are over, or will be without more help, and their tensors can go.
+        """
+        over = [m for m in self._going if m.target == received.source and m.time < received.time]
+        for message in over:
+            work, tensor = self._going[message]
+            if not tensor.is_cuda:
+                self._wait(message, work)
+                del self._going[message]
+            elif work.is_completed():  # waiting would be the stream's business
+                del self._going[message]
 
     def _tensor(self, message: Message) -> Tensor:
         if message.source != self._rank:

@@ -89,7 +89,7 @@ class Run:
         self.corpus = load_corpus(config.data, window)
         if self.corpus.vocab_size > config.model.vocab_size:
             raise TrainError(
-                f"--data: {self.corpus.source} has a vocabulary of {self.corpus.vocab_size}, "
+                f"--data: the vocabulary of {self.corpus.source} has {self.corpus.vocab_size} tokens, "
                 f"expected at most the model's {config.model.vocab_size}"
             )
         agree({"config": to_json(config), "text_sha256": self.corpus.sha256}, self.groups.control)
