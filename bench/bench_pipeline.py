@@ -4,12 +4,12 @@
     torchrun --nproc-per-node 4 -m bench.bench_pipeline            # or joins those of torchrun
 
 A step is forward and backward of all micro-batches, without an update; the slowest rank counts. Every round
-runs each schedule once, so that a slow moment falls on all. Ranks that share a core fill each other's bubbles:
-step times say something only where each rank has cores, or a GPU, of its own.
+runs each schedule once, so that a slow moment falls on all. Ranks that share a core fill each other's
+bubbles: step times say something only where each rank has cores, or a GPU, of its own.
 
 The second part spreads the experts over half of the ranks and runs DualPipe twice a round: with forward and
-backward in turns around each dispatch and combine, and one after the other. Hidden is the part of the latter's
-waits for dispatch and combine that the former does not wait.
+backward in turns around each dispatch and combine, and one after the other. Hidden is the part of the
+latter's waits for dispatch and combine that the former does not wait.
 """
 
 import argparse
@@ -132,22 +132,19 @@ class Bench:
                 pipeline.interleaved = run
                 executor.trace = []
                 taken = self.seconds(lambda: executor.forward_backward(windows, 0.3, 1e-4))
-                waited = [
-                    e.end - e.start for e in executor.trace if e.lane == "waits" and " of " not in e.name
+                events = [
+                    e for e in executor.trace if e.lane == "waits" and e.name in ("dispatch", "combine")
                 ]
                 if i:
                     times[way].append(taken)
-                    waits[way].append(sum(waited))
+                    waits[way].append(sum(e.end - e.start for e in events))
         pipeline.interleaved = in_turns
         for way in ways:
             self.line(self.report.add(f"step, dualpipe, {half} x 2 experts, {way}", times[way]))
-        for way in ways:
-            facts = {}
-            if way == "in turns":
-                facts["hidden"] = 1 - statistics.median(waits[way]) / statistics.median(
-                    waits["one after the other"]
-                )
-            self.line(self.report.add(f"waits for dispatch and combine, {way}", waits[way], **facts))
+        plain = statistics.median(waits["one after the other"])
+        for way, values in waits.items():
+            facts = {"hidden": 1 - statistics.median(values) / plain} if way == "in turns" else {}
+            self.line(self.report.add(f"waits for dispatch and combine, {way}", values, **facts))
 
     def line(self, text: str) -> None:
         if self.rank == 0:
