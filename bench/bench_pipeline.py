@@ -29,7 +29,6 @@ from bench.report import Report
 from dsv3_kernels import ep
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train import pipeline
 from dsv3_kernels.train.pipeline import PipelineExecutor
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 
@@ -59,11 +58,13 @@ class Bench:
         self.config = replace(PRESETS[options.preset], num_hidden_layers=options.layers)
         self.report = Report("pipeline")
 
-    def executor(self, name: str, group: "dist.ProcessGroup", buffer: ep.Buffer | None) -> PipelineExecutor:
+    def executor(
+        self, name: str, group: "dist.ProcessGroup", buffer: ep.Buffer | None = None, overlap: bool = True
+    ) -> PipelineExecutor:
         recipe = FP8 if self.options.precision == "fp8" else BF16
         model = DeepSeekV3(self.config, recipe, buffer)
         model.initialize(0)
-        executor = PipelineExecutor(model, name, group)
+        executor = PipelineExecutor(model, name, group, overlap=overlap)
         model.to(self.device, torch.bfloat16)
         for parameter in model.parameters():
             parameter.grad_dtype = torch.float32
@@ -91,7 +92,7 @@ class Bench:
         for name, make in SCHEDULES.items():
             try:
                 make(self.size, len(windows))
-                executors[name] = self.executor(name, dist.group.WORLD, None)
+                executors[name] = self.executor(name, dist.group.WORLD)
             except ValueError as error:
                 self.line(self.report.note(name, str(error)))
         times: dict[str, list[float]] = {name: [] for name in executors}
@@ -121,24 +122,24 @@ class Bench:
             self.options.batch * self.options.seq_len,
             self.config.num_experts_per_tok,
         )
-        executor = self.executor("dualpipe", pipelines[self.rank % 2], buffer)
+        group = pipelines[self.rank % 2]
+        ways = {
+            "in turns": self.executor("dualpipe", group, buffer),
+            "one after the other": self.executor("dualpipe", group, buffer, overlap=False),
+        }
         windows = self.windows(max(self.options.micro_batches // 2, 2 * half))
-        in_turns = pipeline.interleaved
-        ways = {"in turns": in_turns, "one after the other": lambda first, second: (first(), second())}
         times: dict[str, list[float]] = {way: [] for way in ways}
         waits: dict[str, list[float]] = {way: [] for way in ways}
         for i in range(self.options.rounds + 1):
-            for way, run in ways.items():
-                pipeline.interleaved = run
+            for way, executor in ways.items():
                 executor.trace = []
-                taken = self.seconds(lambda: executor.forward_backward(windows, 0.3, 1e-4))
+                taken = self.seconds(lambda e=executor: e.forward_backward(windows, 0.3, 1e-4))
                 events = [
                     e for e in executor.trace if e.lane == "waits" and e.name in ("dispatch", "combine")
                 ]
                 if i:
                     times[way].append(taken)
                     waits[way].append(sum(e.end - e.start for e in events))
-        pipeline.interleaved = in_turns
         for way in ways:
             self.line(self.report.add(f"step, dualpipe, {half} x 2 experts, {way}", times[way]))
         plain = statistics.median(waits["one after the other"])
