@@ -73,6 +73,7 @@ class PipelineExecutor:
         )
         self._plan = functools.cache(self._uncached_plan)
         self._plan_forward = functools.cache(self._uncached_plan_forward)
+        self._met = False
         self.trace: list[TraceEvent] | None = None
 
     def _uncached_plan(self, micro_batches: int) -> "tuple[Schedule, list]":
@@ -93,7 +94,7 @@ class PipelineExecutor:
         clock = Clock(windows.device) if self.trace is not None else None
         moments = []
         with deferred_wgrad() as store, observed(self._waited if clock is not None else None):
-            link = Link(self._group, schedule, like, self._waited)
+            link = self._link(schedule, like)
             runner = StageRunner(self._model, mtp_weight, balance_weight)
             step = _Step(windows, self._stages, runner, link, store, self._both)
             link.post(plan[0])
@@ -115,7 +116,7 @@ class PipelineExecutor:
         count = self._ranks if len(windows) % self._ranks == 0 else 1
         schedule, plan = self._plan_forward(count)
         parts = windows.unflatten(0, (count, -1))
-        link = Link(self._group, schedule, self._state_of(parts[0, :, 1:]), self._waited)
+        link = self._link(schedule, self._state_of(parts[0, :, 1:]))
         runner = StageRunner(self._model, 0.0, 0.0)
         losses = torch.zeros(parts.shape[:2], device=windows.device)
         link.post(plan[0])
@@ -131,6 +132,12 @@ class PipelineExecutor:
             link.post(batches)
         link.finish()
         return self._sum(losses).flatten()
+
+    def _link(self, schedule: Schedule, like: Tensor) -> Link:
+        if like.is_cuda and not self._met:
+            self._sum(like.new_zeros(1))  # NCCL wants all ranks of a group at the first call on it
+            self._met = True
+        return Link(self._group, schedule, like, self._waited)
 
     def _state_of(self, tokens: Tensor) -> Tensor:
         """Shaped like the state of tokens [B, S]."""
