@@ -3,6 +3,7 @@
 As in section 3.2.3 and 3.3.3 of the DeepSeek-V3 report: with an FP8 recipe tokens are dispatched in FP8, and
 so are the gradients that enter combine's backward; combine and dispatch's backward move the buffer's dtype,
 BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is.
+torch.compile breaks its graph at both.
 """
 
 from dataclasses import replace
@@ -117,6 +118,7 @@ class MoEDispatch(nn.Module):
         self.buffer, self.recipe = buffer, recipe
         self.max_recv_tokens, self.num_sms = max_recv_tokens, num_sms
 
+    @torch.compiler.disable
     def forward(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> DispatchResult:
         """x: `[T, hidden]`, BF16 or FP32; topk_idx: int64, topk_weights: FP32 `[T, K]`.
 
@@ -134,6 +136,7 @@ class MoECombine(nn.Module):
         super().__init__()
         self.buffer, self.recipe, self.num_sms = buffer, recipe, num_sms
 
+    @torch.compiler.disable
     def forward(self, y: Tensor, handle: Handle, topk_weights: Tensor | None = None) -> Tensor:
         """y: `[rows, hidden]`, BF16 or FP32; handle, topk_weights `[rows]`: of the dispatch. Without weights,
         which the experts may have applied, nothing is kept for the backward.

@@ -35,8 +35,7 @@ class Experts(nn.Module):
     to their experts and back, so all ranks of the buffer call dispatch and combine together, and backward.
 
     forward is dispatch, compute, combine: three calls for schedules that overlap them with other work. The
-    routing weights are applied between an expert's two GEMMs, so that combine only sums. torch.compile leaves
-    the three out of its graphs.
+    routing weights are applied between an expert's two GEMMs, so that combine only sums.
     """
 
     def __init__(
@@ -74,7 +73,6 @@ class Experts(nn.Module):
         sent = self.dispatch(x, experts, weights, counts)
         return self.combine(self.compute(sent), sent)
 
-    @torch.compiler.disable
     def dispatch(
         self, x: Tensor, experts: Tensor, weights: Tensor, counts: Tensor | None = None
     ) -> Dispatched:
@@ -91,12 +89,10 @@ class Experts(nn.Module):
             with_remake(rows, lambda: permute(again(), order, recipe=recipe))
         return Dispatched(rows, weights.flatten().index_select(0, order.choices), order.group_offsets, order)
 
-    @torch.compiler.disable
     def compute(self, sent: Dispatched) -> Tensor:
         """The outputs of this rank's experts, each times its weight, [R, hidden]."""
         return swiglu_mlp(sent.rows, self.gate_up_proj, self.down_proj, sent.group_offsets, sent.weights)
 
-    @torch.compiler.disable
     def combine(self, rows: Tensor, sent: Dispatched) -> Tensor:
         """[T, hidden]: the sum of each token's rows."""
         if self.collect is not None and isinstance(sent.way_back, Handle):

@@ -98,14 +98,19 @@ class _Unpermute(torch.autograd.Function):
         return rows, None, None, None, None, None
 
 
+def _in_fp8(recipe: Fp8Recipe) -> bool:
+    """In a graph of torch.compile rows are permuted as they are, and quantised by who takes them: the same
+    bits, without a tensor subclass."""
+    return recipe.precision == "fp8" and not torch.compiler.is_compiling()
+
+
 def permute(x: Tensor, order: ExpertOrder, *, recipe: Fp8Recipe = FP8, transpose: bool = True) -> Tensor:
     """Row r of the result is x[order.tokens[r]]; in FP8 it is quantised on the way, and stays so.
 
     x: BF16 or FP32 [T, hidden]. transpose: also tiles of 128 tokens of each expert, for the weight gradient,
     from the same read. Returns [R, hidden] in x's dtype; an `Fp8Rows` if the recipe computes in FP8.
     """
-    fp8 = recipe.precision == "fp8"
-    return _Permute.apply(x, *order[:3], fp8, transpose, recipe.power_of_2_scales)
+    return _Permute.apply(x, *order[:3], _in_fp8(recipe), transpose, recipe.power_of_2_scales)
 
 
 def unpermute(rows: Tensor, order: ExpertOrder, *, recipe: Fp8Recipe = FP8) -> Tensor:
@@ -114,4 +119,4 @@ def unpermute(rows: Tensor, order: ExpertOrder, *, recipe: Fp8Recipe = FP8) -> T
     rows: BF16 or FP32 [R, hidden]. Returns [T, hidden] in its dtype. If the recipe computes in FP8, the
     gradient of the rows comes quantised, as `permute` does it.
     """
-    return _Unpermute.apply(rows, *order[:3], recipe.precision == "fp8", recipe.power_of_2_scales)
+    return _Unpermute.apply(rows, *order[:3], _in_fp8(recipe), recipe.power_of_2_scales)

@@ -42,7 +42,14 @@ def _product(x: Tensor, weight: Tensor, group_offsets: Tensor | None) -> Tensor:
         return _product(x.float(), weight.float(), group_offsets).to(x.dtype)
     if group_offsets is None:
         return F.linear(x, weight)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
+    run = F.grouped_mm if x.dtype == torch.bfloat16 else _wide_grouped_mm
+    return run(x, weight.transpose(-2, -1), offs=group_offsets[1:])
+
+
+@torch.compiler.disable
+def _wide_grouped_mm(*args: Any, **kwargs: Any) -> Tensor:
+    """torch runs it in FP32 on CPUs, but cannot trace it there: torch.compile breaks its graph here."""
+    return F.grouped_mm(*args, **kwargs)
 
 
 def _defers(weight: Tensor) -> bool:
