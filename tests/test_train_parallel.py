@@ -44,19 +44,28 @@ class Case(NamedTuple):
     dp: int
     micro_batches: int = 1
     precision: str = "fp32"
+    schedule: str = "dualpipe"
 
     @property
     def layout(self):
         return Layout(self.pp, self.ep, self.dp)
 
 
-ONE = [Case(1, 1, 1, m, p) for p in ("fp32", "fp8") for m in (1, 2, 4, 8)]
+ONE = [Case(1, 1, 1, m, p) for p in ("fp32", "fp8") for m in (1, 2, 4)]
 MANY = [
     *(Case(1, ep, dp) for ep in (1, 2, 4) for dp in (1, 2) if ep * dp > 1),
-    Case(1, 8, 1),
-    Case(1, 2, 4),
+    Case(1, 1, 4),
     Case(1, 2, 2, micro_batches=2),
-    *(Case(1, 1, dp, 1, p) for dp in (2, 4, 8) for p in ("fp32", "fp8")),
+    *(Case(1, 1, dp, 1, "fp8") for dp in (2, 4)),
+    Case(2, 1, 1, 4),
+    Case(2, 2, 1, 4),
+    Case(2, 1, 2, 4),
+    Case(4, 1, 1, 8),
+    Case(4, 2, 1, 4, schedule="zb1p"),
+    Case(2, 2, 2, 2, schedule="1f1b"),
+    Case(2, 2, 1, 4, schedule="dualpipev"),
+    Case(2, 1, 1, 4, "fp8", "1f1b"),
+    Case(2, 1, 1, 4, "fp8"),
 ]
 
 
@@ -68,7 +77,7 @@ def trained(case, groups, text, seed):
         settings,
         "fp8" if case.precision == "fp8" else "bf16",
         load_corpus(text, settings.seq_len + 2),
-        ParallelConfig(case.pp, case.ep, case.micro_batches, timeout=120),
+        ParallelConfig(case.pp, case.ep, case.micro_batches, case.schedule, timeout=120),
         groups,
         dtype=torch.bfloat16 if case.precision == "fp8" else torch.float32,
     )
@@ -142,7 +151,8 @@ def assert_close(got, expected, bound=1e-5):
 
 
 def name(case):
-    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}"
+    schedule = f"-{case.schedule}" if case.pp > 1 else ""
+    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}{schedule}"
 
 
 @pytest.mark.parametrize("case", [c for c in MANY if c.precision == "fp32"], ids=name)
@@ -156,14 +166,24 @@ def test_equals_one_process_in_fp32(results, case):
     assert_close(whole(results[case], "gradients"), whole([one], "gradients"))
 
 
-@pytest.mark.parametrize("case", [c for c in MANY if c.pp * c.ep * c.micro_batches == 1], ids=name)
-def test_data_parallel_is_bit_equal_to_micro_batches(results, case):
-    """Gradients are added in the order of ranks, as one process adds those of micro-batches."""
-    (one,) = results[Case(1, 1, 1, case.dp, case.precision)]
-    for kind in ("gradients", "weights"):
-        got, expected = whole(results[case], kind), whole([one], kind)
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[name], expected[name]) for name in got)
+def is_ordered(case):
+    """Whether gradients are added in the order of sequences, as one process adds those of micro-batches."""
+    return case.ep == 1 and (case.pp == 1 or case.schedule == "1f1b") and 1 in (case.micro_batches, case.dp)
+
+
+@pytest.mark.parametrize("case", list(filter(is_ordered, MANY)), ids=name)
+def test_is_bit_equal_where_sums_keep_their_order(results, case):
+    (one,) = results[Case(1, 1, 1, case.dp * case.micro_batches, case.precision)]
+    got, expected = whole(results[case], "gradients"), whole([one], "gradients")
+    assert got.keys() == expected.keys()
+    # The embedding serves on both ends of a pipeline, each of which adds up its own uses first.
+    differ = {n for n, gradient in got.items() if not torch.equal(gradient, expected[n])}
+    assert differ <= ({"embedding.weight"} if case.pp > 1 else set())
+    if case.pp > 1:
+        return
+    got, expected = whole(results[case], "weights"), whole([one], "weights")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
     for part in results[case]:
         assert all(torch.equal(p, one["parameters"][n]) for n, p in part["parameters"].items())
         assert [row[3] for row in part["rows"]] == [row[3] for row in one["rows"]]

@@ -1,4 +1,4 @@
-"""Runs of several processes from end to end: ranks that die or stall, ranks that disagree, torchrun's restarts."""
+"""Runs of several processes from end to end: ranks that die, stall or disagree, torchrun's restarts."""
 
 import json
 import multiprocessing
@@ -179,7 +179,7 @@ DYING = textwrap.dedent(
 
 
 def test_torchrun_restarts_from_the_checkpoint(text, tmp_path):
-    """kill -9 at step 8, from step 5 on again: bit for bit as one process without a stop, with micro-batches."""
+    """kill -9 at step 8, again from step 5: bit for bit one process without a stop, with micro-batches."""
     script = tmp_path / "train.py"
     script.write_text(DYING)
     common = [*FAST, "--data", text, "--steps", 10, "--checkpoint-every", 5]
@@ -269,11 +269,13 @@ def test_same_everywhere_needs_no_second_rank():
 
 def test_export(text, tmp_path, capsys):
     from dsv3_kernels.model import from_pretrained
+    from dsv3_kernels.nn import BF16, set_recipe
     from dsv3_kernels.train import export
 
     assert cli.main([str(a) for a in [*FAST, "--data", text, "--steps", 2, "--out", tmp_path / "run"]]) == 0
     assert export.main([str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     got, expected = from_pretrained(tmp_path / "model"), load_trained(tmp_path / "run")[0]
+    set_recipe(got, BF16)
     window = torch.arange(10).view(1, 10)
     with torch.no_grad():
         assert torch.equal(got(window), expected(window))

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -241,4 +242,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return execute(config, folder, console, prompt, length, process)
     except (TrainError, OSError) as error:
         report(error)
+        if torch.distributed.is_initialized():
+            os._exit(1)  # at once: threads of torch.distributed would wait for peers that are gone
         return 1

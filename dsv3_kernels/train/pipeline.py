@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, deferred_wgrad
 from dsv3_kernels.nn.interleave import filled, interleaved, observed
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, label
+from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, forward_only, label, works
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
 from dsv3_kernels.train.link import Link, posts
 from dsv3_kernels.train.pipeline_schedules import SCHEDULES
-from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, split
+from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, layers_of, split
 from dsv3_kernels.train.trace import Clock, TraceEvent, write_trace
 
 
@@ -53,11 +53,23 @@ class PipelineExecutor:
             cut(model, [self._stages[i] for i in smallest.stages_of(self._rank)])
         ]
         self._model = model
+        self._first_rank = [smallest.places[stage.index, 0] for stage in self._stages]
+        mirror, theirs = self._ranks - 1 - self._rank, set[str]()
+        if mirror != self._rank:
+            theirs = layers_of(model.config, [self._stages[i] for i in smallest.stages_of(mirror)])
+        self.replicated = frozenset(
+            name for name, _ in model.named_parameters() if any(name.startswith(f"{t}.") for t in theirs)
+        )
         self._plan = functools.cache(self._uncached_plan)
+        self._plan_forward = functools.cache(self._uncached_plan_forward)
         self.trace: list[TraceEvent] | None = None
 
     def _uncached_plan(self, micro_batches: int) -> "tuple[Schedule, list]":
         schedule = self._make(self._ranks, micro_batches)
+        return schedule, posts(schedule, self._rank)
+
+    def _uncached_plan_forward(self, micro_batches: int) -> "tuple[Schedule, list]":
+        schedule = forward_only(self._first_rank, micro_batches)
         return schedule, posts(schedule, self._rank)
 
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
@@ -66,9 +78,7 @@ class PipelineExecutor:
         """
         check_windows(windows)
         schedule, plan = self._plan(len(windows))
-        length = windows.shape[2] - 1 - self._model.config.num_nextn_predict_layers
-        parameter = next(self._model.parameters())
-        like = parameter.new_empty(windows.shape[1], length, self._model.config.hidden_size)
+        like = self._state_of(windows[0, :, 1 + self._model.config.num_nextn_predict_layers :])
         clock = Clock(windows.device) if self.trace is not None else None
         moments = []
         with deferred_wgrad() as store, observed(self._waited if clock is not None else None):
@@ -87,15 +97,45 @@ class PipelineExecutor:
                 torch.cuda.synchronize(windows.device)
             for action, start, end in moments:
                 self._record("actions", label(action), clock.seconds(start), clock.seconds(end))
-        losses = step.losses
+        return Losses(*(self._sum(step.losses) / len(windows)))
+
+    @torch.no_grad()
+    def window_losses(self, windows: Tensor) -> Tensor:
+        """As `Executor` says. Windows pass in as many parts as there are ranks, where that divides them."""
+        count = self._ranks if len(windows) % self._ranks == 0 else 1
+        schedule, plan = self._plan_forward(count)
+        parts = windows.unflatten(0, (count, -1))
+        link = Link(self._group, schedule, self._state_of(parts[0, :, 1:]), self._waited)
+        runner = StageRunner(self._model, 0.0, 0.0)
+        losses = torch.zeros(parts.shape[:2], device=windows.device)
+        link.post(plan[0])
+        for action, batches in zip(schedule.ranks[self._rank], plan[1:], strict=True):
+            _, index, part = works(action)[0]
+            stage = self._stages[index]
+            hidden = None if stage.first else link.take("F", index - 1, part)
+            result = runner.evaluate(stage, parts[part], hidden)
+            if stage.last:
+                losses[part] = result
+            else:
+                link.give("F", index, part, result)
+            link.post(batches)
+        link.finish()
+        return self._sum(losses).flatten()
+
+    def _state_of(self, tokens: Tensor) -> Tensor:
+        """Shaped like the state of tokens [B, S]."""
+        return next(self._model.parameters()).new_empty(*tokens.shape, self._model.config.hidden_size)
+
+    def _sum(self, losses: Tensor) -> Tensor:
+        """Over the ranks."""
         if self._group is not None:
             try:
                 dist.all_reduce(losses, group=self._group)
             except RuntimeError as error:
                 raise TrainError(
-                    f"pipeline rank {self._rank}: a rank left before the step's losses were summed: {error}"
+                    f"pipeline rank {self._rank}: a rank left before the losses were summed: {error}"
                 ) from error
-        return Losses(*(losses / len(windows)))
+        return losses
 
     def write_trace(self, path: Path) -> None:
         """Everything in `trace` of all ranks into one file, by rank 0; all ranks call together."""

@@ -37,7 +37,10 @@ class Watch:
     """
 
     def __init__(self, store: "dist.Store", rank: int, size: int, timeout: float) -> None:
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: waits on the other must not stop the signs
+        # A connection of its own: waits on the other must not stop the signs. torchrun's store outlives an
+        # attempt.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = dist.PrefixStore(f"watch{attempt}", store.clone())  # type: ignore[attr-defined]
         self._rank, self._size, self._timeout = rank, size, timeout
         self._done = threading.Event()
         self.verdict: str | None = None
@@ -56,6 +59,11 @@ class Watch:
             why = self._store.compare_set("ended", "", why).decode()
         self.verdict = why
         return why
+
+    def linger(self) -> None:
+        """Rank 0 may be the store's host: the others get time to read why before it goes."""
+        if self._rank == 0:
+            time.sleep(3 * BEAT)
 
     def explain(self) -> str | None:
         """Why a collective failed here, once somebody knows or a rank is found silent; None if none is."""
@@ -171,10 +179,13 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         why = watch.explain()
         if why is None:
             watch.fail(f"rank {rank} failed: {_one_line(error)}")
+        watch.linger()
+        if why is None:
             raise
         raise TrainError(why) from error
     except Exception as error:
         watch.fail(f"rank {rank} failed: {_one_line(error)}")
+        watch.linger()
         raise
     dist.destroy_process_group()
 

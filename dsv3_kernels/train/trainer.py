@@ -24,6 +24,8 @@ from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor, LocalExecutor
 from dsv3_kernels.train.optimizer import AdamW, Piece
 from dsv3_kernels.train.parallel import Groups, Layout, add_up, gather, named_parameters, rank_in
+from dsv3_kernels.train.pipeline import PipelineExecutor
+from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 from dsv3_kernels.train.saver import Saver
 
 
@@ -81,8 +83,8 @@ class Trainer:
         self.recipe = Fp8Recipe(precision, power_of_2_scales=train.power_of_2_scales)
         self.model = DeepSeekV3(model, self.recipe, self._buffer())
         self.model.initialize(train.seed)
+        self.executor = _executor(self.model, self.parallel, self.groups)
         self.model.to(self.device)
-        self.executor: Executor = LocalExecutor(self.model)
         self.optimizer = AdamW(
             named_parameters(self.executor),
             weight_decay=train.weight_decay,
@@ -187,6 +189,7 @@ class Trainer:
         reason = f"the {what} of step {self.step + 1} is {value}; first not finite: {where}"
         if self.config.on_not_finite == "skip":
             return reason
+        self.saver.wait()
         raise TrainError(
             f"{self.precision}: {reason}; stopped before its update. "
             "Mend: a smaller --lr or more --warmup-steps, or --on-not-finite skip"
@@ -303,6 +306,17 @@ class Trainer:
         found.read(pieces, names)
         self.optimizer.steps, self.step = state["updates"], state["step"]
         self.optimizer.write_parameters()
+
+
+def _executor(model: DeepSeekV3, parallel: ParallelConfig, groups: Groups) -> Executor:
+    """What runs a step. A pipeline's removes from the model what other ranks hold."""
+    if parallel.pp == 1:
+        return LocalExecutor(model)
+    try:
+        SCHEDULES[parallel.pp_schedule](parallel.pp, parallel.micro_batches)
+        return PipelineExecutor(model, parallel.pp_schedule, groups.pipeline)
+    except ValueError as error:
+        raise TrainError(f"--pp {parallel.pp} --pp-schedule {parallel.pp_schedule}: {error}") from error
 
 
 def _layer(name: str) -> tuple[bool, int]:
