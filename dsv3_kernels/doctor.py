@@ -161,7 +161,7 @@ def _peer_access() -> str:
             f"GPUs that cannot map each other's memory: {', '.join(apart)}",
             "nvidia-smi topo -p2p r says why; mostly an IOMMU (iommu=pt, or off), MIG, or no NVLink between",
         )
-    import torch.distributed._symmetric_memory  # noqa: F401
+    import torch.distributed._symmetric_memory
 
     return f"all {len(pairs)} pairs of {count} GPUs; torch's symmetric memory is there"
 
