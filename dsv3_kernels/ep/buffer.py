@@ -8,12 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks, quantized
-from ..quantized import ROW, QuantizedTensor
+from .. import checks
+from ..quantized import QuantizedTensor
+from .calls import Calls, integer
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .portable import PortableTransport
-from .transport import CombineCall, DispatchCall, Shape, Transport
+from .transport import Shape, Transport
 from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Buffer:
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape), device))
             self._transport = PortableTransport(self._shape, exchange)
+        self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
 
     @property
@@ -130,27 +132,18 @@ class Buffer:
         Returns a `DispatchResult`. Raises TypeError or ValueError for wrong arguments (on every rank, if the
         values of one rank are wrong), and `ep.TimeoutError`.
         """
-        op = "dispatch"
-        x, data = self._tokens(op, x)
-        if (topk_idx is None) == (handle is None):
-            given = "neither" if handle is None else "both"
-            raise ValueError(f"{op}: topk_idx and handle: got {given}, expected exactly one of them")
-        if handle is not None:
-            self._check_handle(op, handle, data.shape[0], "rows of x", data)
-            for name, value in (("topk_weights", topk_weights), ("max_recv_tokens", max_recv_tokens)):
-                if value is not None:
-                    raise ValueError(
-                        f"{op}: {name} is given with a handle, expected None: the handle has its own"
-                    )
-        else:
-            self._check_routing(op, topk_idx, topk_weights, data)
-        checks.flag(op, "expert_order", expert_order)
-        if max_recv_tokens is not None:
-            _integer(op, "max_recv_tokens", max_recv_tokens, 0)
-        self._check_launch(op, num_sms, previous_event, async_op)
-        result = self._transport.dispatch(
-            DispatchCall(x, topk_idx, topk_weights, handle, expert_order, max_recv_tokens, num_sms, async_op)
+        call = self._calls.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_sms,
+            expert_order=expert_order,
+            max_recv_tokens=max_recv_tokens,
+            previous_event=previous_event,
+            async_op=async_op,
+            handle=handle,
         )
+        result = self._transport.dispatch(call)
         self._dispatches += 1
         return result
 
@@ -180,32 +173,17 @@ class Buffer:
         of a node, then the nodes: bit for bit `ep.reference.combine`. A token without experts gets zeros.
         Returns a `CombineResult`. Raises as `dispatch`.
         """
-        op = "combine"
-        checks.tensor(op, "y", y, (self.dtype,), (2,))
-        checks.contiguous(op, "y", y)
-        self._check_handle(op, handle, y.shape[0], "rows of y", y)
-        checks.shape(op, "y", y, (handle.rows, self._shape.hidden), "(rows, hidden)")
-        if topk_weights is not None:
-            if not handle.expert_order:
-                raise ValueError(
-                    f"{op}: topk_weights is given in token order, expected None; multiply the rows of y"
-                )
-            self._check_beside(
-                op, "topk_weights", topk_weights, (torch.float32,), (handle.rows,), "(rows,)", y
-            )
-        if bias is not None:
-            shape = (handle.num_tokens, self._shape.hidden)
-            self._check_beside(op, "bias", bias, (self.dtype,), shape, "(T, hidden)", y)
-        if weights_grad is not None:
-            expected: tuple[int, ...] = (handle.rows,)
-            if not handle.expert_order:
-                expected = (handle.rows, self._shape.num_topk)
-            meaning = "(rows,)" if handle.expert_order else "(rows, num_topk)"
-            self._check_beside(op, "weights_grad", weights_grad, (torch.float32,), expected, meaning, y)
-        self._check_launch(op, num_sms, previous_event, async_op)
-        result = self._transport.combine(
-            CombineCall(y, handle, topk_weights, bias, weights_grad, num_sms, async_op)
+        call = self._calls.combine(
+            y,
+            handle,
+            topk_weights,
+            bias,
+            num_sms,
+            weights_grad=weights_grad,
+            previous_event=previous_event,
+            async_op=async_op,
         )
+        result = self._transport.combine(call)
         self._combines += 1
         return result
 
@@ -222,92 +200,6 @@ class Buffer:
             transport.stalls(),
             transport.failure(),
         )
-
-    # Checks
-
-    def _tokens(self, op: str, x: object) -> tuple[Tensor | QuantizedTensor, Tensor]:
-        """x as dispatch takes it, and its data."""
-        tokens: Tensor | QuantizedTensor
-        if isinstance(x, Tensor):
-            tokens = data = checks.tensor(op, "x", x, (self.dtype,), (2,))
-            checks.contiguous(op, "x", x)
-            name = "x"
-        else:
-            if not isinstance(x, QuantizedTensor | tuple):
-                raise TypeError(
-                    f"{op}: x is {type(x).__name__}, expected a bfloat16 tensor, a QuantizedTensor or a "
-                    "(data, scales) tuple"
-                )
-            tokens = quantized.operand(op, "x", x, ROW, (2,))
-            data, name = tokens.data, "x.data"
-        count, hidden = data.shape
-        if hidden != self._shape.hidden:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(data.shape)}, expected (T, hidden) with hidden = "
-                f"{self._shape.hidden}, as the buffer was made for"
-            )
-        if count > self._shape.max_tokens_per_rank:
-            raise ValueError(
-                f"{op}: {name} has {count} tokens, expected at most max_tokens_per_rank = "
-                f"{self._shape.max_tokens_per_rank}, as the buffer was made for"
-            )
-        return tokens, data
-
-    def _check_routing(self, op: str, topk_idx: object, topk_weights: object, data: Tensor) -> None:
-        shape = (data.shape[0], self._shape.num_topk)
-        self._check_beside(op, "topk_idx", topk_idx, (torch.int64,), shape, "(T, num_topk)", data)
-        if topk_weights is not None:
-            self._check_beside(
-                op, "topk_weights", topk_weights, (torch.float32,), shape, "(T, num_topk)", data
-            )
-
-    def _check_beside(
-        self,
-        op: str,
-        name: str,
-        value: object,
-        dtypes: tuple[torch.dtype, ...],
-        shape: tuple[int, ...],
-        meaning: str,
-        data: Tensor,
-    ) -> None:
-        """`value` is a contiguous tensor of this shape on the device of the tokens."""
-        tensor = checks.tensor(op, name, value, dtypes, (len(shape),))
-        checks.shape(op, name, tensor, shape, meaning)
-        checks.contiguous(op, name, tensor)
-        checks.same_device(op, name, tensor, "the tokens", data)
-
-    def _check_handle(self, op: str, handle: object, rows: int, what: str, data: Tensor) -> None:
-        if not isinstance(handle, Handle):
-            raise TypeError(f"{op}: handle is {type(handle).__name__}, expected the ep.Handle of a dispatch")
-        if handle.owner is not self._transport:
-            raise ValueError(
-                f"{op}: handle is of another buffer, expected one that this buffer's dispatch gave"
-            )
-        expected = handle.num_tokens if op == "dispatch" else handle.rows
-        if rows != expected:
-            raise ValueError(f"{op}: got {rows} {what}, expected {expected}, as many as the handle is for")
-        checks.same_device(op, "handle.topk_idx", handle.topk_idx, "the tokens", data)
-
-    def _check_launch(self, op: str, num_sms: object, previous_event: object, async_op: object) -> None:
-        if _integer(op, "num_sms", num_sms, 2) % 2:
-            raise ValueError(f"{op}: num_sms is {num_sms}, expected an even number: a channel takes two")
-        checks.flag(op, "async_op", async_op)
-        if previous_event is None:
-            return
-        if not isinstance(previous_event, Event):
-            raise TypeError(
-                f"{op}: previous_event is {type(previous_event).__name__}, expected an ep.Event or None"
-            )
-        previous_event.wait()
-
-
-def _integer(op: str, name: str, value: object, low: int) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected an int")
-    if value < low:
-        raise ValueError(f"{op}: {name} is {value}, expected at least {low}")
-    return value
 
 
 def _group(group: object) -> "dist.ProcessGroup | None":
@@ -347,10 +239,10 @@ def _shape(
     dtype: torch.dtype,
 ) -> Shape:
     op, source = "Buffer", "gpus_per_node"
-    _integer(op, "num_experts", num_experts, 1)
-    _integer(op, "hidden", hidden, 16)
-    _integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
-    _integer(op, "num_topk", num_topk, 1)
+    integer(op, "num_experts", num_experts, 1)
+    integer(op, "hidden", hidden, 16)
+    integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
+    integer(op, "num_topk", num_topk, 1)
     if dtype not in _DTYPES:
         raise ValueError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     if num_experts % size:
@@ -363,7 +255,7 @@ def _shape(
         local = os.environ.get("LOCAL_WORLD_SIZE", "")
         gpus_per_node = min(int(local), size) if local.isdecimal() and int(local) else size
         source = "gpus_per_node (from LOCAL_WORLD_SIZE)"
-    _integer(op, "gpus_per_node", gpus_per_node, 1)
+    integer(op, "gpus_per_node", gpus_per_node, 1)
     if size % gpus_per_node:
         raise ValueError(
             f"{op}: {source} is {gpus_per_node}, expected a divisor of the {size} ranks; pass it"
