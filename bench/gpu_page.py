@@ -48,6 +48,8 @@ def page(content: Content) -> str:
             lines += ["", "## Host time", ""]
             rows = [row for row in part["findings"]["results"] if "median" in row]
             lines += [f"- {row['name']}: {1e6 * row['median']:.1f} us" for row in rows]
+        if part["part"] == "overlap" and part["findings"]:
+            lines += ["", *_overlap(part["findings"])]
     for op, report in benches(content):
         lines += ["", *_bench(op, report)]
     return "\n".join(lines) + "\n"
@@ -57,6 +59,15 @@ def _tests(findings: Content) -> list[str]:
     passed, failed, skipped = findings["passed"], findings["failed"], findings["skipped"]
     lines = ["## Tests", "", f"{passed} passed, {len(failed)} failed, {skipped} skipped"]
     return [*lines, *(f"- failed: {name}" for name in failed), *(f"- {text}" for text in findings["reasons"])]
+
+
+def _overlap(findings: Content) -> list[str]:
+    lines = ["## A GEMM beside dispatch", "", findings["machine"]["note"], ""]
+    lines += ["| a call of | alone, us | beside the other, us | slower by |", "|---|---|---|---|"]
+    for row in findings["results"]:
+        times = f"{1e6 * row['alone']:.1f} | {1e6 * row['median']:.1f}"
+        lines.append(f"| {row['name']} | {times} | {100 * row['slowdown']:.1f} % |")
+    return lines
 
 
 def _bench(op: str, report: Content) -> list[str]:

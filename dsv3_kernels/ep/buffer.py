@@ -1,6 +1,5 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -8,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks
 from ..quantized import QuantizedTensor
-from .calls import Calls, integer
+from . import intranode, kernels, nvlink
+from .calls import Calls, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .portable import PortableTransport
@@ -20,10 +19,8 @@ from .types import CombineResult, DispatchResult, Event, Handle, Status, Topolog
 if TYPE_CHECKING:
     from ..emulator import Group
 
-TIMEOUT_VARIABLE = "DSV3_EP_TIMEOUT"
-DEFAULT_TIMEOUT = 30.0  # seconds
 _AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node", "dtype.itemsize")
-_DTYPES = (torch.bfloat16, torch.float32)
+TRANSPORTS = (None, "nvlink", "portable")
 
 
 class Buffer:
@@ -39,10 +36,12 @@ class Buffer:
         what torchrun says in LOCAL_WORLD_SIZE, else one node.
     dtype: of rows that are not FP8, and what combine rounds to. With float32 it rounds to BF16 nowhere, for
         checks of a parallel run against a single process; the portable transport alone has it.
+    transport: "nvlink", the kernels on GPUs of one node; "portable", torch.distributed's messages, anywhere;
+        None takes the first of them that can be, and `status().reason` says why not a faster one.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
-    Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, and
-    `ep.TimeoutError` where a rank does not make the buffer.
+    Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, RuntimeError
+    for a transport that cannot be, and `ep.TimeoutError` where a rank does not make the buffer.
     """
 
     def __init__(
@@ -55,28 +54,32 @@ class Buffer:
         *,
         gpus_per_node: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        transport: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        seconds = _timeout(timeout)
+        if transport not in TRANSPORTS:
+            raise ValueError(f"Buffer: transport is {transport!r}, expected one of {TRANSPORTS}")
+        seconds = timeout_of(timeout)
         sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
-            self._shape, self.rank = _shape(group.size(), *sizes), group.rank
+            self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
             _agree(group.all_gather_object(_agreed(self._shape)))
-            if dtype != torch.bfloat16:
-                raise ValueError(
-                    f"Buffer: dtype is {dtype}, expected torch.bfloat16, the one dtype of the kernels"
-                )
-            self._transport = IntranodeTransport(group, emulator.current(), self._shape, seconds)
+            refused = intranode.refuse(self._shape)
+            if refused or transport is not None:
+                raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
+            self._transport = intranode.emulated(group, emulator.current(), self._shape, seconds)
+            self._reason = ""
         else:
             exchange = Exchange(_group(group), seconds)
-            self._shape, self.rank = _shape(exchange.size, *sizes), exchange.rank
+            self._shape, self.rank = shape_of(exchange.size, *sizes), exchange.rank
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                _agree(exchange.all_gather("Buffer", _agreed(self._shape), device))
-            self._transport = PortableTransport(self._shape, exchange)
+                agreed = [*_agreed(self._shape), TRANSPORTS.index(transport)]
+                _agree(exchange.all_gather("Buffer", agreed, device))
+            self._transport, self._reason = _choose(self._shape, exchange, transport)
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
 
@@ -192,6 +195,7 @@ class Buffer:
         transport = self._transport
         return Status(
             transport.name,
+            self._reason,
             self.rank,
             self.topology,
             self._dispatches,
@@ -200,6 +204,23 @@ class Buffer:
             transport.stalls(),
             transport.failure(),
         )
+
+
+def _choose(shape: Shape, exchange: Exchange, wanted: str | None) -> tuple[Transport, str]:
+    """The transport between processes, and why it is no faster one."""
+    reason = ""
+    if wanted != "portable" and (exchange.group is not None or wanted is not None):
+        device = torch.device("cpu") if exchange.group is None else _device(exchange.group)
+        mapped = nvlink.connect(exchange, shape, device, kernels.Workspace(shape).size)
+        if isinstance(mapped, nvlink.Mapped):
+            rank, seconds = exchange.rank, exchange.timeout
+            return IntranodeTransport(
+                "nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle
+            ), reason
+        reason = f"no NVLink: {mapped}"
+        if wanted is not None:
+            raise RuntimeError(f"Buffer: transport is {wanted!r}, but {mapped}")
+    return PortableTransport(shape, exchange), reason
 
 
 def _group(group: object) -> "dist.ProcessGroup | None":
@@ -212,56 +233,6 @@ def _group(group: object) -> "dist.ProcessGroup | None":
             "belongs to, or None"
         )
     return group
-
-
-def _timeout(value: float | None) -> float:
-    name = "timeout"
-    if value is None:
-        name, text = TIMEOUT_VARIABLE, os.environ.get(TIMEOUT_VARIABLE, "")
-        try:
-            value = float(text) if text else DEFAULT_TIMEOUT
-        except ValueError:
-            raise ValueError(f"Buffer: {name} is {text!r}, expected a number of seconds") from None
-    if type(value) not in (int, float):
-        raise TypeError(f"Buffer: {name} is {value!r} of type {type(value).__name__}, expected seconds")
-    if not 0 < value <= 86400:  # NaN too
-        raise ValueError(f"Buffer: {name} is {value}, expected seconds above 0, at most a day")
-    return float(value)
-
-
-def _shape(
-    size: int,
-    num_experts: int,
-    hidden: int,
-    max_tokens_per_rank: int,
-    num_topk: int,
-    gpus_per_node: int | None,
-    dtype: torch.dtype,
-) -> Shape:
-    op, source = "Buffer", "gpus_per_node"
-    integer(op, "num_experts", num_experts, 1)
-    integer(op, "hidden", hidden, 16)
-    integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
-    integer(op, "num_topk", num_topk, 1)
-    if dtype not in _DTYPES:
-        raise ValueError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    if num_experts % size:
-        raise ValueError(f"{op}: num_experts is {num_experts}, expected a multiple of the {size} ranks")
-    if hidden % checks.ALIGNMENT:
-        raise ValueError(f"{op}: hidden is {hidden}, expected a multiple of {checks.ALIGNMENT}")
-    if num_topk > num_experts:
-        raise ValueError(f"{op}: num_topk is {num_topk}, expected at most num_experts = {num_experts}")
-    if gpus_per_node is None:
-        local = os.environ.get("LOCAL_WORLD_SIZE", "")
-        gpus_per_node = min(int(local), size) if local.isdecimal() and int(local) else size
-        source = "gpus_per_node (from LOCAL_WORLD_SIZE)"
-    integer(op, "gpus_per_node", gpus_per_node, 1)
-    if size % gpus_per_node:
-        raise ValueError(
-            f"{op}: {source} is {gpus_per_node}, expected a divisor of the {size} ranks; pass it"
-        )
-    topology = Topology(size // gpus_per_node, gpus_per_node)
-    return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology, dtype)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:

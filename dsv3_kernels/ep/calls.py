@@ -1,12 +1,18 @@
 """The arguments of dispatch and combine, checked, as a transport takes them."""
 
+import os
+
 import torch
 from torch import Tensor
 
 from .. import checks, quantized
 from ..quantized import ROW, QuantizedTensor
 from .transport import CombineCall, DispatchCall, Shape
-from .types import Event, Handle
+from .types import Event, Handle, Topology
+
+TIMEOUT_VARIABLE = "DSV3_EP_TIMEOUT"
+DEFAULT_TIMEOUT = 30.0  # seconds
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Calls:
@@ -175,3 +181,53 @@ def integer(op: str, name: str, value: object, low: int) -> int:
     if value < low:
         raise ValueError(f"{op}: {name} is {value}, expected at least {low}")
     return value
+
+
+def timeout_of(value: float | None) -> float:
+    name = "timeout"
+    if value is None:
+        name, text = TIMEOUT_VARIABLE, os.environ.get(TIMEOUT_VARIABLE, "")
+        try:
+            value = float(text) if text else DEFAULT_TIMEOUT
+        except ValueError:
+            raise ValueError(f"Buffer: {name} is {text!r}, expected a number of seconds") from None
+    if type(value) not in (int, float):
+        raise TypeError(f"Buffer: {name} is {value!r} of type {type(value).__name__}, expected seconds")
+    if not 0 < value <= 86400:  # NaN too
+        raise ValueError(f"Buffer: {name} is {value}, expected seconds above 0, at most a day")
+    return float(value)
+
+
+def shape_of(
+    size: int,
+    num_experts: int,
+    hidden: int,
+    max_tokens_per_rank: int,
+    num_topk: int,
+    gpus_per_node: int | None,
+    dtype: torch.dtype,
+) -> Shape:
+    op, source = "Buffer", "gpus_per_node"
+    integer(op, "num_experts", num_experts, 1)
+    integer(op, "hidden", hidden, 16)
+    integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
+    integer(op, "num_topk", num_topk, 1)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
+    if num_experts % size:
+        raise ValueError(f"{op}: num_experts is {num_experts}, expected a multiple of the {size} ranks")
+    if hidden % checks.ALIGNMENT:
+        raise ValueError(f"{op}: hidden is {hidden}, expected a multiple of {checks.ALIGNMENT}")
+    if num_topk > num_experts:
+        raise ValueError(f"{op}: num_topk is {num_topk}, expected at most num_experts = {num_experts}")
+    if gpus_per_node is None:
+        local = os.environ.get("LOCAL_WORLD_SIZE", "")
+        gpus_per_node = min(int(local), size) if local.isdecimal() and int(local) else size
+        source = "gpus_per_node (from LOCAL_WORLD_SIZE)"
+    integer(op, "gpus_per_node", gpus_per_node, 1)
+    if size % gpus_per_node:
+        raise ValueError(
+            f"{op}: {source} is {gpus_per_node}, expected a divisor of the {size} ranks; pass it"
+        )
+    topology = Topology(size // gpus_per_node, gpus_per_node)
+    return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology, dtype)

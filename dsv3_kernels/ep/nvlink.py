@@ -21,25 +21,26 @@ from torch import Tensor
 
 from ..launch import CAPABILITY
 from .exchange import Exchange
-from .kernels import MAX_RANKS
+from .kernels import MAX_RANKS, MAX_TOPK
 from .transport import Shape
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the host, the same in all of its containers
 
 
 class Obstacle(enum.IntEnum):
-    """Why the ranks cannot use it; the least one stands for all ranks. `_REASONS` says what to do."""
+    """Why the ranks cannot use it. `_REASONS` says what to do."""
 
     NONE = 0
     BACKEND = 1
     NODES = 2
     RANKS = 3
-    TORCH = 4
-    GPU = 5
-    HOSTS = 6
-    SHARED_GPU = 7
-    PEER_ACCESS = 8
-    FAILED = 9
+    SHAPE = 4
+    TORCH = 5
+    GPU = 6
+    HOSTS = 7
+    SHARED_GPU = 8
+    PEER_ACCESS = 9
+    FAILED = 10
 
 
 _DOCTOR = "python -m dsv3_kernels.doctor says more"
@@ -47,6 +48,7 @@ _REASONS = {
     Obstacle.BACKEND: "the group's backend is not NCCL. Mend: init_process_group('nccl'), one GPU a process",
     Obstacle.NODES: "the ranks are on several nodes. Mend: a group for each node, or pass gpus_per_node",
     Obstacle.RANKS: f"the kernels know at most {MAX_RANKS} ranks of a node",
+    Obstacle.SHAPE: f"the kernels know bfloat16 and at most {MAX_TOPK} experts a token",
     Obstacle.TORCH: "this torch has no symmetric memory for CUDA. Mend: torch 2.10 or later, built with CUDA",
     Obstacle.GPU: "its GPU is no Hopper (compute capability 9.0)",
     Obstacle.HOSTS: "it is on another host than rank 0. Mend: pass gpus_per_node, or a group for each host",
@@ -76,7 +78,10 @@ def connect(exchange: Exchange, shape: Shape, device: torch.device, size: int) -
 
     All ranks call it together. When it returns, all memories are zeros.
     """
-    obstacle = _alone(exchange, shape, device)
+    obstacle = _known_to_all(exchange, shape, device)
+    if obstacle:
+        return _REASONS[obstacle]
+    obstacle = _alone(device)
     facts = (0, 0) if obstacle else (_host(), _gpu(device))
     every = exchange.all_gather("Buffer", [obstacle, *facts], device)
     found = _first(_compare(every))
@@ -97,8 +102,8 @@ def connect(exchange: Exchange, shape: Shape, device: torch.device, size: int) -
     return mapped if mapped is not None and found is None else f"{found}{detail}"
 
 
-def _alone(exchange: Exchange, shape: Shape, device: torch.device) -> Obstacle:
-    """What this rank finds without the others."""
+def _known_to_all(exchange: Exchange, shape: Shape, device: torch.device) -> Obstacle:
+    """What every rank finds alike."""
     group = exchange.group
     if group is None or device.type != "cuda" or "nccl" not in dist.get_backend(group):
         return Obstacle.BACKEND
@@ -106,6 +111,13 @@ def _alone(exchange: Exchange, shape: Shape, device: torch.device) -> Obstacle:
         return Obstacle.NODES
     if shape.topology.size > MAX_RANKS:
         return Obstacle.RANKS
+    if shape.num_topk > MAX_TOPK or shape.dtype != torch.bfloat16:
+        return Obstacle.SHAPE
+    return Obstacle.NONE
+
+
+def _alone(device: torch.device) -> Obstacle:
+    """What this rank finds without the others."""
     if _symmetric_memory() is None:
         return Obstacle.TORCH
     if torch.cuda.get_device_capability(device) != CAPABILITY:

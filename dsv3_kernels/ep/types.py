@@ -145,9 +145,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Status:
-    """What a buffer has done so far on this rank."""
+    """What a buffer has done so far on this rank. reason: why its transport is no faster one, or empty."""
 
     transport: str
+    reason: str
     rank: int
     topology: Topology
     dispatches: int

@@ -104,7 +104,7 @@ def test_what_is_no_obstacle(system, change):
 
 
 OBSTACLES = {
-    "backend": ({"backend": "gloo"}, "rank 0: the group's backend is not NCCL. Mend: init_process_group"),
+    "backend": ({"backend": "gloo"}, "the group's backend is not NCCL. Mend: init_process_group"),
     "gpu": ({"capability": (8, 0)}, "rank 0: its GPU is no Hopper"),
     "torch": ({"module": None}, "rank 0: this torch has no symmetric memory"),
     "hosts": ({"boots": ["a", "a", "b", "b"]}, "rank 2: it is on another host than rank 0. Mend: pass gpus"),
