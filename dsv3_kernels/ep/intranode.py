@@ -58,15 +58,15 @@ class KernelRank:
     def reported(self) -> Exception | None:
         """What the kernels have reported so far. A failure stays, a fault is told once."""
         for op in kernels.OPS:
-            failure = self.peers.failure_of(op)
-            if failure.recorded and self.error is None:
+            failure = kernels.failure_of(self.peers, op)
+            if failure is not None and self.error is None:
                 role, cause = kernels.ROLES[failure.role - 1], failure.cause(self.rank)
                 self.error = TimeoutError(
                     op, self.rank, [failure.missing], role, failure.channel, self.timeout, cause
                 )
         if self.error is not None:
             return self.error
-        fault = self.peers.take_fault(self.stream)
+        fault = kernels.take_fault(self.peers, self.stream)
         return None if fault is None else Fault(fault.message(self.shape))
 
     def check(self) -> None:
@@ -119,7 +119,7 @@ class IntranodeTransport(KernelRank):
 def refuse(shape: Shape) -> str | None:
     """Why the kernels cannot serve this shape."""
     if shape.topology.nodes > 1 or shape.topology.size > kernels.MAX_RANKS:
-        return f"the kernels know one node of up to {kernels.MAX_RANKS} ranks, got {shape.topology}"
+        return f"got {shape.topology}, expected one node of at most {kernels.MAX_RANKS} ranks by the kernels"
     if shape.num_topk > kernels.MAX_TOPK:
         return f"num_topk is {shape.num_topk}, expected at most {kernels.MAX_TOPK} by the kernels"
     if shape.dtype != torch.bfloat16:
@@ -175,17 +175,11 @@ def _run(
 ) -> Event:
     if num_sms > 2 * kernels.MAX_CHANNELS:
         raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
-    (blocks, *ones), block, shared_bytes = kernels.shape_of_launch(ranks[0].shape, num_sms)
+    grid, block, shared_bytes = kernels.shape_of_launch(ranks[0].shape, num_sms, len(ranks))
     table = kernels.table([work.struct for work in works])
     with turn.work():
-        launch.launch(
-            kernel,
-            (blocks * len(ranks), *ones),
-            block,
-            (table, num_sms),
-            shared_bytes=shared_bytes,
-            cooperative=True,
-        )
+        arguments = (table, num_sms)
+        launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
         for work in works:
             work.launched()
     inputs = [tensor for work in works for tensor in work.inputs]
