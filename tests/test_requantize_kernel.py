@@ -1,4 +1,4 @@
-"""Tiles of 1x128 turned into tiles of 128 tokens, the PTX run by the emulator: bit for bit the reference's."""
+"""Tiles of 1x128 into tiles of 128 tokens, the PTX run by the emulator: bit for bit the reference."""
 
 import pytest
 import torch
