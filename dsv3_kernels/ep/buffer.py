@@ -19,7 +19,10 @@ from .types import CombineResult, DispatchResult, Event, Handle, Status, Topolog
 if TYPE_CHECKING:
     from ..emulator import Group
 
-_AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node", "dtype.itemsize")
+_AGREED = (
+    *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
+    *("dtype.itemsize", "transport by its place in TRANSPORTS"),
+)
 TRANSPORTS = (None, "nvlink", "portable")
 
 
@@ -65,7 +68,7 @@ class Buffer:
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
-            _agree(group.all_gather_object(_agreed(self._shape)))
+            _agree(group.all_gather_object(_agreed(self._shape, transport)))
             refused = intranode.refuse(self._shape)
             if refused or transport is not None:
                 raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
@@ -77,8 +80,7 @@ class Buffer:
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                agreed = [*_agreed(self._shape), TRANSPORTS.index(transport)]
-                _agree(exchange.all_gather("Buffer", agreed, device))
+                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
@@ -242,10 +244,10 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _agreed(shape: Shape) -> list[int]:
+def _agreed(shape: Shape, transport: str | None) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize]
+    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)]
 
 
 def _agree(every: list[list[int]]) -> None:
