@@ -8,8 +8,8 @@ where kernels run. On one GPU it is the table of the GPU report (bench/cases/dis
 ranks against a copy of as many bytes on the same SMs), then bench_overlap.
 
 Between processes routing is node-limited as in DeepSeek-V3: a token's experts are on at most so many nodes as
---nodes-per-token says. The bytes are those that this rank sends to others, payload only; the peer sends as many
-to each. A rank's clock starts after a barrier, and the slowest rank of a round counts.
+--nodes-per-token says. The bytes are those that this rank sends to others, payload only; the peer sends as
+many to each. A rank's clock starts after a barrier, and the slowest rank of a round counts.
 """
 
 import argparse

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _AGREED = (
     *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
-    *("dtype.itemsize", "transport by its place in TRANSPORTS"),
+    *("dtype.itemsize", "transport"),
 )
 TRANSPORTS = (None, "nvlink", "portable")
 
@@ -255,7 +255,12 @@ def _agree(every: list[list[int]]) -> None:
     for name, values in zip(_AGREED, zip(*every, strict=True), strict=True):
         for rank, value in enumerate(values):
             if value != values[0]:
+                first, other = _shown(name, values[0]), _shown(name, value)
                 raise ValueError(
-                    f"Buffer: {name} is {values[0]} on rank 0 and {value} on rank {rank}, "
+                    f"Buffer: {name} is {first} on rank 0 and {other} on rank {rank}, "
                     "expected the same on all ranks"
                 )
+
+
+def _shown(name: str, value: int) -> object:
+    return repr(TRANSPORTS[value]) if name == "transport" else value
