@@ -1,7 +1,6 @@
 """The all-to-all among virtual ranks of one real GPU: what needs its streams, its graphs and its speed.
 
-That results are bit-equal to the reference and to the emulator is in test_cases.py, by bench/cases/dispatch.py
-and combine.py.
+Results bit-equal to reference and emulator are in test_cases.py, by the cases of dispatch and combine.
 """
 
 import pytest
