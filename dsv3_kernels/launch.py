@@ -12,13 +12,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .by_value import Struct
 from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
 from .tensor_map import Encoding, MapLayout, TensorMap
 
 World = Literal["reference", "cuda", "emulator"]
 Dim3 = tuple[int, int, int]
-Argument = Tensor | TensorMap | int | float
+Argument = Tensor | TensorMap | Struct | int | float
 
 
 class Slot(enum.Enum):
@@ -32,7 +33,7 @@ Parameter = MapLayout | Slot | int | float
 
 CAPABILITY = (9, 0)
 
-_NUMBERS, _TENSORS = (int, float), (TensorMap, Tensor)
+_NUMBERS = (int, float)
 
 _virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
@@ -87,17 +88,16 @@ def launch(
     """Run `kernel` on the GPU that holds the tensors of `args`, or on the virtual GPU; first use compiles it.
 
     grid, block, cluster: blocks, threads a block, blocks a cluster, each (x, y, z).
-    args: in the kernel's order; a tensor passes the address of its first element.
+    args: in the kernel's order; a tensor passes the address of its first element, a `Struct` its bytes.
     shared_bytes: dynamic shared memory a block. stream: the device's current stream if None.
     cooperative: all blocks are resident at once. programmatic: may start before the stream's last kernel
         has ended.
     Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
     `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
     """
-    first = next((a for a in args if isinstance(a, _TENSORS)), None)
-    if first is None:
+    tensor = next((t for a in args for t in _tensors(a)), None)
+    if tensor is None:
         raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
-    tensor = first.tensor if isinstance(first, TensorMap) else first
     if not tensor.is_cuda:
         _emulate(kernel, args, grid, block, cluster, shared_bytes)
         return
@@ -249,10 +249,20 @@ def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int |
     """The argument as the runtime takes it: an address, a number, or the bytes of a tensor map."""
     if isinstance(argument, _NUMBERS):
         return argument
-    tensor = argument.tensor if isinstance(argument, TensorMap) else argument
-    if tensor.get_device() != device:
-        raise _elsewhere(kernel, index, tensor, device)
-    return _encoded(argument.encoding) if isinstance(argument, TensorMap) else tensor.data_ptr()
+    for tensor in _tensors(argument):
+        if tensor.get_device() != device:
+            raise _elsewhere(kernel, index, tensor, device)
+    if isinstance(argument, Struct):
+        return argument.encode(Tensor.data_ptr)
+    return _encoded(argument.encoding) if isinstance(argument, TensorMap) else argument.data_ptr()
+
+
+def _tensors(argument: Argument) -> Sequence[Tensor]:
+    if isinstance(argument, Tensor):
+        return (argument,)
+    if isinstance(argument, TensorMap):
+        return (argument.tensor,)
+    return argument.tensors if isinstance(argument, Struct) else ()
 
 
 def _elsewhere(kernel: Kernel, index: int, tensor: Tensor, device: int) -> ValueError:

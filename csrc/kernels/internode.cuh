@@ -2,9 +2,9 @@
 // that a dispatch leaves for its combine.
 //
 // Rank r is GPU r % gpus of node r / gpus. A token goes over InfiniBand once to a node, always between ranks
-// of the same GPU number; inside a node it goes by stores over NVLink, through channel.cuh's slots. The stream
-// of rank s to a GPU of another node thus has two hops, and the rank in between is called its forwarder:
-// the one of s's GPU number on that node. On s's own node that is s itself.
+// of the same GPU number; inside a node it goes by stores over NVLink, through channel.cuh's slots. The
+// stream of rank s to a GPU of another node thus has two hops, and the rank in between is called its
+// forwarder: the one of s's GPU number on that node. On s's own node that is s itself.
 //
 // A ring joins a rank, in one channel, with its like on one other node, each way: `depth` slots of a chunk of
 // messages. Positions count chunks and never begin anew; position p lies in slot p % depth, for the
@@ -12,11 +12,12 @@
 // which the next one begins. Invariants of a ring, with n = p / depth + 1:
 //   1. The sender writes its staging slot and puts it at position p only after free[slot] >= n - 1.
 //   2. ready[slot] = n follows the chunk on the same queue pair; nobody else sets that word.
-//   3. The receiver reads position p only after it has acquired ready[slot] >= n, and sets free[slot] = n when
-//      the last of its warps has read the chunk. The next ready for this slot follows that, so that both words
-//      only grow, whoever sets them and in whatever order the slots are freed.
-// By 3 and 1 a staging slot is free too: what was read there had left here. A header (the counts of a call) has
-// a slot of its own, with the epoch for n.
+//   3. The receiver reads position p only after it has acquired ready[slot] >= n, and sets free[slot] = n
+//   when
+//      the last of its warps has read the chunk. The next ready for this slot follows that, so that both
+//      words only grow, whoever sets them and in whatever order the slots are freed.
+// By 3 and 1 a staging slot is free too: what was read there had left here. A header (the counts of a call)
+// has a slot of its own, with the epoch for n.
 //
 // Who waits for whom: a sender of a ring for its receiver (credits); a receiver of a ring for its sender; a
 // reader of a slot over NVLink for its writer; all for the epoch before. Nobody who frees a ring waits for
@@ -56,12 +57,8 @@ struct Ring {
     __device__ __forceinline__ u64* ready(u64 position) const { return words + 2 + position % depth; }
     __device__ __forceinline__ u64* free(u64 position) const { return words + 2 + depth + position % depth; }
     __device__ __forceinline__ u64 turn(u64 position) const { return position / depth + 1; }
-    __device__ __forceinline__ u8* arrived(u64 position) const {
-        return in + position % depth * chunk_bytes;
-    }
-    __device__ __forceinline__ u8* staged(u64 position) const {
-        return out + position % depth * chunk_bytes;
-    }
+    __device__ __forceinline__ u8* arrived(u64 position) const { return in + position % depth * chunk_bytes; }
+    __device__ __forceinline__ u8* staged(u64 position) const { return out + position % depth * chunk_bytes; }
 };
 
 // A rank's symmetric memory, the same on all ranks: words, headers, rings by (node, channel).
@@ -119,8 +116,7 @@ struct Link {
     // One lane, after the reads of all warps.
     __device__ __forceinline__ void free_chunk(u32 node, u32 channel, u64 position) const {
         const Ring there = rings.at(place.node(), channel);
-        transport::signal(there.free(position), there.turn(position), place.like(node),
-                          queue_pairs[channel]);
+        transport::signal(there.free(position), there.turn(position), place.like(node), queue_pairs[channel]);
     }
 };
 
@@ -153,14 +149,13 @@ struct Layout {
     }
 };
 
-// Of `warps`, how many do the first of two kinds of work: in proportion to the rows that each moves, and at
-// least one wherever there is work, also where it needs `least` of them.
+// Of `warps`, how many do the first of two kinds of work: in proportion to the rows that each moves, at least
+// one where there is such work, and `least` are left for the second.
 // python: dsv3_kernels.ep.internode.split_warps
-__device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32 least_second) {
+__device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32 least) {
+    if (first == 0) return 0;
     const u32 all = first + second;
-    if (first == 0 || all == 0) return 0;
-    const u32 share = (2 * warps * first + all) / (2 * all);
-    return max(1u, min(share, warps - least_second));
+    return max(1u, min((2 * warps * first + all) / (2 * all), warps - least));
 }
 
 // Of a warp that looks at several words in turn: it may find nothing for as long as one wait may last.

@@ -4,8 +4,8 @@
 // one queue pair to one rank, and nowhere else: a signal behind data of the same queue pair arrives after it.
 // Whoever acquires the signal at system scope then sees the data, and what the sender had seen.
 //
-// DSV3_NVSHMEM_DECLARED: the functions are declared here instead of by NVSHMEM's headers, which take seconds to
-// parse. For the emulator alone, which provides them; the device library has them as templates only.
+// DSV3_NVSHMEM_DECLARED: the functions are declared here instead of by NVSHMEM's headers, which take seconds
+// to parse. For the emulator alone, which provides them; the device library has them as templates only.
 #pragma once
 
 #include "types.cuh"
