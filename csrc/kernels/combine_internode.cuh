@@ -21,9 +21,10 @@ namespace combine {
 
 // One channel of one call.
 struct Inbound {
+    const Rank& self;
+    Place place;
     const Link& link;
     const Layout& layout;
-    const Deadline& deadline;
     u32 hidden, topk, channel;
     u64 epoch, message_bytes;
     bool gradients;  // travel behind a row: its token's experts' numbers; over NVLink, how many they are, too
@@ -36,26 +37,50 @@ struct Inbound {
     }
 };
 
+// What the experts of this rank returned, in the rows of the dispatch.
 struct Experts {
     const u8* y;             // BF16 [rows, hidden]
     const float* weights;    // [rows], or null
-    const float* gradients;  // [rows], or null
+    const float* gradients;  // [rows], in token order [rows, topk], or null: travel home as they are
+    const i64* topk_idx;     // local experts in the same form
+    const i32* rows;         // [ranks, max_tokens, topk], by ascending expert, then -1
+    const i32* ranges;       // [ranks, channels, 2]
+    u32 token_order;
 };
+
+// One warp: a token's numbers, by ascending expert, and how many they are. row: lane k's, as in
+// Experts::rows.
+__device__ __forceinline__ void put_gradients(const Inbound& o, const Experts& from, i32 row, float* target) {
+    const u32 lane = threadIdx.x % 32;
+    i64 at = row;
+    u32 place = lane;
+    if (from.token_order) {
+        at = static_cast<i64>(__shfl_sync(kFullWarp, row, 0)) * o.topk + lane;
+        const i64 expert = lane < o.topk ? from.topk_idx[at] : -1;
+        place = 0;
+        for (u32 k = 0; k < o.topk; ++k) {
+            const i64 other = __shfl_sync(kFullWarp, expert, k);
+            place += other >= 0 && other < expert;
+        }
+        if (expert < 0) at = -1;
+    }
+    if (at >= 0) target[place] = from.gradients[at];
+    const u32 count = __popc(__ballot_sync(kFullWarp, at >= 0));
+    if (lane == 0) target[o.topk] = __int_as_float(count);
+}
 
 // One warp: the tokens of one rank's channel, to that rank's forwarder.
 __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 home) {
-    const Place& place = o.link.place;
     const u32 lane = threadIdx.x % 32, stream = home * o.layout.channels + o.channel;
-    const u32 first = o.layout.ranges[2 * stream], total = o.layout.ranges[2 * stream + 1];
-    const u32 to = home % place.gpus, source = home / place.gpus * place.gpus + place.gpu();
-    const Workspace theirs = o.link.peer(to);
-    if (o.deadline.wait_warp(o.link.mine.ack(to), o.epoch - 1, Role::kSend, place.node() * place.gpus + to,
-                             o.channel) < o.epoch - 1)
+    const u32 first = from.ranges[2 * stream], total = from.ranges[2 * stream + 1];
+    const u32 to = home % o.link.gpus, source = home - to + o.place.gpu(), peer = o.place.near(to);
+    const Workspace theirs = o.place.peer(to);
+    if (o.self.wait_warp(o.self.mine().ack(peer), o.epoch - 1, Role::kSend, peer, o.channel) < o.epoch - 1)
         return false;
     for (u32 i = 0; i < total; ++i) {
         i32 row = -1;
         if (lane < o.topk)
-            row = o.layout.rows[(static_cast<u64>(home) * o.layout.max_tokens + first + i) * o.topk + lane];
+            row = from.rows[(static_cast<u64>(home) * o.layout.max_tokens + first + i) * o.topk + lane];
         const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
         const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
         u8* slot = theirs.slot(source, first + i);
@@ -70,10 +95,7 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
             }
             if (column < o.hidden) ptx::store_global(slot + 2 * column, round(sum));
         }
-        if (o.gradients) {
-            if (row >= 0) o.behind(slot)[lane] = from.gradients[row];
-            if (lane == 0) o.behind(slot)[o.topk] = __int_as_float(count);
-        }
+        if (o.gradients) put_gradients(o, from, row, o.behind(slot));
         if ((i + 1) % kChunk == 0 || i + 1 == total)
             publish(theirs.tail(source, o.channel), o.epoch << 32 | (i + 1));
     }
@@ -83,14 +105,13 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
 // Lane g: the slot of a message that GPU g has sent here for `node`, or -1; until all have come. False if one
 // did not.
 __device__ __forceinline__ bool gather(const Inbound& o, u32 node, u32 message, i32& slot) {
-    const Place& place = o.link.place;
     const u32 lane = threadIdx.x % 32;
-    slot = lane < place.gpus ? o.layout.slots(node, message, place.gpus)[lane] : -1;
+    slot = lane < o.link.gpus ? o.layout.slots(node, message, o.link.gpus)[lane] : -1;
     bool arrived = true;
     if (slot >= 0) {
         const u64 expected = o.epoch << 32 | (slot - o.layout.first(node, o.channel) + 1);
-        arrived = o.deadline.wait(o.link.mine.tail(node * place.gpus + lane, o.channel), expected,
-                                  Role::kForward, place.node() * place.gpus + lane, o.channel) >= expected;
+        arrived = o.self.wait(o.self.mine().tail(node * o.link.gpus + lane, o.channel), expected,
+                              Role::kForward, o.place.near(lane), o.channel) >= expected;
     }
     const bool all = __all_sync(kFullWarp, arrived);
     __syncwarp();
@@ -103,8 +124,8 @@ __device__ __forceinline__ U32x4 sum_of_node(const Inbound& o, u32 node, i32 slo
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
         const u32 gpu = __ffs(left) - 1, index = __shfl_sync(kFullWarp, slot, gpu);
         if (column < o.hidden)
-            add(sum, ptx::load_global(o.link.mine.slot(node * o.link.place.gpus + gpu, index) + 2 * column),
-                1.0f, false);
+            add(sum, ptx::load_global(o.self.mine().slot(node * o.link.gpus + gpu, index) + 2 * column), 1.0f,
+                false);
     }
     return round(sum);
 }
@@ -115,7 +136,7 @@ __device__ __forceinline__ void join_gradients(const Inbound& o, u32 node, i32 s
     u32 before = 0;
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
         const u32 gpu = __ffs(left) - 1, index = __shfl_sync(kFullWarp, slot, gpu);
-        const float* from = o.behind(o.link.mine.slot(node * o.link.place.gpus + gpu, index));
+        const float* from = o.behind(o.self.mine().slot(node * o.link.gpus + gpu, index));
         const u32 count = __float_as_int(from[o.topk]);
         if (lane < count) target[before + lane] = from[lane];
         before += count;
@@ -125,33 +146,24 @@ __device__ __forceinline__ void join_gradients(const Inbound& o, u32 node, i32 s
 // Warp `warp` of `warps`: lane l has the ring to one other node, and of its chunks every `step`th. Warps
 // share a ring where they are more than the rings, rings a warp where they are fewer.
 __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 warps) {
-    const Place& place = o.link.place;
-    const u32 lane = threadIdx.x % 32, others = place.nodes - 1, chunk = o.link.rings.chunk;
+    const u32 lane = threadIdx.x % 32, others = o.link.nodes - 1, chunk = o.link.rings.chunk;
     const u32 ring_of_lane = warp % others + lane * warps;
     const bool exists = ring_of_lane < others;
-    const u32 node = exists ? place.other(ring_of_lane) : 0;
+    const u32 node = exists ? o.place.other(ring_of_lane) : 0;
     const u32 step = warps > others ? (warps - ring_of_lane - 1) / others + 1 : 1;
     const u32 total = exists ? o.layout.came(node, o.channel) : 0;
     const u64 base = exists ? *o.link.sent_chunks(node, o.channel) : 0;
+    const Ring ring = o.link.rings.at(node, o.channel);
     u32 next = warp / others;  // chunk
     Patience patience;
     while (__any_sync(kFullWarp, next * chunk < total)) {
-        bool ready = next * chunk < total, kept = true;
-        if (ready) {
-            const Ring ring = o.link.rings.at(node, o.channel);
-            const u64 before = ring.turn(base + next) - 1;
-            const u64 seen = ptx::load_acquire_system(ring.free(base + next));
-            ready = seen >= before;
-            if (!ready)
-                kept =
-                    patience.remains(o.deadline, before, seen, Role::kForward, place.like(node), o.channel);
-        }
-        u32 left = __ballot_sync(kFullWarp, ready);
-        if (left)
-            patience.found();
-        else if (!__all_sync(kFullWarp, kept))
-            return false;
-        __syncwarp();
+        const bool open = next * chunk < total;
+        const u64 before = ring.turn(base + next) - 1;
+        const u64 seen = open ? ptx::load_acquire_system(ring.free(base + next)) : 0;
+        bool kept;
+        u32 left = patience.look(o.self, open && seen >= before, open, before, seen, o.place.like(node),
+                                 o.channel, kept);
+        if (!kept) return false;
         for (; left; left &= left - 1) {
             const u32 who = __ffs(left) - 1, n = __shfl_sync(kFullWarp, node, who);
             const u64 position = __shfl_sync(kFullWarp, base + next, who);
@@ -168,7 +180,7 @@ __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 w
                 }
                 if (o.gradients) join_gradients(o, n, slot, o.behind(message));
             }
-            o.link.send_chunk(n, o.channel, position, (end - begin) * o.message_bytes);
+            o.place.send_chunk(n, o.channel, position, (end - begin) * o.message_bytes);
             if (lane == who) next += step;
         }
     }
@@ -177,9 +189,10 @@ __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 w
 
 // The tokens of this rank.
 struct HomeTokens {
-    const u8* bias;    // BF16 [tokens, hidden], or null
-    u8* out;           // BF16 [tokens, hidden]
-    float* gradients;  // [tokens, topk], or null
+    const i64* topk_idx;  // [tokens, topk]
+    const u8* bias;       // BF16 [tokens, hidden], or null
+    u8* out;              // BF16 [tokens, hidden]
+    float* gradients;     // [tokens, topk], or null
     u32 tokens;
 };
 
@@ -188,12 +201,12 @@ struct HomeTokens {
 // node.
 __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeTokens& to, u32 token,
                                                 const u8* message, i32 slot) {
-    const u32 lane = threadIdx.x % 32, local = o.link.mine.local_experts;
-    const u32 width = o.link.place.gpus * local;
+    const u32 lane = threadIdx.x % 32, local = o.self.local_experts;
+    const u32 width = o.link.gpus * local;
     i32 expert = -1;
-    if (lane < o.topk) expert = o.layout.experts[static_cast<u64>(token) * o.topk + lane];
+    if (lane < o.topk) expert = static_cast<i32>(to.topk_idx[static_cast<u64>(token) * o.topk + lane]);
     const u32 node = max(expert, 0) / width, gpu = max(expert, 0) % width / local;
-    const bool here = node == o.link.place.node();
+    const bool here = node == o.place.node();
     const i32 lowest = here ? node * width + gpu * local : node * width;
     u32 place = 0;
     for (u32 k = 0; k < o.topk; ++k) {
@@ -203,7 +216,7 @@ __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeToke
     const u8* from =
         reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
     const i32 index = __shfl_sync(kFullWarp, slot, gpu);
-    if (here && index >= 0) from = o.link.mine.slot(node * o.link.place.gpus + gpu, index);
+    if (here && index >= 0) from = o.self.mine().slot(node * o.link.gpus + gpu, index);
     if (lane < o.topk)
         to.gradients[static_cast<u64>(token) * o.topk + lane] = expert < 0 ? 0.0f : o.behind(from)[place];
 }
@@ -212,32 +225,30 @@ __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeToke
 // each slot of each node's ring have been read.
 __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, u32 warp, u32 warps,
                                         u32* readers) {
-    const Place& place = o.link.place;
     const u32 lane = threadIdx.x % 32, chunk = o.link.rings.chunk;
-    const u32 share = (to.tokens + o.layout.channels - 1) / o.layout.channels;
-    const u32 first = min(o.channel * share, to.tokens), last = min(first + share, to.tokens);
-    const bool ring_of_lane = lane < place.nodes && lane != place.node();
+    const Share share(to.tokens, o.channel, o.layout.channels);
+    const bool ring_of_lane = lane < o.link.nodes && lane != o.place.node();
     const u64 base = ring_of_lane ? *o.link.received_chunks(lane, o.channel) : 0;
-    for (u32 token = first + warp; token < last; token += warps) {
+    for (u32 token = share.first + warp; token < share.last; token += warps) {
         i32 index = -1;  // lane n: the message from node n
-        if (lane < place.nodes) index = o.layout.sent_index[static_cast<u64>(token) * place.nodes + lane];
+        if (lane < o.link.nodes) index = o.layout.sent_index[static_cast<u64>(token) * o.link.nodes + lane];
         const u32 nodes = __ballot_sync(kFullWarp, index >= 0);
         const u8* message = nullptr;
         bool arrived = true;
         const bool rings = ring_of_lane && index >= 0;
-        const u32 number = index - first;
+        const u32 number = index - share.first;
         const u64 position = base + number / chunk;
         if (rings) {
             const Ring ring = o.link.rings.at(lane, o.channel);
             message = ring.arrived(position) + number % chunk * o.message_bytes;
-            arrived = o.deadline.wait(ring.ready(position), ring.turn(position), Role::kReceive,
-                                      place.like(lane), o.channel) >= ring.turn(position);
+            arrived = o.self.wait(ring.ready(position), ring.turn(position), Role::kReceive,
+                                  o.place.like(lane), o.channel) >= ring.turn(position);
         }
         if (!__all_sync(kFullWarp, arrived)) return false;
         __syncwarp();
         i32 slot = -1;
-        if (nodes >> place.node() & 1)
-            if (!gather(o, place.node(), __shfl_sync(kFullWarp, index, place.node()), slot)) return false;
+        if (nodes >> o.place.node() & 1)
+            if (!gather(o, o.place.node(), __shfl_sync(kFullWarp, index, o.place.node()), slot)) return false;
         for (u32 column = lane * kColumns; column - lane * kColumns < o.hidden; column += 32 * kColumns) {
             float total[kColumns] = {};
             for (u32 left = nodes; left; left &= left - 1) {
@@ -245,7 +256,7 @@ __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, 
                 const u8* row =
                     reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
                 U32x4 part{0, 0, 0, 0};
-                if (node == place.node())
+                if (node == o.place.node())
                     part = sum_of_node(o, node, slot, column);
                 else if (column < o.hidden)
                     part = ptx::load_global(row + 2 * column);
@@ -263,29 +274,28 @@ __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, 
         const u32 messages = min(chunk, o.layout.sent(lane, o.channel) - number / chunk * chunk);
         if (ptx::fetch_add_block(read, 1) + 1 != messages) continue;
         *read = 0;
-        o.link.free_chunk(lane, o.channel, position);
+        o.place.free_chunk(lane, o.channel, position);
     }
     return true;
 }
 
 // The odd block.
 __device__ __forceinline__ bool bring_home(const Inbound& o, const HomeTokens& to, u32* readers) {
-    const Place& place = o.link.place;
-    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, here = place.node();
+    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, here = o.place.node();
     u32 forwarded = 0, received = 0;  // rows read
-    for (u32 node = 0; node < place.nodes; ++node) {
+    for (u32 node = 0; node < o.link.nodes; ++node) {
         if (node != here) received += o.layout.sent(node, o.channel);
-        for (u32 gpu = 0; gpu < place.gpus; ++gpu)
+        for (u32 gpu = 0; gpu < o.link.gpus; ++gpu)
             (node == here ? received : forwarded) +=
-                o.layout.forward_counts[(node * o.layout.channels + o.channel) * place.gpus + gpu];
+                o.layout.forward_counts[(node * o.layout.channels + o.channel) * o.link.gpus + gpu];
     }
     const u32 forwarders = split_warps(warps, forwarded, received, 1);
-    for (u32 i = threadIdx.x; i < place.nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
+    for (u32 i = threadIdx.x; i < o.link.nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < forwarders ? forward_chunks(o, warp, forwarders)
                                         : receive(o, to, warp - forwarders, warps - forwarders, readers);
     if (__syncthreads_or(!kept)) return false;
-    for (u32 node = threadIdx.x; node < place.nodes; node += blockDim.x) {
+    for (u32 node = threadIdx.x; node < o.link.nodes; node += blockDim.x) {
         if (node == here) continue;
         *o.link.sent_chunks(node, o.channel) += o.link.chunks(o.layout.came(node, o.channel));
         *o.link.received_chunks(node, o.channel) += o.link.chunks(o.layout.sent(node, o.channel));
@@ -293,41 +303,43 @@ __device__ __forceinline__ bool bring_home(const Inbound& o, const HomeTokens& t
     return true;
 }
 
-}  // namespace combine
-
-struct CombineInternode {
+struct InternodeCall {
+    Rank self;
     Link link;
-    Sequence* sequence;
-    Failure* failure;
-    combine::Experts from;
-    combine::HomeTokens to;
+    Experts from;
+    HomeTokens to;
     Layout layout;
     u32 hidden, topk;
-    u64 message_bytes, timeout;
+    u64 message_bytes;
 };
 
-// Grid: an even number of blocks, all resident; they take the channels of the dispatch in turn. 64 to 512
-// threads. Dynamic shared memory, in words: nodes * depth. hidden is a multiple of 8, topk at most 32.
-__global__ void __launch_bounds__(512) combine_internode(const __grid_constant__ CombineInternode call) {
-    extern __shared__ u32 shared[];
-    const Link& link = call.link;
-    const Deadline deadline{call.failure, call.timeout};
+// All blocks of a rank; `block` is this one.
+__device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blocks, u32* shared) {
+    const Rank& self = all.self;
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    const u64 epoch = call.sequence->finished_epochs + 1;
-
+    const u64 epoch = self.epoch();
     bool kept = true;
-    for (u32 channel = blockIdx.x / 2; kept && channel < call.layout.channels; channel += gridDim.x / 2) {
-        const combine::Inbound o{link,        call.layout,        deadline,
-                                 call.hidden, call.topk,          channel,
-                                 epoch,       call.message_bytes, call.to.gradients != nullptr};
-        if (blockIdx.x % 2 == 0)
-            for (u32 home = warp; kept && home < link.place.ranks(); home += warps)
-                kept = combine::send(o, call.from, home);
+    for (u32 channel = block / 2; kept && channel < all.layout.channels; channel += blocks / 2) {
+        const Inbound o{self,     {self, all.link}, all.link, all.layout,        all.hidden,
+                        all.topk, channel,          epoch,    all.message_bytes, all.to.gradients != nullptr};
+        if (block % 2 == 0)
+            for (u32 home = warp; kept && home < self.ranks; home += warps) kept = send(o, all.from, home);
         else
-            kept = combine::bring_home(o, call.to, shared);
+            kept = bring_home(o, all.to, shared);
         kept = !__syncthreads_or(!kept);
     }
-    if (kept) finish(call.sequence, link, epoch);
+    if (kept) Place{self, all.link}.finish(epoch, blocks);
+}
+
+}  // namespace combine
+
+// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; they take the channels of the
+// dispatch in turn. 64 to 512 threads. Dynamic shared memory, in words: nodes * depth. hidden is a multiple
+// of 8, topk at most 32.
+__global__ void __launch_bounds__(512)
+    combine_internode(const __grid_constant__ PerRank<combine::InternodeCall> calls, u32 num_sms) {
+    extern __shared__ u32 shared[];
+    combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
 }  // namespace dsv3

@@ -21,132 +21,168 @@ namespace dispatch {
 
 // One channel of one call, as its even block sees it.
 struct Outbound {
-    const Link& link;
+    const Call& call;
+    const Rank& self;
     const Tokens& tokens;
+    Place place;
+    const Link& link;
     const Layout& layout;
-    const Deadline& deadline;
-    u32 channel, first, last;  // this channel's tokens
+    u32 channel;
+    Share share;
     u64 epoch, message_bytes;
 
-    __device__ __forceinline__ u32 count_words() const { return link.mine.local_experts + 3; }
+    __device__ __forceinline__ u32 stream(u32 node) const { return node * layout.channels + channel; }
+    __device__ __forceinline__ i32* sent_tokens(u32 node) const {
+        return layout.sent_tokens + static_cast<u64>(node) * layout.max_tokens;
+    }
 };
 
-// topk_idx of this channel, made harmless. Returns whether this thread had to.
-__device__ __forceinline__ bool sanitise(const Outbound& o) {
-    const i64 experts = static_cast<i64>(o.link.place.ranks()) * o.link.mine.local_experts;
-    bool fault = false;
-    for (u32 token = o.first + threadIdx.x; token < o.last; token += blockDim.x) {
-        const i64* from = o.tokens.topk_idx + static_cast<i64>(token) * o.tokens.topk;
-        i32* to = o.layout.experts + static_cast<i64>(token) * o.tokens.topk;
+// All threads of a block. `bad`, shared memory: the least index of a choice of this channel that is out of
+// range, or in its row already.
+__device__ __forceinline__ void find_bad(const Outbound& o, u32* bad) {
+    const i64 experts = static_cast<i64>(o.self.ranks) * o.self.local_experts;
+    for (u32 token = o.share.first + threadIdx.x; token < o.share.last; token += blockDim.x) {
+        const u64 at = static_cast<u64>(token) * o.tokens.topk;
         for (u32 k = 0; k < o.tokens.topk; ++k) {
-            const i64 expert = from[k];
-            bool bad = expert < -1 || expert >= experts;
-            for (u32 j = 0; j < k && expert >= 0; ++j) bad |= from[j] == expert;
-            fault |= bad;
-            to[k] = bad ? -1 : static_cast<i32>(expert);
+            const i64 expert = o.tokens.topk_idx[at + k];
+            bool wrong = expert < -1 || expert >= experts;
+            for (u32 j = 0; j < k && expert >= 0; ++j) wrong |= o.tokens.topk_idx[at + j] == expert;
+            if (wrong) atomicMin(bad, static_cast<u32>(at) + k);
         }
     }
-    return fault;
 }
 
-// One warp, a token a lane: which tokens go to a node, as which message, and the header that says so: for
-// each GPU there counts[local expert], tokens, first message, ErrorCode; then the number of messages.
-// `header` is shared memory.
-__device__ __forceinline__ void count(const Outbound& o, u32 node, bool fault, u32* header) {
-    const u32 lane = threadIdx.x % 32, gpus = o.link.place.gpus, local = o.link.mine.local_experts;
-    const u32 words = gpus * o.count_words();
-    const i32 low = node * gpus * local, width = gpus * local;
-    for (u32 i = lane; i <= words; i += 32) header[i] = 0;
+// What a channel tells a node: for each GPU there the words that Workspace::counts holds, and last the number
+// of messages.
+struct Header {
+    u32* words;
+    u32 gpus, local_experts, ranks;
+
+    __device__ __forceinline__ u32 of_gpu_words() const {
+        return local_experts + sizeof(Announcement) / 4 + ranks;
+    }
+    __device__ __forceinline__ u32* counts(u32 gpu) const { return words + gpu * of_gpu_words(); }
+    __device__ __forceinline__ Announcement* announcement(u32 gpu) const {
+        return reinterpret_cast<Announcement*>(counts(gpu) + local_experts);
+    }
+    __device__ __forceinline__ u32* rows(u32 gpu) const {
+        return reinterpret_cast<u32*>(announcement(gpu) + 1);
+    }
+    __device__ __forceinline__ u32* messages() const { return words + gpus * of_gpu_words(); }
+    __device__ __forceinline__ u32 size() const { return gpus * of_gpu_words() + 1; }
+};
+
+// One warp, a token a lane: which tokens go to a node, as which message, and the header but for its rows,
+// which go to `rows`, [ranks]. Both are shared memory.
+__device__ __forceinline__ void count(const Outbound& o, u32 node, u32 bad, const Header& header, u32* rows) {
+    const u32 lane = threadIdx.x % 32, gpus = o.link.gpus, local = o.self.local_experts;
+    const u32 width = gpus * local;
+    for (u32 i = lane; i < header.size(); i += 32) header.words[i] = 0;
     __syncwarp();
-    u32 total = 0, for_gpu = 0;  // lane g: tokens for GPU g
-    for (u32 base = o.first; base < o.last; base += 32) {
+    u32 total = 0, tokens = 0, choices = 0;  // lane g: the last two are for GPU g
+    for (u32 base = o.share.first; base < o.share.last; base += 32) {
         const u32 token = base + lane;
         u32 wanted = 0;  // a bit a GPU
-        if (token < o.last)
-            for (u32 k = 0; k < o.tokens.topk; ++k) {
-                const i32 e = o.layout.experts[static_cast<i64>(token) * o.tokens.topk + k] - low;
-                if (e < 0 || e >= width) continue;
-                const u32 gpu = e / local;
-                wanted |= 1u << gpu;
-                atomicAdd(header + gpu * o.count_words() + e % local, 1u);
-            }
+        for (u32 k = 0; token < o.share.last && k < o.tokens.topk; ++k) {
+            const u64 e = o.tokens.topk_idx[static_cast<u64>(token) * o.tokens.topk + k] - node * width;
+            if (e >= width) continue;
+            atomicAdd(header.counts(e / local) + e % local, 1u);
+            wanted |= 1u << e / local;
+        }
+        __syncwarp();
         const u32 goes = __ballot_sync(kFullWarp, wanted != 0);
-        const u32 message = o.first + total + __popc(goes & ((1u << lane) - 1));
-        if (token < o.last)
-            o.layout.sent_index[static_cast<i64>(token) * o.link.place.nodes + node] = wanted ? message : -1;
-        if (wanted) o.layout.sent_tokens[static_cast<i64>(node) * o.link.mine.max_tokens + message] = token;
+        const u32 message = o.share.first + total + __popc(goes & ((1u << lane) - 1));
+        if (token < o.share.last)
+            o.layout.sent_index[static_cast<u64>(token) * o.link.nodes + node] = wanted ? message : -1;
+        if (wanted) o.sent_tokens(node)[message] = token;
         for (u32 gpu = 0; gpu < gpus; ++gpu) {
             const u32 votes = __popc(__ballot_sync(kFullWarp, wanted >> gpu & 1));
-            if (lane == gpu) for_gpu += votes;
+            if (lane == gpu) tokens += votes;
         }
         total += __popc(goes);
     }
+    __syncwarp();
     if (lane < gpus) {
-        u32* of_gpu = header + lane * o.count_words() + local;
-        of_gpu[0] = for_gpu;
-        of_gpu[1] = o.first;
-        of_gpu[2] = fault ? static_cast<u32>(ErrorCode::kDispatchExperts) : 0;
+        for (u32 e = 0; e < local; ++e) choices += header.counts(lane)[e];
+        const u64 value = bad == ~0u ? 0 : o.tokens.topk_idx[bad];
+        *header.announcement(lane) =
+            Announcement{tokens,        o.share.first,
+                         o.tokens.form, o.call.to.max_rows,
+                         bad + 1,       {static_cast<u32>(value), static_cast<u32>(value >> 32)}};
+        rows[node * gpus + lane] = o.tokens.form & kTokenOrder ? tokens : choices;
     }
     if (lane == 0) {
-        header[words] = total;
-        o.layout.sent_counts[node * o.layout.channels + o.channel] = total;
+        *header.messages() = total;
+        o.layout.sent_counts[o.stream(node)] = total;
     }
-    __syncwarp();
 }
 
 // One warp: a header over InfiniBand.
-__device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const u32* header) {
-    const Ring here = o.link.rings.at(node, o.channel);
-    const Ring there = o.link.rings.at(o.link.place.node(), o.channel);
-    const u32 like = o.link.place.like(node), words = o.link.rings.header_words;
-    if (o.deadline.wait_warp(here.header_free(), o.epoch - 1, Role::kSend, like, o.channel) < o.epoch - 1)
+__device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const Header& header) {
+    const Ring here = o.link.rings.at(node, o.channel), there = o.link.rings.at(o.place.node(), o.channel);
+    const u32 like = o.place.like(node);
+    if (o.self.wait_warp(here.header_free(), o.epoch - 1, Role::kSend, like, o.channel) < o.epoch - 1)
         return false;
-    for (u32 i = threadIdx.x % 32; i < words; i += 32) here.header_out[i] = header[i];
+    for (u32 i = threadIdx.x % 32; i < header.size(); i += 32) here.header_out[i] = header.words[i];
     __syncwarp();
     transport::put_signal_warp(reinterpret_cast<u8*>(there.header_in), reinterpret_cast<u8*>(here.header_out),
-                               4 * words, there.header_ready(), o.epoch, like, o.link.queue_pairs[o.channel]);
+                               4 * header.size(), there.header_ready(), o.epoch, like,
+                               o.link.queue_pairs[o.channel]);
     return true;
 }
 
 // One warp: what a header says, to the GPUs of this node and into the layout.
-__device__ __forceinline__ void tell(const Outbound& o, u32 node, const u32* header) {
-    const u32 lane = threadIdx.x % 32, gpus = o.link.place.gpus, local = o.link.mine.local_experts;
-    const u32 source = o.link.place.like(node), stream = node * o.layout.channels + o.channel;
-    for (u32 gpu = 0; gpu < gpus; ++gpu) {
-        const Workspace theirs = o.link.peer(gpu);
-        u32* announced = theirs.counts(source, o.channel);
-        const u32* counts = header + gpu * o.count_words();
-        for (u32 i = lane; i < o.count_words(); i += 32) announced[i] = counts[i];
-        if (lane == 0) o.layout.forward_counts[stream * gpus + gpu] = counts[local];
+__device__ __forceinline__ void tell(const Outbound& o, u32 node, const Header& header) {
+    const u32 lane = threadIdx.x % 32, source = o.place.like(node);
+    for (u32 gpu = 0; gpu < o.link.gpus; ++gpu) {
+        const Workspace theirs = o.place.peer(gpu);
+        const u32* from = header.counts(gpu);
+        u32* to = theirs.counts(source, o.channel);
+        for (u32 i = lane; i < header.of_gpu_words(); i += 32) to[i] = from[i];
+        if (lane == 0)
+            o.layout.forward_counts[o.stream(node) * o.link.gpus + gpu] = header.announcement(gpu)->tokens;
         publish(theirs.tail(source, o.channel), o.epoch << 32);
     }
     if (lane != 0) return;
-    o.layout.forward_ranges[2 * stream] = header[local + 1];
-    o.layout.forward_ranges[2 * stream + 1] = header[gpus * o.count_words()];
+    o.layout.forward_ranges[2 * o.stream(node)] = header.announcement(0)->first;
+    o.layout.forward_ranges[2 * o.stream(node) + 1] = *header.messages();
 }
 
-// The even block: counts out and in. `headers` is shared memory, one a warp.
-__device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* headers) {
-    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, nodes = o.link.place.nodes;
-    u32* header = headers + warp * o.link.rings.header_words;
-    const bool fault = __syncthreads_or(sanitise(o));
+// The even block: counts out and in. `shared`: [1 + ranks + nodes * header words].
+__device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) {
+    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, nodes = o.link.nodes;
+    u32 *bad = shared, *rows = shared + 1;
+    Header header{rows + o.self.ranks, o.link.gpus, o.self.local_experts, o.self.ranks};
+    u32* const headers = header.words;
+    if (threadIdx.x == 0) *bad = ~0u;
+    __syncthreads();
+    find_bad(o, bad);
+    __syncthreads();
     for (u32 node = warp; node < nodes; node += warps) {
-        count(o, node, fault, header);
-        if (node == o.link.place.node())
+        header.words = headers + node * header.size();
+        count(o, node, *bad, header, rows);
+    }
+    __syncthreads();
+    for (u32 node = warp; node < nodes; node += warps) {
+        header.words = headers + node * header.size();
+        for (u32 i = threadIdx.x % 32; i < o.link.gpus * o.self.ranks; i += 32)
+            header.rows(i / o.self.ranks)[i % o.self.ranks] = rows[i % o.self.ranks];
+        __syncwarp();
+        if (node == o.place.node())
             tell(o, node, header);
         else if (!send_header(o, node, header))
             return false;
-        __syncwarp();
     }
     for (u32 i = warp; i + 1 < nodes; i += warps) {
-        const u32 node = o.link.place.other(i), like = o.link.place.like(node);
+        const u32 node = o.place.other(i), like = o.place.like(node);
         const Ring here = o.link.rings.at(node, o.channel);
-        if (o.deadline.wait_warp(here.header_ready(), o.epoch, Role::kForward, like, o.channel) < o.epoch)
+        if (o.self.wait_warp(here.header_ready(), o.epoch, Role::kForward, like, o.channel) < o.epoch)
             return false;
-        tell(o, node, here.header_in);
+        header.words = here.header_in;
+        tell(o, node, header);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            transport::signal(o.link.rings.at(o.link.place.node(), o.channel).header_free(), o.epoch, like,
+            transport::signal(o.link.rings.at(o.place.node(), o.channel).header_free(), o.epoch, like,
                               o.link.queue_pairs[o.channel]);
     }
     return true;
@@ -156,46 +192,40 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* headers)
 // second.
 template <bool kAgain>
 __device__ __forceinline__ bool send_chunks(const Outbound& o, u32 warp, u32 warps) {
-    const u32 lane = threadIdx.x % 32, others = o.link.place.nodes - 1;
-    const u32 width = o.link.place.gpus * o.link.mine.local_experts;
+    const u32 lane = threadIdx.x % 32, others = o.link.nodes - 1;
+    const u32 width = o.link.gpus * o.self.local_experts;
     u32 most = 0;
     for (u32 i = 0; i < others; ++i)
-        most = max(most, o.link.chunks(o.layout.sent(o.link.place.other(i), o.channel)));
+        most = max(most, o.link.chunks(o.layout.sent(o.place.other(i), o.channel)));
     for (u32 item = warp; item < most * others; item += warps) {
-        const u32 chunk = item / others, node = o.link.place.other(item % others);
+        const u32 chunk = item / others, node = o.place.other(item % others);
         const u32 total = o.layout.sent(node, o.channel), begin = chunk * o.link.rings.chunk;
         if (begin >= total) continue;
         const u32 end = min(begin + o.link.rings.chunk, total);
         const Ring ring = o.link.rings.at(node, o.channel);
         const u64 position = *o.link.sent_chunks(node, o.channel) + chunk, before = ring.turn(position) - 1;
-        if (o.deadline.wait_warp(ring.free(position), before, Role::kSend, o.link.place.like(node),
-                                 o.channel) < before)
+        if (o.self.wait_warp(ring.free(position), before, Role::kSend, o.place.like(node), o.channel) <
+            before)
             return false;
         for (u32 i = begin; i < end; ++i) {
-            const u32 token =
-                o.layout.sent_tokens[static_cast<i64>(node) * o.link.mine.max_tokens + o.first + i];
-            u8* message = ring.staged(position) + (i - begin) * o.message_bytes;
-            put(o.tokens, token, message, lane);
-            if (kAgain || lane >= o.tokens.topk) continue;
-            const i64 choice = static_cast<i64>(token) * o.tokens.topk + lane;
-            const i32 expert = o.layout.experts[choice] - static_cast<i32>(node * width);
-            const bool there = expert >= 0 && expert < static_cast<i32>(width);
-            float* metadata = reinterpret_cast<float*>(message + o.tokens.row_bytes) + o.tokens.tiles;
-            metadata[2 * lane] = __int_as_float(there ? expert : -1);
-            metadata[2 * lane + 1] = o.tokens.topk_weights ? o.tokens.topk_weights[choice] : 0.0f;
+            const u32 token = o.sent_tokens(node)[o.share.first + i];
+            float* routing = put(o.tokens, token, ring.staged(position) + (i - begin) * o.message_bytes);
+            if (!kAgain) put_routing(o.tokens, token, node * width, width, routing);
         }
-        o.link.send_chunk(node, o.channel, position, (end - begin) * o.message_bytes);
+        o.place.send_chunk(node, o.channel, position, (end - begin) * o.message_bytes);
     }
     return true;
 }
 
-// A message's row and scales into a slot.
-__device__ __forceinline__ void copy(const Tokens& shape, const u8* message, u8* slot, u32 lane) {
+// A message's row and scales into a slot. Gives the end of them.
+__device__ __forceinline__ float* copy(const Tokens& shape, const u8* message, u8* slot) {
+    const u32 lane = threadIdx.x % 32;
     for (u32 i = lane * 16; i < shape.row_bytes; i += 32 * 16)
         ptx::store_global(slot + i, ptx::load_global(message + i));
     const float* from = reinterpret_cast<const float*>(message + shape.row_bytes);
     float* to = reinterpret_cast<float*>(slot + shape.row_bytes);
     for (u32 i = lane; i < shape.tiles; i += 32) to[i] = from[i];
+    return to + shape.tiles;
 }
 
 // One warp: one message of a node to a GPU here, if that wants it, into its stream's `sent`th slot. The
@@ -203,42 +233,35 @@ __device__ __forceinline__ void copy(const Tokens& shape, const u8* message, u8*
 template <bool kAgain>
 __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u32 index, const u8* message,
                                         u32 sent) {
-    const u32 lane = threadIdx.x % 32, local = o.link.mine.local_experts;
-    const u32 width = o.link.place.gpus * local, first = o.layout.first(node, o.channel);
-    i32* slots = o.layout.slots(node, index, o.link.place.gpus);
-    u32 token = 0;
-    if (!message) token = o.layout.sent_tokens[static_cast<i64>(node) * o.link.mine.max_tokens + index];
-    i32 expert = -1;
+    const u32 lane = threadIdx.x % 32, local = o.self.local_experts, topk = o.tokens.topk;
+    const u32 first_expert = node * o.link.gpus * local + gpu * local;  // as own tokens name it
+    const u32 token = message ? 0 : o.sent_tokens(node)[index], first = o.layout.first(node, o.channel);
+    i32* forward_slot = o.layout.slots(node, index, o.link.gpus) + gpu;
+    u64 expert = ~0ull;  // lane k: local one of choice k, or any that is none
     float weight = 0.0f;
-    bool goes;
-    if (kAgain) {
-        goes = slots[gpu] >= 0;
-    } else {
-        if (lane < o.tokens.topk && message) {
-            const float* metadata =
+    if (!kAgain) {
+        if (lane < topk && message) {
+            const float* routing =
                 reinterpret_cast<const float*>(message + o.tokens.row_bytes) + o.tokens.tiles;
-            expert = __float_as_int(metadata[2 * lane]);
-            weight = metadata[2 * lane + 1];
-        } else if (lane < o.tokens.topk) {
-            const i64 choice = static_cast<i64>(token) * o.tokens.topk + lane;
-            expert = o.layout.experts[choice] - static_cast<i32>(node * width);
-            if (o.tokens.topk_weights) weight = o.tokens.topk_weights[choice];
+            expert = static_cast<i64>(__float_as_int(routing[2 * lane])) - gpu * local;
+            weight = routing[2 * lane + 1];
+        } else if (lane < topk) {
+            expert = o.tokens.topk_idx[static_cast<u64>(token) * topk + lane] - first_expert;
         }
-        expert -= static_cast<i32>(gpu * local);
-        if (expert < 0 || expert >= static_cast<i32>(local)) expert = -1;
-        goes = __any_sync(kFullWarp, expert >= 0);
-        if (lane == 0) slots[gpu] = goes ? static_cast<i32>(first + sent) : -1;
+        const bool goes = __any_sync(kFullWarp, expert < local);
+        if (lane == 0) *forward_slot = goes ? static_cast<i32>(first + sent) : -1;
+        if (!goes) return false;
+    } else if (*forward_slot < 0) {
+        return false;
     }
-    if (!goes) return false;
-    u8* slot = o.link.peer(gpu).slot(o.link.place.like(node), first + sent);
-    if (message)
-        copy(o.tokens, message, slot, lane);
-    else
-        put(o.tokens, token, slot, lane);
-    if (!kAgain && lane < o.tokens.topk) {
-        float* metadata = reinterpret_cast<float*>(slot + o.tokens.row_bytes) + o.tokens.tiles;
-        metadata[2 * lane] = __int_as_float(expert);
-        metadata[2 * lane + 1] = weight;
+    u8* slot = o.place.peer(gpu).slot(o.place.like(node), first + sent);
+    float* routing = message ? copy(o.tokens, message, slot) : put(o.tokens, token, slot);
+    if (kAgain) return true;
+    if (!message) {
+        put_routing(o.tokens, token, first_expert, local, routing);
+    } else if (lane < topk) {
+        routing[2 * lane] = __int_as_float(expert < local ? static_cast<i32>(expert) : -1);
+        routing[2 * lane + 1] = weight;
     }
     return true;
 }
@@ -247,54 +270,47 @@ __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u3
 // `readers`, shared memory: how many GPUs' streams have read each slot of each node's ring.
 template <bool kAgain>
 __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 warps, u32* readers) {
-    const Place& place = o.link.place;
-    const u32 lane = threadIdx.x % 32, stream = warp + lane * warps;
-    const u32 node = stream / place.gpus, gpu = stream % place.gpus;
-    const bool exists = stream < place.ranks(), from_here = node == place.node();
+    const u32 lane = threadIdx.x % 32, stream = warp + lane * warps, chunk = o.link.rings.chunk;
+    const u32 node = stream / o.link.gpus, gpu = stream % o.link.gpus;
+    const bool exists = stream < o.self.ranks, from_here = node == o.place.node();
     const u32 total = exists ? o.layout.came(node, o.channel) : 0;
     const u64 base = exists && !from_here ? *o.link.received_chunks(node, o.channel) : 0;
+    const Ring ring = o.link.rings.at(exists ? node : 0, o.channel);
     u32 done = 0, sent = 0;  // messages
     Patience patience;
     while (__any_sync(kFullWarp, done < total)) {
-        bool ready = done < total, kept = true;
+        const u64 position = base + done / chunk;
+        bool ready = done < total, kept;
+        u64 seen = 0;
         if (ready && !from_here) {
-            const Ring ring = o.link.rings.at(node, o.channel);
-            const u64 position = base + done / o.link.rings.chunk;
-            const u64 seen = ptx::load_acquire_system(ring.ready(position));
+            seen = ptx::load_acquire_system(ring.ready(position));
             ready = seen >= ring.turn(position);
-            if (!ready)
-                kept = patience.remains(o.deadline, ring.turn(position), seen, Role::kForward,
-                                        place.like(node), o.channel);
         }
-        u32 left = __ballot_sync(kFullWarp, ready);
-        if (left)
-            patience.found();
-        else if (!__all_sync(kFullWarp, kept))
-            return false;
+        u32 left = patience.look(o.self, ready, done < total, ring.turn(position), seen, o.place.like(node),
+                                 o.channel, kept);
+        if (!kept) return false;
         for (; left; left &= left - 1) {
-            const u32 who = __ffs(left) - 1;
-            const u32 n = __shfl_sync(kFullWarp, node, who), g = __shfl_sync(kFullWarp, gpu, who);
-            const u32 begin = __shfl_sync(kFullWarp, done, who),
-                      messages = __shfl_sync(kFullWarp, total, who);
-            const u32 end = min(begin + o.link.rings.chunk, messages),
-                      before = __shfl_sync(kFullWarp, sent, who);
-            const u64 position = __shfl_sync(kFullWarp, base, who) + begin / o.link.rings.chunk;
-            const u32 first = o.layout.first(n, o.channel);
-            const u8* chunk = n == place.node() ? nullptr : o.link.rings.at(n, o.channel).arrived(position);
+            const u32 who = __ffs(left) - 1, n = __shfl_sync(kFullWarp, node, who);
+            const u32 g = __shfl_sync(kFullWarp, gpu, who), begin = __shfl_sync(kFullWarp, done, who);
+            const u32 end = min(begin + chunk, __shfl_sync(kFullWarp, total, who));
+            const u32 before = __shfl_sync(kFullWarp, sent, who), first = o.layout.first(n, o.channel);
+            const u64 p = __shfl_sync(kFullWarp, position, who);
+            const bool through_ring = n != o.place.node();
+            const u8* from = o.link.rings.at(n, o.channel).arrived(p);
+            if (kAgain && begin == 0 && lane == 0)
+                o.place.peer(g).announcement(o.place.like(n), o.channel)->form = o.tokens.form;
             u32 after = before;
-            __syncwarp();
-            for (u32 i = begin; i < end; ++i)
-                after += forward<kAgain>(o, n, g, first + i,
-                                         chunk ? chunk + (i - begin) * o.message_bytes : nullptr, after);
+            for (u32 i = begin; i < end; ++i, from += o.message_bytes)
+                after += forward<kAgain>(o, n, g, first + i, through_ring ? from : nullptr, after);
             if (after != before)
-                publish(o.link.peer(g).tail(place.like(n), o.channel), o.epoch << 32 | after);
+                publish(o.place.peer(g).tail(o.place.like(n), o.channel), o.epoch << 32 | after);
             if (lane == who) done = end, sent = after;
             __syncwarp();
-            if (!chunk || lane != 0) continue;
-            u32* slot_readers = readers + n * o.link.rings.depth + position % o.link.rings.depth;
-            if (ptx::fetch_add_block(slot_readers, 1) + 1 != place.gpus) continue;
+            if (!through_ring || lane != 0) continue;
+            u32* slot_readers = readers + n * o.link.rings.depth + p % o.link.rings.depth;
+            if (ptx::fetch_add_block(slot_readers, 1) + 1 != o.link.gpus) continue;
             *slot_readers = 0;
-            o.link.free_chunk(n, o.channel, position);
+            o.place.free_chunk(n, o.channel, p);
         }
     }
     return true;
@@ -303,95 +319,97 @@ __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 
 // The even block, once all counts of the channel are in the layout.
 template <bool kAgain>
 __device__ __forceinline__ bool move_chunks(const Outbound& o, u32* readers) {
-    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, nodes = o.link.place.nodes;
-    const u32 gpus = o.link.place.gpus;
+    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, nodes = o.link.nodes;
     u32 sent = 0, forwarded = 0;
     for (u32 node = 0; node < nodes; ++node) {
-        if (node != o.link.place.node()) sent += o.layout.sent(node, o.channel);
-        for (u32 gpu = 0; gpu < gpus; ++gpu)
-            forwarded += o.layout.forward_counts[(node * o.layout.channels + o.channel) * gpus + gpu];
+        if (node != o.place.node()) sent += o.layout.sent(node, o.channel);
+        for (u32 gpu = 0; gpu < o.link.gpus; ++gpu)
+            forwarded += o.layout.forward_counts[o.stream(node) * o.link.gpus + gpu];
     }
-    const u32 senders = split_warps(warps, sent, forwarded, (o.link.place.ranks() + 31) / 32);
+    const u32 senders = split_warps(warps, sent, forwarded, (o.self.ranks + 31) / 32);
     for (u32 i = threadIdx.x; i < nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < senders ? send_chunks<kAgain>(o, warp, senders)
                                      : forward_chunks<kAgain>(o, warp - senders, warps - senders, readers);
     if (__syncthreads_or(!kept)) return false;
     for (u32 node = threadIdx.x; node < nodes; node += blockDim.x) {
-        if (node == o.link.place.node()) continue;
+        if (node == o.place.node()) continue;
         *o.link.sent_chunks(node, o.channel) += o.link.chunks(o.layout.sent(node, o.channel));
         *o.link.received_chunks(node, o.channel) += o.link.chunks(o.layout.came(node, o.channel));
     }
     return true;
 }
 
-}  // namespace dispatch
-
-struct DispatchInternode {
+struct InternodeCall {
+    Call call;
     Link link;
-    Sequence* sequence;
-    Failure* failure;
-    u32* error;
-    dispatch::Tokens from;
-    dispatch::Received to;
     Layout layout;
-    u64 message_bytes, timeout;
+    u64 message_bytes;
 };
 
-// Grid: an even number of blocks, all resident, 2 * channels of them in the first dispatch of a layout, which
-// kAgain takes up at any number; 64 to 512 threads, at least 32 * (ranks / 32 + 1). Dynamic shared memory, in
-// words: an even block's max(warps * header_words, nodes * depth), an odd one's (ranks + 1) * local_experts.
+// The even block of a channel.
 template <bool kAgain>
-__global__ void __launch_bounds__(512) dispatch_internode(const __grid_constant__ DispatchInternode call) {
-    extern __shared__ u32 shared[];
-    const Link& link = call.link;
-    const Workspace& mine = link.mine;
-    const Deadline deadline{call.failure, call.timeout};
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    const u32 channels = call.layout.channels, ranks = link.place.ranks();
-    const u64 epoch = call.sequence->finished_epochs + 1;
-
+__device__ __forceinline__ bool send_and_forward(const InternodeCall& all, u32 channel, u64 epoch,
+                                                 u32* shared) {
+    const Rank& self = all.call.self;
+    const Outbound o{all.call,      self,
+                     all.call.from, {self, all.link},
+                     all.link,      all.layout,
+                     channel,       Share(all.call.from.count, channel, all.layout.channels),
+                     epoch,         all.message_bytes};
     bool kept = true;
-    for (u32 channel = blockIdx.x / 2; kept && channel < channels; channel += gridDim.x / 2) {
-        if (blockIdx.x % 2 == 0) {
-            const u32 share = (call.from.count + channels - 1) / channels;
-            const u32 first = min(channel * share, call.from.count);
-            const dispatch::Outbound o{link,
-                                       call.from,
-                                       call.layout,
-                                       deadline,
-                                       channel,
-                                       first,
-                                       min(first + share, call.from.count),
-                                       epoch,
-                                       call.message_bytes};
-            if (threadIdx.x < link.place.gpus)
-                kept = deadline.wait(mine.ack(threadIdx.x), epoch - 1, Role::kForward,
-                                     link.place.node() * link.place.gpus + threadIdx.x, channel) >= epoch - 1;
-            if (__syncthreads_or(!kept)) return;
-            if (!kAgain) kept = dispatch::exchange_counts(o, shared);
-            if (__syncthreads_or(!kept)) return;
-            kept = dispatch::move_chunks<kAgain>(o, shared);
-        } else if (kAgain) {
-            for (u32 source = warp; kept && source < ranks; source += warps)
-                kept = dispatch::receive_again(call.from, call.to, mine, source, channel, channels, epoch,
-                                               deadline);
-        } else {
-            const u64 counted = epoch << 32;
-            for (u32 source = warp; source < ranks; source += warps)
-                if (lane < channels)
-                    kept &= deadline.wait(mine.tail(source, lane), counted, Role::kReceive, source, lane) >=
-                            counted;
-            if (__syncthreads_or(!kept)) return;
-            dispatch::plan(call.to, mine, channel, channels, shared, shared + ranks * mine.local_experts,
-                           call.error);
-            for (u32 source = warp; kept && source < ranks; source += warps)
-                kept = dispatch::receive(call.from, call.to, mine, source, channel, channels, epoch,
-                                         shared + source * mine.local_experts, deadline);
-        }
+    if (threadIdx.x < all.link.gpus) {
+        const u32 peer = o.place.near(threadIdx.x);
+        kept = self.wait(self.mine().ack(peer), epoch - 1, Role::kForward, peer, channel) >= epoch - 1;
+    }
+    if (__syncthreads_or(!kept)) return false;
+    if (!kAgain) kept = exchange_counts(o, shared);
+    if (__syncthreads_or(!kept)) return false;
+    return move_chunks<kAgain>(o, shared);
+}
+
+// All blocks of a rank; `block` is this one.
+template <bool kAgain>
+__device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blocks, u32* shared) {
+    const Call& call = all.call;
+    const Rank& self = call.self;
+    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
+    const u32 channels = all.layout.channels;
+    const u64 epoch = self.epoch(), counted = epoch << 32;
+    const Workspace mine = self.mine();
+    bool kept = true, go = true;
+    if (!kAgain && block % 2 == 1) {
+        for (u32 source = warp; source < self.ranks; source += warps)
+            if (lane < channels)
+                kept &= self.wait(mine.tail(source, lane), counted, Role::kReceive, source, lane) >= counted;
+        if (__syncthreads_or(!kept)) return;
+        u32* scratch = shared + self.ranks * self.local_experts;
+        go = sound(call, mine, block / 2, scratch);
+        if (go) plan(call, mine, block / 2, shared, scratch);
+    }
+    for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2) {
+        if (block % 2 == 0)
+            kept = send_and_forward<kAgain>(all, channel, epoch, shared);
+        else
+            for (u32 source = warp; kept && source < self.ranks; source += warps)
+                kept = receive<kAgain>(call, source, channel, epoch, shared + source * self.local_experts);
         kept = !__syncthreads_or(!kept);
     }
-    if (kept) finish(call.sequence, link, epoch);
+    if (kept) Place{self, all.link}.finish(epoch, blocks);
+}
+
+}  // namespace dispatch
+
+// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident, 2 * channels in the first
+// dispatch of a layout, which kAgain takes up at any number. 64 to 512 threads, at least 32 * (ranks / 32 +
+// 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * depth,
+// of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
+// multiple of 16, topk at most 32.
+template <bool kAgain>
+__global__ void __launch_bounds__(512)
+    dispatch_internode(const __grid_constant__ PerRank<dispatch::InternodeCall> calls, u32 num_sms) {
+    extern __shared__ u32 shared[];
+    dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
 }  // namespace dsv3

@@ -31,19 +31,6 @@
 
 namespace dsv3 {
 
-constexpr u32 kMaxNodes = 16;
-
-struct Place {
-    u32 rank, nodes, gpus;
-
-    __device__ __forceinline__ u32 node() const { return rank / gpus; }
-    __device__ __forceinline__ u32 gpu() const { return rank % gpus; }
-    __device__ __forceinline__ u32 ranks() const { return nodes * gpus; }
-    // This rank's like on another node, and the i-th of the others.
-    __device__ __forceinline__ u32 like(u32 on) const { return on * gpus + gpu(); }
-    __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
-};
-
 // One end of a ring, by this rank's addresses. python: dsv3_kernels.ep.internode.Rings
 struct Ring {
     u64* words;  // header ready, header free, ready[depth], free[depth]
@@ -82,41 +69,55 @@ struct Rings {
     }
 };
 
-// What a rank keeps from call to call, and what all calls need.
+// A rank among all; its `self` counts all ranks as sources, and maps each to its forwarder on this node.
 struct Link {
-    Place place;
-    u8* const* peers;  // [gpus]: workspaces of this node's ranks
-    Workspace mine;    // whose sources are all ranks
+    u32 nodes, gpus;
     Rings rings;
     u64* positions;          // [2][nodes][channels]: of the next chunk sent, of the next received
     const i32* queue_pairs;  // [channels]
 
-    __device__ __forceinline__ Workspace peer(u32 gpu) const {
-        Workspace theirs = mine;
-        theirs.base = peers[gpu];
-        return theirs;
-    }
     __device__ __forceinline__ u64* sent_chunks(u32 node, u32 channel) const {
         return positions + node * rings.channels + channel;
     }
     __device__ __forceinline__ u64* received_chunks(u32 node, u32 channel) const {
-        return sent_chunks(place.nodes + node, channel);
+        return sent_chunks(nodes + node, channel);
     }
     __device__ __forceinline__ u32 chunks(u32 messages) const {
         return (messages + rings.chunk - 1) / rings.chunk;
     }
+};
+
+struct Place {
+    const Rank& self;
+    const Link& link;
+
+    __device__ __forceinline__ u32 node() const { return self.rank / link.gpus; }
+    __device__ __forceinline__ u32 gpu() const { return self.rank % link.gpus; }
+    // A rank of this node, and its memory.
+    __device__ __forceinline__ u32 near(u32 gpu) const { return node() * link.gpus + gpu; }
+    __device__ __forceinline__ Workspace peer(u32 gpu) const { return self.workspace(gpu); }
+    // This rank's like on another node, and the i-th of the others.
+    __device__ __forceinline__ u32 like(u32 on) const { return on * link.gpus + gpu(); }
+    __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
+
     // One warp, after its writes to the staging slot.
-    __device__ __forceinline__ void send_chunk(u32 node, u32 channel, u64 position, u64 bytes) const {
-        const Ring here = rings.at(node, channel), there = rings.at(place.node(), channel);
+    __device__ __forceinline__ void send_chunk(u32 to, u32 channel, u64 position, u64 bytes) const {
+        const Ring here = link.rings.at(to, channel), there = link.rings.at(node(), channel);
         __syncwarp();
         transport::put_signal_warp(there.arrived(position), here.staged(position), bytes,
-                                   there.ready(position), there.turn(position), place.like(node),
-                                   queue_pairs[channel]);
+                                   there.ready(position), there.turn(position), like(to),
+                                   link.queue_pairs[channel]);
     }
     // One lane, after the reads of all warps.
-    __device__ __forceinline__ void free_chunk(u32 node, u32 channel, u64 position) const {
-        const Ring there = rings.at(place.node(), channel);
-        transport::signal(there.free(position), there.turn(position), place.like(node), queue_pairs[channel]);
+    __device__ __forceinline__ void free_chunk(u32 from, u32 channel, u64 position) const {
+        const Ring there = link.rings.at(node(), channel);
+        transport::signal(there.free(position), there.turn(position), like(from), link.queue_pairs[channel]);
+    }
+    // By all threads of a block that has kept the protocol, after a barrier: as channel.cuh's, for this node.
+    __device__ __forceinline__ void finish(u64 epoch, u32 blocks) const {
+        Rank on_node = self;
+        on_node.ranks = link.gpus;
+        dsv3::finish(on_node, epoch, blocks);
     }
 };
 
@@ -124,15 +125,12 @@ struct Link {
 // message is a token on its way to a node; its index begins, like that of a slot, at its channel's first
 // token. `channels` is that of the dispatch.
 struct Layout {
-    i32* experts;         // [tokens, topk]: topk_idx, -1 for what is out of range or stands twice
     i32* sent_index;      // [tokens, nodes]: message, or -1
     i32* sent_tokens;     // [nodes, max_tokens]: token of a message
     i32* sent_counts;     // [nodes, channels]: messages
     i32* forward_slot;    // [nodes, max_tokens, gpus]: slot of a message at each GPU here, or -1
     i32* forward_ranges;  // [nodes, channels, 2]: first message and how many come from a node
     i32* forward_counts;  // [nodes, channels, gpus]: how many of them go to each GPU
-    i32* rows;            // [ranks, max_tokens, topk]: see dispatch.cuh
-    i32* ranges;          // [ranks, channels, 2]
     u32 channels, max_tokens;
 
     __device__ __forceinline__ u32 sent(u32 node, u32 channel) const {
@@ -158,30 +156,24 @@ __device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32
     return max(1u, min((2 * warps * first + all) / (2 * all), warps - least));
 }
 
-// Of a warp that looks at several words in turn: it may find nothing for as long as one wait may last.
+// One warp, whose lanes wait for several words, and which goes on with any: it may find nothing for as long
+// as one wait may last.
 struct Patience {
     u64 idle_since = 0;
 
-    __device__ __forceinline__ void found() { idle_since = 0; }
-    // One lane, which waits for the word: false once the time is up, which is then recorded.
-    __device__ __forceinline__ bool remains(const Deadline& deadline, u64 expected, u64 seen, Role role,
-                                            u32 peer, u32 channel) {
-        const u64 now = ptx::global_timer();
-        if (idle_since == 0) idle_since = now;
-        if (now - idle_since <= deadline.nanoseconds) return true;
-        deadline.give_up(role, peer, channel, expected, seen);
-        return false;
+    // All lanes; `waits`: this one has found its word to be `seen`. The lanes that may go on, or none; `kept`
+    // becomes false once the time is up, which is then recorded.
+    __device__ __forceinline__ u32 look(const Rank& self, bool ready, bool waits, u64 expected, u64 seen,
+                                        u32 peer, u32 channel, bool& kept) {
+        const u32 found = __ballot_sync(kFullWarp, ready);
+        __syncwarp();
+        const u64 now = found ? 0 : ptx::global_timer();
+        if (found || idle_since == 0) idle_since = now;
+        kept = !__any_sync(kFullWarp, !found && now - idle_since > self.timeout);
+        if (!kept && threadIdx.x % 32 == __ffs(__ballot_sync(kFullWarp, waits)) - 1)
+            self.fail(expected, seen, Role::kForward, peer, channel, true);
+        return found;
     }
 };
-
-// By all threads of a block that has kept the protocol, after a barrier: as channel.cuh's, for this node.
-__device__ __forceinline__ void finish(Sequence* sequence, const Link& link, u64 epoch) {
-    if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&sequence->finished_blocks, 1) + 1 != gridDim.x) return;
-    sequence->finished_blocks = 0;
-    sequence->finished_epochs = epoch;
-    for (u32 gpu = 0; gpu < link.place.gpus; ++gpu)
-        ptx::store_release_system(link.peer(gpu).ack(link.place.gpu()), epoch);
-}
 
 }  // namespace dsv3

@@ -1,7 +1,7 @@
 """The kernel transport within a node: csrc/kernels/dispatch.cuh and combine.cuh on memory that all ranks map.
 
 So far the ranks are those of an emulated cluster (`emulator.VirtualCluster.run`), whose memories are one
-address space; and rows come in expert order only.
+address space.
 """
 
 from typing import Any
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from ..by_value import Struct
+from ..device_error import DeviceValueError
 from ..jit import Kernel
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import kernels
-from .errors import TimeoutError
+from .errors import Fault, TimeoutError
 from .transport import CombineCall, DispatchCall, Shape
 from .types import CombineResult, DispatchResult, Event, Handle, Stall
-
-_ROLES = {1: "send", 2: "receive"}
 
 
 class IntranodeTransport:
@@ -36,102 +36,92 @@ class IntranodeTransport:
         self._workspace = kernels.Workspace(shape)
         self._failure: TimeoutError | None = None
         self._sent = 0
-        self._mapped: list[Tensor] = []
-        self._dispatch, self._combine = self._map(group, gpu), self._map(group, gpu)
-
-    def _map(self, group: Any, gpu: Any) -> kernels.Peers:
-        """A workspace on every rank. A peer's lives on while it is mapped: its last word to us comes late."""
         memory = torch.zeros(self._workspace.size, dtype=torch.uint8)
         every = group.all_gather_object((gpu.address_of(memory), memory))
-        self._mapped += [theirs for _, theirs in every]
-        return kernels.empty_state(self._rank, torch.tensor([address for address, _ in every]))
+        # A peer's memory lives on while it is mapped: its last word to us comes late.
+        self._mapped = [theirs for _, theirs in every]
+        self._peers = kernels.empty_state(group.rank, torch.tensor([address for address, _ in every]))
 
     def bytes_sent(self) -> int:
         return self._sent
 
     def stalls(self) -> tuple[Stall, ...]:
-        return ()
+        return kernels.stalls(self._peers)
 
     def failure(self) -> str | None:
         return None if self._failure is None else str(self._failure)
 
-    def _launch(
-        self,
-        kernel: Kernel,
-        peers: kernels.Peers,
-        num_sms: int,
-        arguments: tuple[launch.Argument, ...],
-    ) -> None:
+    def _launch(self, kernel: Kernel, num_sms: int, call: Struct) -> None:
         op = "combine" if kernel is kernels.COMBINE else "dispatch"
         if self._failure is not None:
             raise self._failure
         if num_sms > 2 * kernels.MAX_CHANNELS:
             raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
         grid, block, shared_bytes = kernels.shape_of_launch(self._shape, num_sms)
-        launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
-        claimed, role, peer, channel, expected, seen = peers.failure.tolist()
-        if not claimed:
-            return
-        cause = f"its word is {seen:#x}, expected at least {expected:#x}"
-        self._failure = TimeoutError(op, self._rank, [peer], _ROLES[role], channel, self._timeout, cause)
-        raise self._failure
+        arguments = (kernels.table([call]), num_sms)
+        try:
+            launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
+        except DeviceValueError as error:
+            if error.code not in kernels.FAULTS:
+                raise
+        self._raise_recorded(op)
+
+    def _raise_recorded(self, op: str) -> None:
+        failure = kernels.Failure(*self._peers.failure.tolist())
+        if failure.recorded:
+            cause = failure.cause(self._rank)
+            role = kernels.ROLES[failure.role - 1]
+            missing, seconds = [failure.missing], self._timeout
+            self._failure = TimeoutError(op, self._rank, missing, role, failure.channel, seconds, cause)
+            raise self._failure
+        fault = kernels.Fault(*self._peers.fault.tolist())
+        if fault.recorded:
+            self._peers.fault.zero_()
+            self._peers.sequence[:, -1] = 0
+            raise Fault(fault.message(self._shape))
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
-        shape = self._shape
-        if not call.expert_order:
-            raise NotImplementedError(
-                "dispatch: expert_order is False, but the kernels know expert order only; "
-                "the portable transport knows both"
-            )
         if call.handle is not None:
             return self._dispatch_again(call, call.handle)
-        idx = call.topk_idx
+        shape, idx = self._shape, call.topk_idx
         if idx is None:
             raise ValueError("dispatch: a call without a handle needs topk_idx")
         rows = call.max_recv_tokens
-        worst = shape.topology.size * shape.max_tokens_per_rank * min(shape.num_topk, shape.local_experts)
+        worst = shape.topology.size * shape.max_tokens_per_rank
+        if call.expert_order:
+            worst *= min(shape.num_topk, shape.local_experts)
         out = self._arrivals(call, idx, worst if rows is None else rows)
-        arguments = kernels.dispatch_arguments(
+        arguments = kernels.dispatch_call(
             self._workspace,
-            self._dispatch,
+            self._peers,
             launch.error_flag(idx),
             call.x,
             idx,
             call.topk_weights,
+            out.x,
             out,
+            not call.expert_order,
             self._timeout,
         )
-        self._launch(kernels.DISPATCH, self._dispatch, call.num_sms, arguments)
+        self._launch(kernels.DISPATCH, call.num_sms, arguments)
         self._count(out, call.x, 8 * shape.num_topk)
         if rows is None:
-            _narrow(out, int(out.group_offsets[-1]))
-        handle = Handle(
-            self,
-            idx.clone(),
-            True,
-            out.topk_idx.shape[0],
-            out.group_offsets,
-            out.group_offsets.diff(),
-            out,
-        )
-        return DispatchResult(
-            out.x,
-            out.topk_idx,
-            out.topk_weights,
-            handle.group_offsets,
-            handle.tokens_per_expert,
-            handle,
-            Event(),
-        )
+            _narrow(out, int(out.group_offsets[-1] if call.expert_order else out.ranges[:, :, 1].sum()))
+        offsets = out.group_offsets if call.expert_order else None
+        sizes = out.group_offsets.diff()
+        handle = Handle(self, idx.clone(), call.expert_order, out.topk_idx.shape[0], offsets, sizes, out)
+        return DispatchResult(out.x, out.topk_idx, out.topk_weights, offsets, sizes, handle, Event())
 
     def _dispatch_again(self, call: DispatchCall, handle: Handle) -> DispatchResult:
         """By the layout of an earlier dispatch: only rows and scales travel."""
         came = _layout(handle)
         x = _zeros(call.x, handle.rows)
-        arguments = kernels.dispatch_again_arguments(
-            self._workspace, self._dispatch, call.x, x, came, self._timeout
+        error = launch.error_flag(handle.topk_idx)
+        token_order = not handle.expert_order
+        arguments = kernels.dispatch_call(
+            self._workspace, self._peers, error, call.x, None, None, x, came, token_order, self._timeout
         )
-        self._launch(kernels.DISPATCH_AGAIN, self._dispatch, call.num_sms, arguments)
+        self._launch(kernels.DISPATCH_AGAIN, call.num_sms, arguments)
         self._count(came, call.x, 0)
         idx, sizes = came.topk_idx.clone(), handle.tokens_per_expert
         return DispatchResult(x, idx, None, handle.group_offsets, sizes, handle, Event())
@@ -139,14 +129,15 @@ class IntranodeTransport:
     def _arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self._shape
         size, most = shape.topology.size, shape.max_tokens_per_rank
+        shape_of_rows = (rows,) if call.expert_order else (rows, shape.num_topk)
 
         def integers(*sizes: int) -> Tensor:
             return torch.zeros(sizes, dtype=torch.int32, device=idx.device)
 
         return kernels.Arrivals(
             _zeros(call.x, rows),
-            idx.new_full((rows,), -1),
-            None if call.topk_weights is None else call.topk_weights.new_zeros(rows),
+            idx.new_full(shape_of_rows, -1),
+            None if call.topk_weights is None else call.topk_weights.new_zeros(shape_of_rows),
             integers(shape.local_experts + 1),
             integers(idx.shape[0], size),
             integers(size, most, shape.num_topk),
@@ -165,9 +156,9 @@ class IntranodeTransport:
         x = call.y.new_empty(handle.num_tokens, self._shape.hidden)
         grad = call.weights_grad
         weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
-        arguments = kernels.combine_arguments(
+        arguments = kernels.combine_call(
             self._workspace,
-            self._combine,
+            self._peers,
             call.y,
             handle.topk_idx,
             came,
@@ -176,9 +167,10 @@ class IntranodeTransport:
             call.bias,
             x,
             weights_grad,
+            not handle.expert_order,
             self._timeout,
         )
-        self._launch(kernels.COMBINE, self._combine, call.num_sms, arguments)
+        self._launch(kernels.COMBINE, call.num_sms, arguments)
         received = came.ranges[:, :, 1].sum(1)
         self._sent += (int(received.sum()) - int(received[self._rank])) * 2 * self._shape.hidden
         return CombineResult(x, weights_grad, Event())

@@ -6,7 +6,8 @@ import torch
 from cases import bits, draw, results
 
 from dsv3_kernels import emulator
-from dsv3_kernels.ep import internode, reference
+from dsv3_kernels.ep import internode_kernels as internode
+from dsv3_kernels.ep import kernels, reference
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import ROW, QuantizedTensor, empty_mn_major
 
@@ -24,33 +25,29 @@ class Cluster:
         )
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, topology)
         self.rings = internode.Rings(self.shape, chunk, depth, channels=num_sms // 2)
-        self.there, self.back = self.connect(), self.connect()
+        self.links = self.connect()
         self.error = [torch.zeros(1, dtype=torch.int32) for _ in range(self.size)]
 
     def connect(self):
-        """One op's link of every rank."""
-        gpus = self.case.topology.gpus_per_node
-        workspace = internode.Workspace(self.shape)
-        memory = [torch.zeros(workspace.size, dtype=torch.uint8) for _ in range(self.size)]
-        addresses = [self.cluster.address_of(m, rank) for rank, m in enumerate(memory)]
-        symmetric = self.cluster.symmetric((self.rings.size,), torch.uint8)
-        pairs = torch.arange(2, 2 + self.rings.channels, dtype=torch.int32)
-        return [
-            internode.Link.create(
-                rank,
-                self.rings,
-                torch.tensor(addresses[rank // gpus * gpus :][:gpus]),
-                memory[rank],
-                symmetric[rank],
-                pairs.clone(),
-            )
-            for rank in range(self.size)
-        ]
+        """The link of every rank."""
+        gpus, device = self.case.topology.gpus_per_node, torch.device("cpu")
+        size = kernels.Workspace(self.shape).size
+        self.memory = [torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)]
+        addresses = [self.cluster.address_of(m, rank) for rank, m in enumerate(self.memory)]
+        symmetric = [self.cluster.symmetric((self.rings.size,), torch.uint8) for _ in kernels.OPS]
+        links = []
+        for rank in range(self.size):
+            on_node = addresses[rank // gpus * gpus :][:gpus]
+            peers = internode.peers_of(rank, self.shape, on_node, device)
+            pairs = torch.arange(2, 2 + self.rings.channels, dtype=torch.int32)
+            own = tuple(of_op[rank] for of_op in symmetric)
+            links.append(internode.Link.create(self.rings, peers, own, pairs))
+        return links
 
     def failures(self):
-        return {rank: link.failure.tolist() for rank, link in enumerate(self.there) if link.failure.any()} | {
-            rank: link.failure.tolist() for rank, link in enumerate(self.back) if link.failure.any()
-        }
+        """Records by rank."""
+        every = {rank: kernels.Failure(*link.peers.failure.tolist()) for rank, link in enumerate(self.links)}
+        return {rank: failure for rank, failure in every.items() if failure.recorded}
 
     def outputs(self, rows, count):
         """Poisoned."""
@@ -61,23 +58,29 @@ class Cluster:
             x = QuantizedTensor(data, scales, ROW)
         else:
             x = torch.full((rows, case.hidden), torch.nan).bfloat16()
-        return SimpleNamespace(
-            came=internode.Arrivals(
-                x,
-                torch.full((rows,), -9),
-                torch.full((rows,), torch.nan) if case.weights else None,
-                torch.full((case.local_experts + 1,), -9, dtype=torch.int32),
+        came = kernels.Arrivals(
+            x,
+            torch.full((rows,), -9),
+            torch.full((rows,), torch.nan) if case.weights else None,
+            *(
+                torch.full(sizes, -9, dtype=torch.int32)
+                for sizes in (
+                    (case.local_experts + 1,),
+                    (count, case.topology.nodes),
+                    (self.size, case.tokens, case.topk),
+                    (self.size, self.num_sms // 2, 2),
+                )
             ),
-            layout=internode.Layout.empty(self.shape, count, self.num_sms // 2, torch.device("cpu"), -9),
         )
+        return SimpleNamespace(came=came, layout=internode.Layout.empty(self.shape, came, -9))
 
-    def run(self, rounds, kernels=None, combine=True):
+    def run(self, rounds, both=None, combine=True):
         """Each rank's calls back to back, no rank waiting for another: the outputs by round and rank."""
         self.expected = [expected_of(self.case, inputs) for inputs in rounds]
-        if kernels is None:
-            both = [kernel.ptx(lineinfo=True) for kernel in (internode.DISPATCH, internode.COMBINE)]
-            kernels = [(ptx.text, ptx.name) for ptx in both]
-        grid, block, shared = internode.launch_shape(self.rings, self.num_sms, self.warps)
+        if both is None:
+            compiled = [kernel.ptx(lineinfo=True) for kernel in (internode.DISPATCH, internode.COMBINE)]
+            both = [(ptx.text, ptx.name) for ptx in compiled]
+        grid, block, shared = internode.shape_of_launch(self.rings, self.num_sms, self.warps)
         out = [
             [
                 self.outputs(len(self.expected[i][rank].origin), inputs.topk_idx[rank].shape[0])
@@ -86,28 +89,30 @@ class Cluster:
             for i, inputs in enumerate(rounds)
         ]
 
+        def launch(kernel, call):
+            arguments = (kernels.table([call]), self.num_sms)
+            emulator.current().launch(*kernel, grid=grid, block=block, shared_bytes=shared, args=arguments)
+
         def program(rank, group):
             for i, inputs in enumerate(rounds):
                 mine = out[i][rank]
-                call = internode.dispatch_call(
-                    self.there[rank],
+                mine.call = internode.dispatch_call(
+                    self.links[rank],
                     self.error[rank],
                     inputs.x[rank],
                     inputs.topk_idx[rank],
                     inputs.topk_weights[rank] if self.case.weights else None,
-                    mine.came,
+                    mine.came.x,
                     mine.layout,
+                    False,
                     SECONDS,
                 )
-                gpu = emulator.current()
-                gpu.launch(*kernels[0], grid=grid, block=block, shared_bytes=shared, args=[call])
-                if self.there[rank].failure.any():
+                launch(both[0], mine.call)
+                if combine and not self.links[rank].peers.failure.any():
+                    mine.back = self.combine(rank, i, inputs, mine)
+                    launch(both[1], mine.back)
+                if self.links[rank].peers.failure.any():
                     return
-                if combine:
-                    call = self.combine(rank, i, inputs, mine)
-                    gpu.launch(*kernels[1], grid=grid, block=block, shared_bytes=shared, args=[call])
-                    if self.back[rank].failure.any():
-                        return
 
         self.cluster.run(program)
         return out
@@ -119,14 +124,16 @@ class Cluster:
         mine.home = torch.full((shape[0], case.hidden), torch.nan).bfloat16()
         mine.home_gradients = torch.full(shape, torch.nan)
         return internode.combine_call(
-            self.back[rank],
+            self.links[rank],
             mine.y,
+            inputs.topk_idx[rank],
             mine.layout,
             mine.came.topk_weights,
             mine.gradients if case.seed % 2 else None,
             inputs.bias[rank] if round_ == 1 else None,
             mine.home,
             mine.home_gradients if case.seed % 2 else None,
+            False,
             SECONDS,
         )
 

@@ -16,9 +16,9 @@ HAZARD, TIMEOUT, WRONG = "hazard", "timeout", "wrong result"
 # name: (what to replace, by what, what some schedule of 40 must give)
 MUTATIONS = {
     "a tail announces a token that is not written yet": (
-        "publish(tail, epoch << 32 | sent);",
-        "publish(tail, epoch << 32 | total);",
-        {HAZARD, WRONG},
+        "if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);",
+        "if (++sent % kChunk == 1) publish(tail, epoch << 32 | (sent + 3));",
+        {HAZARD, WRONG, TIMEOUT},
     ),
     "a tail does not release": ("st.release.sys.global.u64", "st.relaxed.sys.global.u64", {HAZARD}),
     "a wait does not acquire": ("ld.acquire.sys.global.u64", "ld.relaxed.sys.global.u64", {HAZARD}),
@@ -33,41 +33,43 @@ MUTATIONS = {
         {HAZARD},
     ),
     "slots are reused before they were read": (
-        "deadline.wait_warp(mine.ack(peer), epoch - 1, Role::kSend, peer, channel) < epoch - 1",
+        "self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1",
         "false",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "the first block to end acknowledges for all": (
-        "&sequence->finished_blocks, 1) + 1 != gridDim.x",
-        "&sequence->finished_blocks, 1) != 0",
+        "finished_blocks, 1) + 1 != blocks",
+        "finished_blocks, 1) != 0",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "the credit is lost": (
-        "ptx::store_release_system(theirs.ack(rank), epoch);",
-        "",
+        "ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);",
+        ";",
         {TIMEOUT},
     ),
     "counts stand only after they are announced": (
-        re.compile(
-            r"(u32\* announced = .*?)(u64\* tail = [^\n]*\n)\s*publish\(tail, epoch << 32\);", re.DOTALL
-        ),
-        r"\2 publish(tail, epoch << 32); \1",
+        re.compile(r"(announce\(call, [^;]*;)\s*(publish\(theirs.tail[^;]*;)"),
+        r"\2 \1",
         {HAZARD, WRONG},
     ),
-    "counts are never announced": ("publish(tail, epoch << 32);", "", {HAZARD, WRONG, TIMEOUT}),
+    "counts are never announced": (
+        "publish(theirs.tail(self.rank, channel), epoch << 32);",
+        "",
+        {HAZARD, WRONG, TIMEOUT},
+    ),
     "one token too many is counted": (
-        "announced[mine.local_experts] = total;",
-        "announced[mine.local_experts] = total + 1;",
+        "announced->tokens = tokens;",
+        "announced->tokens = tokens + 1;",
         {TIMEOUT, HAZARD, WRONG},
     ),
     "counts of other channels are not waited for": (
-        "if (lane < channels)",
-        "if (lane == 0)",
+        "if (lane < channels)\n            kept",
+        "if (lane == 0)\n            kept",
         {HAZARD, WRONG},
     ),
     "rows of one channel are those of another": (
-        "if (c == channel) next",
-        "if (c == 0) next",
+        "if (c == channel) next[source * mine.local_experts + e]",
+        "if (c == 0) next[source * mine.local_experts + e]",
         {HAZARD, WRONG},
     ),
     "slots of a token are read before its tail": (
@@ -79,11 +81,15 @@ MUTATIONS = {
 
 MUTATIONS |= {
     "combine's tail announces all tokens at once": (
-        "publish(home.tail(rank, channel), epoch << 32 | (i + 1));",
-        "publish(home.tail(rank, channel), epoch << 32 | total);",
+        "publish(home.tail(self.rank, channel), epoch << 32 | (i + 1));",
+        "publish(home.tail(self.rank, channel), epoch << 32 | total);",
         {HAZARD, WRONG},
     ),
-    "combine reads a slot before its tail": ("(slot - first + 1);", "(slot - first);", {HAZARD, WRONG}),
+    "combine reads a slot before its tail": (
+        "(slot - share.first + 1);",
+        "(slot - share.first);",
+        {HAZARD, WRONG},
+    ),
     "combine's lanes do not see what others acquired": (
         "return false;\n        __syncwarp();",
         "return false;",
@@ -93,12 +99,12 @@ MUTATIONS |= {
 
 # Three rounds of few tokens; and one long stream, in which a reader can overtake the writer.
 CASE = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=12, seed=1)
-STREAM = Case(Topology(1, 2), local_experts=1, hidden=16, num_topk=1, tokens=64, seed=1)
+STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=4, tokens=64, seed=1)
 TAILS = [name for name in MUTATIONS if "tail announces" in name or "before its tail" in name]
 
 
 def source(old="", new=""):
-    places = 3 if "mine.ack(peer)" in str(old) else 1  # all three kernels wait for it alike
+    places = 2 if "wait_warp(ack" in str(old) else 1  # in dispatch and combine alike
     text = mutate.source("dispatch.cuh combine.cuh", old, new, places=places)
     return text.replace("__global__ void", 'extern "C" __global__ void')
 
