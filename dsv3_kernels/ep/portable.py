@@ -50,6 +50,10 @@ class _Header:
     experts: list[int]  # choices of each expert
     tokens: list[int]  # tokens that each rank gets
 
+    @property
+    def form(self) -> tuple[int, int, int]:
+        return self.fp8, self.weights, self.expert_order
+
     def encode(self) -> list[int]:
         return [
             *(self.fault, self.fp8, self.weights, self.limit, self.expert_order),
@@ -178,7 +182,7 @@ class PortableTransport:
             )
         first = headers[0]
         for rank, header in enumerate(headers):
-            if (header.fp8, header.weights) != (first.fp8, first.weights):
+            if header.form != first.form:
                 raise Fault(
                     f"dispatch: rank 0 passes {_describe(first)}, rank {rank} {_describe(header)}; "
                     "expected the same on all ranks"
@@ -285,7 +289,10 @@ def _layout(handle: Handle) -> Layout:
 
 
 def _describe(header: _Header) -> str:
-    return f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights"
+    return (
+        f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights "
+        f"in {'expert' if header.expert_order else 'token'} order"
+    )
 
 
 def _first_fault(idx: Tensor, num_experts: int) -> int:

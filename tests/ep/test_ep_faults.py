@@ -59,6 +59,7 @@ def disagree(rank, size):
     wrong[7] = 3
     fault("twice", 1, x, wrong, weights)
     fault("weights", 1, x, idx)
+    fault("order", 1, x, idx, weights, expert_order=False)
     fault("overflow", 0, x, idx, weights, max_recv_tokens=1)
     return messages
 
@@ -80,7 +81,9 @@ def test_ranks_that_disagree_all_hear_of_it(tmp_path):
             assert what in messages[name] and "expected distinct experts" in messages[name]
         what = "topk_idx[7, 1] is 3, twice in its row" if rank == 1 else "topk_idx[7, 1] of rank 1 is wrong"
         assert what in messages["twice"]
-        assert "rank 0 passes BF16 x with topk_weights, rank 1 BF16 x without" in messages["weights"]
+        with_weights = "rank 0 passes BF16 x with topk_weights in expert order, rank 1 BF16 x with"
+        assert f"{with_weights}out topk_weights in expert order" in messages["weights"]
+        assert f"{with_weights} topk_weights in token order" in messages["order"]
         assert "rank 0 is sent" in messages["overflow"] and "max_recv_tokens = 1" in messages["overflow"]
 
 
