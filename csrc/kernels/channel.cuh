@@ -35,6 +35,10 @@ constexpr u64 kLook = 10000000;    // nanoseconds between looks at whether a pee
 
 enum class Role : u32 { kSend = 1, kReceive = 2, kForward = 3 };
 
+// In a range of tokens: no dispatch has laid it out, for it was unsound or ended early. Who comes after it in
+// the stream reads this before the host knows.
+constexpr u32 kNothing = ~0u;
+
 // What a source says to a destination about one channel before any token, with counts.
 struct Announcement {
     u32 tokens, first;  // how many will come, and the slot of the first
@@ -87,9 +91,9 @@ struct Failure {
     u64 role, peer, channel, expected, seen, missing, recorded;
 };
 
-// How often, and how long, a role of a channel has waited for a peer.
-struct Stall {
-    u64 waits, nanoseconds;
+// How often, and how long, a role of a channel has waited for a peer; and what it has sent there.
+struct Counters {
+    u64 waits, nanoseconds, bytes;
 };
 
 // One rank among the others of its node, as a kernel gets it.
@@ -97,7 +101,7 @@ struct Rank {
     u8* const* mappings;  // [ranks], as this rank sees them
     Sequence* sequence;
     Failure* failure;
-    Stall* stalls;  // [2 roles, kMaxChannels, ranks]
+    Counters* counters;  // [2 roles, kMaxChannels, ranks]
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
@@ -124,11 +128,16 @@ struct Rank {
             seen = ptx::load_acquire_system(address);
             waited = ptx::global_timer() - start;
         }
-        Stall* stall = stalls + ((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer;
-        ptx::fetch_add_device(&stall->waits, 1);
-        ptx::fetch_add_device(&stall->nanoseconds, waited);
+        ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
+        ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
         if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout);
         return seen;
+    }
+
+    // A whole warp.
+    __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
+        if (threadIdx.x % 32 == 0)
+            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -160,6 +169,10 @@ struct Rank {
     }
 
   private:
+    __device__ __forceinline__ Counters& counters_of(Role role, u32 peer, u32 channel) const {
+        return counters[((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer];
+    }
+
     // `peer`, or whom it misses itself, and so on: perhaps this rank, which then was late; but where two miss
     // each other, each names the other.
     __device__ __forceinline__ u32 who_is_missing(u32 peer, bool late) const {

@@ -77,6 +77,7 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
     const Workspace theirs = o.place.peer(to);
     if (o.self.wait_warp(o.self.mine().ack(peer), o.epoch - 1, Role::kSend, peer, o.channel) < o.epoch - 1)
         return false;
+    o.self.count_sent(peer, o.channel, total * (o.message_bytes + (o.gradients ? 4 : 0)));
     for (u32 i = 0; i < total; ++i) {
         i32 row = -1;
         if (lane < o.topk)
@@ -181,6 +182,7 @@ __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 w
                 if (o.gradients) join_gradients(o, n, slot, o.behind(message));
             }
             o.place.send_chunk(n, o.channel, position, (end - begin) * o.message_bytes);
+            o.self.count_sent(o.place.like(n), o.channel, (end - begin) * o.message_bytes);
             if (lane == who) next += step;
         }
     }
@@ -318,8 +320,9 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
     const Rank& self = all.self;
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const u64 epoch = self.epoch();
+    const bool laid_out = all.from.ranges[1] != kNothing;
     bool kept = true;
-    for (u32 channel = block / 2; kept && channel < all.layout.channels; channel += blocks / 2) {
+    for (u32 channel = block / 2; laid_out && kept && channel < all.layout.channels; channel += blocks / 2) {
         const Inbound o{self,     {self, all.link}, all.link, all.layout,        all.hidden,
                         all.topk, channel,          epoch,    all.message_bytes, all.to.gradients != nullptr};
         if (block % 2 == 0)

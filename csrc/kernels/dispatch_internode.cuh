@@ -213,6 +213,7 @@ __device__ __forceinline__ bool send_chunks(const Outbound& o, u32 warp, u32 war
             if (!kAgain) put_routing(o.tokens, token, node * width, width, routing);
         }
         o.place.send_chunk(node, o.channel, position, (end - begin) * o.message_bytes);
+        o.self.count_sent(o.place.like(node), o.channel, (end - begin) * o.message_bytes);
     }
     return true;
 }
@@ -302,8 +303,10 @@ __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 
             u32 after = before;
             for (u32 i = begin; i < end; ++i, from += o.message_bytes)
                 after += forward<kAgain>(o, n, g, first + i, through_ring ? from : nullptr, after);
-            if (after != before)
+            if (after != before) {
                 publish(o.place.peer(g).tail(o.place.like(n), o.channel), o.epoch << 32 | after);
+                o.self.count_sent(o.place.near(g), o.channel, (after - before) * o.message_bytes);
+            }
             if (lane == who) done = end, sent = after;
             __syncwarp();
             if (!through_ring || lane != 0) continue;
@@ -377,8 +380,9 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
     const u32 channels = all.layout.channels;
     const u64 epoch = self.epoch(), counted = epoch << 32;
     const Workspace mine = self.mine();
-    bool kept = true, go = true;
+    bool kept = true, go = !kAgain || call.to.ranges[1] != kNothing;
     if (!kAgain && block % 2 == 1) {
+        forget(call, block / 2);
         for (u32 source = warp; source < self.ranks; source += warps)
             if (lane < channels)
                 kept &= self.wait(mine.tail(source, lane), counted, Role::kReceive, source, lane) >= counted;

@@ -34,7 +34,7 @@ struct Received {
     float* topk_weights;  // the same, or null
     i32* group_offsets;   // [local_experts + 1]
     i32* rows;    // [ranks, max_tokens, topk]: the rows of each slot's token by ascending expert, then -1
-    i32* ranges;  // [ranks, channels, 2]: first slot and number of tokens
+    i32* ranges;  // [ranks, channels, 2]: first slot and number of tokens, or kNothing
     u32 max_rows, channels;
 };
 
@@ -124,6 +124,14 @@ __device__ __forceinline__ void announce(const Call& call, const Workspace& thei
         announced->value[0] = static_cast<u32>(value);
         announced->value[1] = static_cast<u32>(value >> 32);
     }
+}
+
+// One block, before anything can fail: the layout says that nothing came.
+__device__ __forceinline__ void forget(const Call& call, u32 channel) {
+    for (u32 source = threadIdx.x; source < call.self.ranks; source += blockDim.x)
+        call.to.ranges[2 * (source * call.to.channels + channel) + 1] = kNothing;
+    if (channel == 0)
+        for (u32 e = threadIdx.x; e <= call.self.local_experts; e += blockDim.x) call.to.group_offsets[e] = 0;
 }
 
 // What one rank's announcements say, a lane a channel; one warp.

@@ -11,6 +11,7 @@
 
 from .buffer import Buffer
 from .errors import TimeoutError
+from .loopback import LoopbackBuffer
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "DispatchResult",
     "Event",
     "Handle",
+    "LoopbackBuffer",
     "Stall",
     "Status",
     "TimeoutError",

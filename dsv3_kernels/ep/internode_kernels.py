@@ -145,7 +145,6 @@ class Layout:
 
 def dispatch_call(
     link: Link,
-    error: Tensor | int,
     x: Tensor | QuantizedTensor,
     topk_idx: Tensor | None,
     topk_weights: Tensor | None,
@@ -159,7 +158,6 @@ def dispatch_call(
     call = kernels.dispatch_call(
         Workspace(shape),
         link.peers,
-        error,
         x,
         topk_idx,
         topk_weights,

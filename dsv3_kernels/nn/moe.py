@@ -1,7 +1,8 @@
 """Dispatch and combine as differentiable layers: the backward of each is the other, on the same handle.
 
 As in section 3.2.3 and 3.3.3 of the DeepSeek-V3 report: with an FP8 recipe tokens are dispatched in FP8, and
-so are the gradients that enter combine's backward; combine and dispatch's backward move BF16.
+so are the gradients that enter combine's backward; combine and dispatch's backward move the buffer's dtype,
+BF16 but in checks.
 """
 
 from dataclasses import replace
@@ -16,11 +17,11 @@ from dsv3_kernels.quantize import dequantize, quantize_1x128
 from dsv3_kernels.quantized import QuantizedTensor
 
 
-def _wire(x: Tensor, recipe: Fp8Recipe) -> Tensor | QuantizedTensor:
+def _wire(x: Tensor, recipe: Fp8Recipe, buffer: Buffer) -> Tensor | QuantizedTensor:
     """x as the recipe has it travel."""
-    x = x.to(torch.bfloat16).contiguous()
     if recipe.precision == "bf16":
-        return x
+        return x.to(buffer.dtype).contiguous()
+    x = x.to(torch.bfloat16).contiguous()
     return quantize_1x128(x, power_of_2_scales=recipe.power_of_2_scales)
 
 
@@ -34,7 +35,7 @@ class _Dispatch(torch.autograd.Function):
         ctx: Any, x: Tensor, topk_weights: Tensor, topk_idx: Tensor, layer: "MoEDispatch"
     ) -> tuple[Tensor, Tensor | None, DispatchResult]:
         got = layer.buffer.dispatch(
-            _wire(x, layer.recipe),
+            _wire(x, layer.recipe, layer.buffer),
             topk_idx.contiguous(),
             topk_weights.contiguous(),
             layer.num_sms,
@@ -47,7 +48,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         dx, dweights, _ = grad_outputs
         home = ctx.layer.buffer.combine(
-            dx.to(torch.bfloat16).contiguous(),
+            dx.to(ctx.layer.buffer.dtype).contiguous(),
             ctx.handle,
             num_sms=ctx.layer.num_sms,
             weights_grad=dweights.contiguous(),
@@ -60,7 +61,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, topk_weights: Tensor, handle: Handle, layer: "MoECombine") -> Tensor:
         ctx.layer, ctx.handle = layer, handle
         ctx.save_for_backward(y, topk_weights)
-        rows = y.to(torch.bfloat16).contiguous()
+        rows = y.to(layer.buffer.dtype).contiguous()
         home = layer.buffer.combine(rows, handle, topk_weights.contiguous(), num_sms=layer.num_sms)
         return home.x.to(y.dtype)
 
@@ -69,7 +70,7 @@ class _Combine(torch.autograd.Function):
         y, topk_weights = ctx.saved_tensors
         layer = ctx.layer
         got = layer.buffer.dispatch(
-            _wire(grad_outputs[0], layer.recipe), num_sms=layer.num_sms, handle=ctx.handle
+            _wire(grad_outputs[0], layer.recipe, layer.buffer), num_sms=layer.num_sms, handle=ctx.handle
         )
         grad = _plain(got.x, torch.float32)
         dy = dweights = None

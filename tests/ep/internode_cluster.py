@@ -26,7 +26,6 @@ class Cluster:
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, topology)
         self.rings = internode.Rings(self.shape, chunk, depth, channels=num_sms // 2)
         self.links = self.connect()
-        self.error = [torch.zeros(1, dtype=torch.int32) for _ in range(self.size)]
 
     def connect(self):
         """The link of every rank."""
@@ -46,8 +45,14 @@ class Cluster:
 
     def failures(self):
         """Records by rank."""
-        every = {rank: kernels.Failure(*link.peers.failure.tolist()) for rank, link in enumerate(self.links)}
-        return {rank: failure for rank, failure in every.items() if failure.recorded}
+        every = {
+            rank: [kernels.failure_of(link.peers, op) for op in kernels.OPS]
+            for rank, link in enumerate(self.links)
+        }
+        return {rank: found[0] or found[1] for rank, found in every.items() if found[0] or found[1]}
+
+    def faults(self):
+        return [rank for rank, link in enumerate(self.links) if link.peers.fault.any()]
 
     def outputs(self, rows, count):
         """Poisoned."""
@@ -98,7 +103,6 @@ class Cluster:
                 mine = out[i][rank]
                 mine.call = internode.dispatch_call(
                     self.links[rank],
-                    self.error[rank],
                     inputs.x[rank],
                     inputs.topk_idx[rank],
                     inputs.topk_weights[rank] if self.case.weights else None,
