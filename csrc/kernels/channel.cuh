@@ -105,7 +105,11 @@ struct Rank {
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
+    u32 gpus;  // ranks of a node
 
+    // The first rank of this one's node, and the rank of this node that writes what comes from `source`.
+    __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
+    __device__ __forceinline__ u32 writer(u32 source) const { return first_of_node() + source % gpus; }
     __device__ __forceinline__ Workspace workspace(u32 of) const {
         return {mappings[of], area, slot_bytes, ranks, local_experts, max_tokens};
     }

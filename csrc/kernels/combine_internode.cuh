@@ -73,7 +73,7 @@ __device__ __forceinline__ void put_gradients(const Inbound& o, const Experts& f
 __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 home) {
     const u32 lane = threadIdx.x % 32, stream = home * o.layout.channels + o.channel;
     const u32 first = from.ranges[2 * stream], total = from.ranges[2 * stream + 1];
-    const u32 to = home % o.link.gpus, source = home - to + o.place.gpu(), peer = o.place.near(to);
+    const u32 to = home % o.self.gpus, source = home - to + o.place.gpu(), peer = o.place.near(to);
     const Workspace theirs = o.place.peer(to);
     if (o.self.wait_warp(o.self.mine().ack(peer), o.epoch - 1, Role::kSend, peer, o.channel) < o.epoch - 1)
         return false;
@@ -107,11 +107,11 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
 // did not.
 __device__ __forceinline__ bool gather(const Inbound& o, u32 node, u32 message, i32& slot) {
     const u32 lane = threadIdx.x % 32;
-    slot = lane < o.link.gpus ? o.layout.slots(node, message, o.link.gpus)[lane] : -1;
+    slot = lane < o.self.gpus ? o.layout.slots(node, message, o.self.gpus)[lane] : -1;
     bool arrived = true;
     if (slot >= 0) {
         const u64 expected = o.epoch << 32 | (slot - o.layout.first(node, o.channel) + 1);
-        arrived = o.self.wait(o.self.mine().tail(node * o.link.gpus + lane, o.channel), expected,
+        arrived = o.self.wait(o.self.mine().tail(node * o.self.gpus + lane, o.channel), expected,
                               Role::kForward, o.place.near(lane), o.channel) >= expected;
     }
     const bool all = __all_sync(kFullWarp, arrived);
@@ -125,7 +125,7 @@ __device__ __forceinline__ U32x4 sum_of_node(const Inbound& o, u32 node, i32 slo
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
         const u32 gpu = __ffs(left) - 1, index = __shfl_sync(kFullWarp, slot, gpu);
         if (column < o.hidden)
-            add(sum, ptx::load_global(o.self.mine().slot(node * o.link.gpus + gpu, index) + 2 * column), 1.0f,
+            add(sum, ptx::load_global(o.self.mine().slot(node * o.self.gpus + gpu, index) + 2 * column), 1.0f,
                 false);
     }
     return round(sum);
@@ -137,7 +137,7 @@ __device__ __forceinline__ void join_gradients(const Inbound& o, u32 node, i32 s
     u32 before = 0;
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
         const u32 gpu = __ffs(left) - 1, index = __shfl_sync(kFullWarp, slot, gpu);
-        const float* from = o.behind(o.self.mine().slot(node * o.link.gpus + gpu, index));
+        const float* from = o.behind(o.self.mine().slot(node * o.self.gpus + gpu, index));
         const u32 count = __float_as_int(from[o.topk]);
         if (lane < count) target[before + lane] = from[lane];
         before += count;
@@ -204,7 +204,7 @@ struct HomeTokens {
 __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeTokens& to, u32 token,
                                                 const u8* message, i32 slot) {
     const u32 lane = threadIdx.x % 32, local = o.self.local_experts;
-    const u32 width = o.link.gpus * local;
+    const u32 width = o.self.gpus * local;
     i32 expert = -1;
     if (lane < o.topk) expert = static_cast<i32>(to.topk_idx[static_cast<u64>(token) * o.topk + lane]);
     const u32 node = max(expert, 0) / width, gpu = max(expert, 0) % width / local;
@@ -218,7 +218,7 @@ __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeToke
     const u8* from =
         reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
     const i32 index = __shfl_sync(kFullWarp, slot, gpu);
-    if (here && index >= 0) from = o.self.mine().slot(node * o.link.gpus + gpu, index);
+    if (here && index >= 0) from = o.self.mine().slot(node * o.self.gpus + gpu, index);
     if (lane < o.topk)
         to.gradients[static_cast<u64>(token) * o.topk + lane] = expert < 0 ? 0.0f : o.behind(from)[place];
 }
@@ -287,9 +287,9 @@ __device__ __forceinline__ bool bring_home(const Inbound& o, const HomeTokens& t
     u32 forwarded = 0, received = 0;  // rows read
     for (u32 node = 0; node < o.link.nodes; ++node) {
         if (node != here) received += o.layout.sent(node, o.channel);
-        for (u32 gpu = 0; gpu < o.link.gpus; ++gpu)
+        for (u32 gpu = 0; gpu < o.self.gpus; ++gpu)
             (node == here ? received : forwarded) +=
-                o.layout.forward_counts[(node * o.layout.channels + o.channel) * o.link.gpus + gpu];
+                o.layout.forward_counts[(node * o.layout.channels + o.channel) * o.self.gpus + gpu];
     }
     const u32 forwarders = split_warps(warps, forwarded, received, 1);
     for (u32 i = threadIdx.x; i < o.link.nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
@@ -331,7 +331,7 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
             kept = bring_home(o, all.to, shared);
         kept = !__syncthreads_or(!kept);
     }
-    if (kept) Place{self, all.link}.finish(epoch, blocks);
+    if (!__syncthreads_or(!kept)) Place{self, all.link}.finish(epoch, blocks);
 }
 
 }  // namespace combine

@@ -31,6 +31,7 @@ struct Outbound {
     Share share;
     u64 epoch, message_bytes;
 
+    __device__ __forceinline__ u64* headers() const { return link.sent_chunks(place.node(), channel); }
     __device__ __forceinline__ u32 stream(u32 node) const { return node * layout.channels + channel; }
     __device__ __forceinline__ i32* sent_tokens(u32 node) const {
         return layout.sent_tokens + static_cast<u64>(node) * layout.max_tokens;
@@ -75,7 +76,7 @@ struct Header {
 // One warp, a token a lane: which tokens go to a node, as which message, and the header but for its rows,
 // which go to `rows`, [ranks]. Both are shared memory.
 __device__ __forceinline__ void count(const Outbound& o, u32 node, u32 bad, const Header& header, u32* rows) {
-    const u32 lane = threadIdx.x % 32, gpus = o.link.gpus, local = o.self.local_experts;
+    const u32 lane = threadIdx.x % 32, gpus = o.self.gpus, local = o.self.local_experts;
     const u32 width = gpus * local;
     for (u32 i = lane; i < header.size(); i += 32) header.words[i] = 0;
     __syncwarp();
@@ -121,12 +122,12 @@ __device__ __forceinline__ void count(const Outbound& o, u32 node, u32 bad, cons
 __device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const Header& header) {
     const Ring here = o.link.rings.at(node, o.channel), there = o.link.rings.at(o.place.node(), o.channel);
     const u32 like = o.place.like(node);
-    if (o.self.wait_warp(here.header_free(), o.epoch - 1, Role::kSend, like, o.channel) < o.epoch - 1)
-        return false;
+    const u64 before = *o.headers();
+    if (o.self.wait_warp(here.header_free(), before, Role::kSend, like, o.channel) < before) return false;
     for (u32 i = threadIdx.x % 32; i < header.size(); i += 32) here.header_out[i] = header.words[i];
     __syncwarp();
     transport::put_signal_warp(reinterpret_cast<u8*>(there.header_in), reinterpret_cast<u8*>(here.header_out),
-                               4 * header.size(), there.header_ready(), o.epoch, like,
+                               4 * header.size(), there.header_ready(), before + 1, like,
                                o.link.queue_pairs[o.channel]);
     return true;
 }
@@ -134,13 +135,13 @@ __device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const H
 // One warp: what a header says, to the GPUs of this node and into the layout.
 __device__ __forceinline__ void tell(const Outbound& o, u32 node, const Header& header) {
     const u32 lane = threadIdx.x % 32, source = o.place.like(node);
-    for (u32 gpu = 0; gpu < o.link.gpus; ++gpu) {
+    for (u32 gpu = 0; gpu < o.self.gpus; ++gpu) {
         const Workspace theirs = o.place.peer(gpu);
         const u32* from = header.counts(gpu);
         u32* to = theirs.counts(source, o.channel);
         for (u32 i = lane; i < header.of_gpu_words(); i += 32) to[i] = from[i];
         if (lane == 0)
-            o.layout.forward_counts[o.stream(node) * o.link.gpus + gpu] = header.announcement(gpu)->tokens;
+            o.layout.forward_counts[o.stream(node) * o.self.gpus + gpu] = header.announcement(gpu)->tokens;
         publish(theirs.tail(source, o.channel), o.epoch << 32);
     }
     if (lane != 0) return;
@@ -152,7 +153,7 @@ __device__ __forceinline__ void tell(const Outbound& o, u32 node, const Header& 
 __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) {
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, nodes = o.link.nodes;
     u32 *bad = shared, *rows = shared + 1;
-    Header header{rows + o.self.ranks, o.link.gpus, o.self.local_experts, o.self.ranks};
+    Header header{rows + o.self.ranks, o.self.gpus, o.self.local_experts, o.self.ranks};
     u32* const headers = header.words;
     if (threadIdx.x == 0) *bad = ~0u;
     __syncthreads();
@@ -165,7 +166,7 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) 
     __syncthreads();
     for (u32 node = warp; node < nodes; node += warps) {
         header.words = headers + node * header.size();
-        for (u32 i = threadIdx.x % 32; i < o.link.gpus * o.self.ranks; i += 32)
+        for (u32 i = threadIdx.x % 32; i < o.self.gpus * o.self.ranks; i += 32)
             header.rows(i / o.self.ranks)[i % o.self.ranks] = rows[i % o.self.ranks];
         __syncwarp();
         if (node == o.place.node())
@@ -173,16 +174,17 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) 
         else if (!send_header(o, node, header))
             return false;
     }
+    const u64 number = *o.headers() + 1;
     for (u32 i = warp; i + 1 < nodes; i += warps) {
         const u32 node = o.place.other(i), like = o.place.like(node);
         const Ring here = o.link.rings.at(node, o.channel);
-        if (o.self.wait_warp(here.header_ready(), o.epoch, Role::kForward, like, o.channel) < o.epoch)
+        if (o.self.wait_warp(here.header_ready(), number, Role::kForward, like, o.channel) < number)
             return false;
         header.words = here.header_in;
         tell(o, node, header);
         __syncwarp();
         if (threadIdx.x % 32 == 0)
-            transport::signal(o.link.rings.at(o.place.node(), o.channel).header_free(), o.epoch, like,
+            transport::signal(o.link.rings.at(o.place.node(), o.channel).header_free(), number, like,
                               o.link.queue_pairs[o.channel]);
     }
     return true;
@@ -193,7 +195,7 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) 
 template <bool kAgain>
 __device__ __forceinline__ bool send_chunks(const Outbound& o, u32 warp, u32 warps) {
     const u32 lane = threadIdx.x % 32, others = o.link.nodes - 1;
-    const u32 width = o.link.gpus * o.self.local_experts;
+    const u32 width = o.self.gpus * o.self.local_experts;
     u32 most = 0;
     for (u32 i = 0; i < others; ++i)
         most = max(most, o.link.chunks(o.layout.sent(o.place.other(i), o.channel)));
@@ -235,9 +237,9 @@ template <bool kAgain>
 __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u32 index, const u8* message,
                                         u32 sent) {
     const u32 lane = threadIdx.x % 32, local = o.self.local_experts, topk = o.tokens.topk;
-    const u32 first_expert = node * o.link.gpus * local + gpu * local;  // as own tokens name it
+    const u32 first_expert = node * o.self.gpus * local + gpu * local;  // as own tokens name it
     const u32 token = message ? 0 : o.sent_tokens(node)[index], first = o.layout.first(node, o.channel);
-    i32* forward_slot = o.layout.slots(node, index, o.link.gpus) + gpu;
+    i32* forward_slot = o.layout.slots(node, index, o.self.gpus) + gpu;
     u64 expert = ~0ull;  // lane k: local one of choice k, or any that is none
     float weight = 0.0f;
     if (!kAgain) {
@@ -272,7 +274,7 @@ __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u3
 template <bool kAgain>
 __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 warps, u32* readers) {
     const u32 lane = threadIdx.x % 32, stream = warp + lane * warps, chunk = o.link.rings.chunk;
-    const u32 node = stream / o.link.gpus, gpu = stream % o.link.gpus;
+    const u32 node = stream / o.self.gpus, gpu = stream % o.self.gpus;
     const bool exists = stream < o.self.ranks, from_here = node == o.place.node();
     const u32 total = exists ? o.layout.came(node, o.channel) : 0;
     const u64 base = exists && !from_here ? *o.link.received_chunks(node, o.channel) : 0;
@@ -311,7 +313,7 @@ __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 
             __syncwarp();
             if (!through_ring || lane != 0) continue;
             u32* slot_readers = readers + n * o.link.rings.depth + p % o.link.rings.depth;
-            if (ptx::fetch_add_block(slot_readers, 1) + 1 != o.link.gpus) continue;
+            if (ptx::fetch_add_block(slot_readers, 1) + 1 != o.self.gpus) continue;
             *slot_readers = 0;
             o.place.free_chunk(n, o.channel, p);
         }
@@ -326,8 +328,8 @@ __device__ __forceinline__ bool move_chunks(const Outbound& o, u32* readers) {
     u32 sent = 0, forwarded = 0;
     for (u32 node = 0; node < nodes; ++node) {
         if (node != o.place.node()) sent += o.layout.sent(node, o.channel);
-        for (u32 gpu = 0; gpu < o.link.gpus; ++gpu)
-            forwarded += o.layout.forward_counts[o.stream(node) * o.link.gpus + gpu];
+        for (u32 gpu = 0; gpu < o.self.gpus; ++gpu)
+            forwarded += o.layout.forward_counts[o.stream(node) * o.self.gpus + gpu];
     }
     const u32 senders = split_warps(warps, sent, forwarded, (o.self.ranks + 31) / 32);
     for (u32 i = threadIdx.x; i < nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
@@ -361,13 +363,14 @@ __device__ __forceinline__ bool send_and_forward(const InternodeCall& all, u32 c
                      channel,       Share(all.call.from.count, channel, all.layout.channels),
                      epoch,         all.message_bytes};
     bool kept = true;
-    if (threadIdx.x < all.link.gpus) {
+    if (threadIdx.x < all.call.self.gpus) {
         const u32 peer = o.place.near(threadIdx.x);
         kept = self.wait(self.mine().ack(peer), epoch - 1, Role::kForward, peer, channel) >= epoch - 1;
     }
     if (__syncthreads_or(!kept)) return false;
     if (!kAgain) kept = exchange_counts(o, shared);
     if (__syncthreads_or(!kept)) return false;
+    if (!kAgain && threadIdx.x == 0) ++*o.headers();
     return move_chunks<kAgain>(o, shared);
 }
 
@@ -385,7 +388,8 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
         forget(call, block / 2);
         for (u32 source = warp; source < self.ranks; source += warps)
             if (lane < channels)
-                kept &= self.wait(mine.tail(source, lane), counted, Role::kReceive, source, lane) >= counted;
+                kept &= self.wait(mine.tail(source, lane), counted, Role::kReceive, self.writer(source),
+                                  lane) >= counted;
         if (__syncthreads_or(!kept)) return;
         u32* scratch = shared + self.ranks * self.local_experts;
         go = sound(call, mine, block / 2, scratch);
@@ -399,7 +403,7 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
                 kept = receive<kAgain>(call, source, channel, epoch, shared + source * self.local_experts);
         kept = !__syncthreads_or(!kept);
     }
-    if (kept) Place{self, all.link}.finish(epoch, blocks);
+    if (!__syncthreads_or(!kept)) Place{self, all.link}.finish(epoch, blocks);
 }
 
 }  // namespace dispatch

@@ -71,9 +71,10 @@ struct Rings {
 
 // A rank among all; its `self` counts all ranks as sources, and maps each to its forwarder on this node.
 struct Link {
-    u32 nodes, gpus;
+    u32 nodes;
     Rings rings;
-    u64* positions;          // [2][nodes][channels]: of the next chunk sent, of the next received
+    u64* positions;          // [2][nodes][channels]: of the next chunk sent, of the next received; and of its
+                             // own node, where there is no ring, the number of headers sent so far
     const i32* queue_pairs;  // [channels]
 
     __device__ __forceinline__ u64* sent_chunks(u32 node, u32 channel) const {
@@ -91,13 +92,13 @@ struct Place {
     const Rank& self;
     const Link& link;
 
-    __device__ __forceinline__ u32 node() const { return self.rank / link.gpus; }
-    __device__ __forceinline__ u32 gpu() const { return self.rank % link.gpus; }
+    __device__ __forceinline__ u32 node() const { return self.rank / self.gpus; }
+    __device__ __forceinline__ u32 gpu() const { return self.rank % self.gpus; }
     // A rank of this node, and its memory.
-    __device__ __forceinline__ u32 near(u32 gpu) const { return node() * link.gpus + gpu; }
+    __device__ __forceinline__ u32 near(u32 gpu) const { return self.first_of_node() + gpu; }
     __device__ __forceinline__ Workspace peer(u32 gpu) const { return self.workspace(gpu); }
     // This rank's like on another node, and the i-th of the others.
-    __device__ __forceinline__ u32 like(u32 on) const { return on * link.gpus + gpu(); }
+    __device__ __forceinline__ u32 like(u32 on) const { return on * self.gpus + gpu(); }
     __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
 
     // One warp, after its writes to the staging slot.
@@ -116,7 +117,7 @@ struct Place {
     // By all threads of a block that has kept the protocol, after a barrier: as channel.cuh's, for this node.
     __device__ __forceinline__ void finish(u64 epoch, u32 blocks) const {
         Rank on_node = self;
-        on_node.ranks = link.gpus;
+        on_node.ranks = self.gpus;
         dsv3::finish(on_node, epoch, blocks);
     }
 };

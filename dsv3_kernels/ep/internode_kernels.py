@@ -84,7 +84,7 @@ class Link:
         topology = rings.shape.topology
         return join(
             [
-                Struct("II", topology.nodes, topology.gpus_per_node),
+                Struct("I", topology.nodes),
                 Struct(
                     "PIIIIIQ",
                     self.symmetric[number],
@@ -100,20 +100,13 @@ class Link:
         )
 
 
-def peers_of(rank: int, shape: Shape, addresses: list[int], device: torch.device) -> Peers:
-    """The state of a rank, with the memories of its node's ranks: every rank stands for its forwarder."""
-    table = torch.tensor(addresses * shape.topology.nodes, device=device)
-    return kernels.empty_state(rank, table)
-
-
 @dataclass(eq=False)
-class Layout:
+class Layout(Arrivals):
     """What a dispatch leaves for its combine: see `Layout` in csrc/kernels/internode.cuh; all int32.
 
-    came: as of a dispatch within a node, but that its sent_slot is sent_index: a message by node.
+    sent_slot is of nodes here: [T, nodes], the message of a token to each, or -1.
     """
 
-    came: Arrivals
     sent_tokens: Tensor  # [nodes, max_tokens]
     sent_counts: Tensor  # [nodes, channels]
     forward_slot: Tensor  # [nodes, max_tokens, gpus]
@@ -121,26 +114,34 @@ class Layout:
     forward_counts: Tensor  # [nodes, channels, gpus]
 
     @classmethod
-    def empty(cls, shape: Shape, came: Arrivals, fill: int = 0) -> "Layout":
-        nodes, gpus, most = shape.topology.nodes, shape.topology.gpus_per_node, shape.max_tokens_per_rank
-        channels = came.ranges.shape[1]
+    def of(cls, came: Arrivals, shape: Shape) -> "Layout":
+        """Unwritten, with what any dispatch leaves."""
+        topology, most, channels = shape.topology, shape.max_tokens_per_rank, came.ranges.shape[1]
+        nodes, gpus = topology.nodes, topology.gpus_per_node
 
-        def full(*sizes: int) -> Tensor:
-            return torch.full(sizes, fill, dtype=torch.int32, device=came.ranges.device)
+        def integers(*sizes: int) -> Tensor:
+            return came.ranges.new_empty(sizes)
 
+        whole = dict(vars(came), sent_slot=integers(came.sent_slot.shape[0], nodes))
         return cls(
-            came,
-            full(nodes, most),
-            full(nodes, channels),
-            full(nodes, most, gpus),
-            full(nodes, channels, 2),
-            full(nodes, channels, gpus),
+            **whole,
+            sent_tokens=integers(nodes, most),
+            sent_counts=integers(nodes, channels),
+            forward_slot=integers(nodes, most, gpus),
+            forward_ranges=integers(nodes, channels, 2),
+            forward_counts=integers(nodes, channels, gpus),
         )
 
+    def _own(self) -> tuple[Tensor, ...]:
+        """In the kernels' order."""
+        sent = self.sent_slot, self.sent_tokens, self.sent_counts
+        return *sent, self.forward_slot, self.forward_ranges, self.forward_counts
+
+    def tables(self) -> tuple[Tensor | None, ...]:
+        return *super().tables(), *self._own()
+
     def struct(self) -> Struct:
-        tables = (self.came.sent_slot, self.sent_tokens, self.sent_counts, self.forward_slot)
-        sizes = self.sent_counts.shape[1], self.forward_slot.shape[1]
-        return Struct("PPPPPPII", *tables, self.forward_ranges, self.forward_counts, *sizes)
+        return Struct("PPPPPPII", *self._own(), self.sent_counts.shape[1], self.forward_slot.shape[1])
 
 
 def dispatch_call(
@@ -162,7 +163,7 @@ def dispatch_call(
         topk_idx,
         topk_weights,
         out,
-        layout.came,
+        layout,
         token_order,
         timeout,
     )
@@ -185,7 +186,7 @@ def combine_call(
     timeout: float,
 ) -> Struct:
     """`combine::InternodeCall`. topk_idx: of the tokens of this rank."""
-    shape, came = link.rings.shape, layout.came
+    shape, came = link.rings.shape, layout
     gradients = 0 if weights_grad is None else 4 * shape.num_topk
     return join(
         [

@@ -185,6 +185,10 @@ class Arrivals:
     rows: Tensor  # int32 [R, max_tokens, K]
     ranges: Tensor  # int32 [R, channels, 2]
 
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """All but x."""
+        return self.group_offsets, self.sent_slot, self.rows, self.ranges, self.topk_idx, self.topk_weights
+
 
 def table(calls: Sequence[Struct]) -> Struct:
     """What a kernel takes: the call of each rank of the launch."""
@@ -194,7 +198,7 @@ def table(calls: Sequence[Struct]) -> Struct:
 def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
     shape, number = workspace.shape, OPS.index(op)
     return Struct(
-        "PPPPQQQIIII",
+        "PPPPQQQIIIII",
         peers.table,
         peers.sequence[number],
         peers.record(peers.failure[number]),
@@ -206,6 +210,7 @@ def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> 
         shape.topology.size,
         shape.local_experts,
         shape.max_tokens_per_rank,
+        shape.topology.gpus_per_node,
     )
 
 

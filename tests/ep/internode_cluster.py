@@ -37,7 +37,7 @@ class Cluster:
         links = []
         for rank in range(self.size):
             on_node = addresses[rank // gpus * gpus :][:gpus]
-            peers = internode.peers_of(rank, self.shape, on_node, device)
+            peers = kernels.empty_state(rank, torch.tensor(on_node * self.case.topology.nodes, device=device))
             pairs = torch.arange(2, 2 + self.rings.channels, dtype=torch.int32)
             own = tuple(of_op[rank] for of_op in symmetric)
             links.append(internode.Link.create(self.rings, peers, own, pairs))
@@ -71,13 +71,16 @@ class Cluster:
                 torch.full(sizes, -9, dtype=torch.int32)
                 for sizes in (
                     (case.local_experts + 1,),
-                    (count, case.topology.nodes),
+                    (count, self.size),
                     (self.size, case.tokens, case.topk),
                     (self.size, self.num_sms // 2, 2),
                 )
             ),
         )
-        return SimpleNamespace(came=came, layout=internode.Layout.empty(self.shape, came, -9))
+        layout = internode.Layout.of(came, self.shape)
+        for name in ("sent_slot", "sent_tokens", "sent_counts", "forward_slot", "forward_ranges"):
+            getattr(layout, name).fill_(-9)
+        return SimpleNamespace(came=layout, layout=layout)
 
     def run(self, rounds, both=None, combine=True):
         """Each rank's calls back to back, no rank waiting for another: the outputs by round and rank."""
