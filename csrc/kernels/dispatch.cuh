@@ -128,7 +128,8 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
     for (u32 i = 0; i < total; ++i) {
         const u64 expected = epoch << 32 | (i + 1);
         if (seen < expected)
-            seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive, source, channel);
+            seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive, self.writer(source),
+                                  channel);
         if (seen < expected) return false;
         const u8* slot = mine.slot(source, first + i);
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from . import intranode, kernels, nvlink
+from . import internode, internode_kernels, intranode, kernels, nvlink
 from .calls import Calls, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
@@ -69,10 +69,12 @@ class Buffer:
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
             _agree(group.all_gather_object(_agreed(self._shape, transport)))
-            refused = intranode.refuse(self._shape)
+            several = self._shape.topology.nodes > 1
+            refused = intranode.refuse(self._shape, internode_kernels.MAX_NODES)
             if refused or transport is not None:
                 raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
-            self._transport = intranode.emulated(group, emulator.current(), self._shape, seconds)
+            make = internode.emulated if several else intranode.emulated
+            self._transport = make(group, emulator.current(), self._shape, seconds)
             self._reason = ""
         else:
             exchange = Exchange(_group(group), seconds)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from ..by_value import Struct
 from ..jit import Kernel
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import kernels
@@ -72,6 +73,20 @@ class KernelRank:
     def check(self) -> None:
         check([self])
 
+    def kernel(self, op: str, again: bool = False) -> Kernel:
+        if op == "combine":
+            return kernels.COMBINE
+        return kernels.DISPATCH_AGAIN if again else kernels.DISPATCH
+
+    def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
+        return kernels.shape_of_launch(self.shape, num_sms, launched)
+
+    def dispatch_call(self, *arguments: Any) -> Struct:
+        return kernels.dispatch_call(self.workspace, self.peers, *arguments, self.timeout)
+
+    def combine_call(self, *arguments: Any) -> Struct:
+        return kernels.combine_call(self.workspace, self.peers, *arguments, self.timeout)
+
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self.shape
         size, most = shape.topology.size, shape.max_tokens_per_rank
@@ -116,10 +131,11 @@ class IntranodeTransport(KernelRank):
         return None if self.error is None else str(self.error)
 
 
-def refuse(shape: Shape) -> str | None:
-    """Why the kernels cannot serve this shape."""
-    if shape.topology.nodes > 1 or shape.topology.size > kernels.MAX_RANKS:
-        return f"got {shape.topology}, expected one node of at most {kernels.MAX_RANKS} ranks by the kernels"
+def refuse(shape: Shape, nodes: int = 1) -> str | None:
+    """Why the kernels, those for so many nodes, cannot serve this shape."""
+    if shape.topology.nodes > nodes or shape.topology.gpus_per_node > kernels.MAX_RANKS:
+        most = f"{nodes} node{'s' * (nodes > 1)} of at most {kernels.MAX_RANKS} ranks"
+        return f"got {shape.topology}, expected {most} by the kernels"
     if shape.num_topk > kernels.MAX_TOPK:
         return f"num_topk is {shape.num_topk}, expected at most {kernels.MAX_TOPK} by the kernels"
     if shape.dtype != torch.bfloat16:
@@ -149,7 +165,7 @@ def dispatch(ranks: Sequence[KernelRank], calls: Sequence[DispatchCall]) -> list
     turn, again = ranks[0].turn(calls[0]), calls[0].handle is not None
     with turn.memory():
         works = [_Dispatch(rank, call) for rank, call in zip(ranks, calls, strict=True)]
-    kernel = kernels.DISPATCH_AGAIN if again else kernels.DISPATCH
+    kernel = ranks[0].kernel("dispatch", again)
     event = _run("dispatch", kernel, calls[0].num_sms, turn, ranks, works)
     if not again and calls[0].max_recv_tokens is None:
         check(ranks)  # the host has waited, and reads on
@@ -161,7 +177,7 @@ def combine(ranks: Sequence[KernelRank], calls: Sequence[CombineCall]) -> list[C
     turn = ranks[0].turn(calls[0])
     with turn.memory():
         works = [_Combine(rank, call) for rank, call in zip(ranks, calls, strict=True)]
-    event = _run("combine", kernels.COMBINE, calls[0].num_sms, turn, ranks, works)
+    event = _run("combine", ranks[0].kernel("combine"), calls[0].num_sms, turn, ranks, works)
     return [work.result(event) for work in works]
 
 
@@ -175,7 +191,7 @@ def _run(
 ) -> Event:
     if num_sms > 2 * kernels.MAX_CHANNELS:
         raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
-    grid, block, shared_bytes = kernels.shape_of_launch(ranks[0].shape, num_sms, len(ranks))
+    grid, block, shared_bytes = ranks[0].shape_of_launch(num_sms, len(ranks))
     table = kernels.table([work.struct for work in works])
     with turn.work():
         arguments = (table, num_sms)
@@ -209,18 +225,10 @@ class _Dispatch:
             self._x = _rows_for(call.x, call.handle.rows)
             self._idx = torch.empty_like(self._came.topk_idx)
         came, order = self._came, call.expert_order if call.handle is None else call.handle.expert_order
-        self.struct = kernels.dispatch_call(
-            rank.workspace,
-            rank.peers,
-            call.x,
-            call.topk_idx,
-            call.topk_weights,
-            self._x,
-            came,
-            not order,
-            rank.timeout,
+        self.struct = rank.dispatch_call(
+            call.x, call.topk_idx, call.topk_weights, self._x, came, not order
         )
-        layout = came.group_offsets, came.sent_slot, came.rows, came.ranges, came.topk_idx, came.topk_weights
+        layout = came.tables()
         self.inputs = [call.x, call.topk_idx, call.topk_weights, *(() if call.handle is None else layout)]
         self.outputs = [self._x, self._idx, self._sizes, *(layout if call.handle is None else ())]
 
@@ -256,9 +264,7 @@ class _Combine:
         handle, came, grad = call.handle, _layout(call.handle), call.weights_grad
         self._x = call.y.new_empty(handle.num_tokens, rank.shape.hidden)
         self._weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
-        self.struct = kernels.combine_call(
-            rank.workspace,
-            rank.peers,
+        self.struct = rank.combine_call(
             call.y,
             handle.topk_idx,
             came,
@@ -268,10 +274,8 @@ class _Combine:
             self._x,
             self._weights_grad,
             not handle.expert_order,
-            rank.timeout,
         )
-        layout = handle.topk_idx, came.sent_slot, came.rows, came.ranges
-        self.inputs = [call.y, call.topk_weights, grad, call.bias, *layout]
+        self.inputs = [call.y, call.topk_weights, grad, call.bias, handle.topk_idx, *came.tables()]
         self.outputs = [self._x, self._weights_grad]
 
     def launched(self) -> None:

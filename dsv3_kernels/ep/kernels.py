@@ -26,7 +26,7 @@ DISPATCH_AGAIN = Kernel("dispatch.cuh", "dispatch_again")
 COMBINE = Kernel("combine.cuh", "combine_tokens")
 
 OPS = ("dispatch", "combine")
-ROLES = ("send", "receive")
+ROLES = ("send", "receive", "forward")
 FAULTS = (ErrorCode.DISPATCH_EXPERTS, ErrorCode.DISPATCH_FORM, ErrorCode.DISPATCH_OVERFLOW)
 
 
@@ -51,7 +51,7 @@ class Workspace:
 
     @property
     def announcement_words(self) -> int:
-        return 7 + MAX_RANKS
+        return 7 + self.shape.topology.size
 
     @property
     def area_bytes(self) -> int:
@@ -64,11 +64,11 @@ class Workspace:
 
     def area(self, op: str) -> int:
         """Where that of dispatch or combine begins."""
-        return 8 * MAX_RANKS + OPS.index(op) * self.area_bytes
+        return round_up(8 * self.shape.topology.size, 16) + OPS.index(op) * self.area_bytes
 
     @property
     def size(self) -> int:
-        return 8 * MAX_RANKS + len(OPS) * self.area_bytes
+        return self.area(OPS[-1]) + self.area_bytes
 
 
 @dataclass(frozen=True)
@@ -185,16 +185,20 @@ class Arrivals:
     rows: Tensor  # int32 [R, max_tokens, K]
     ranges: Tensor  # int32 [R, channels, 2]
 
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """All but x."""
+        return self.group_offsets, self.sent_slot, self.rows, self.ranges, self.topk_idx, self.topk_weights
+
 
 def table(calls: Sequence[Struct]) -> Struct:
     """What a kernel takes: the call of each rank of the launch."""
     return join(calls, MAX_RANKS)
 
 
-def _rank(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
+def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
     shape, number = workspace.shape, OPS.index(op)
     return Struct(
-        "PPPPQQQIIII",
+        "PPPPQQQIIIII",
         peers.table,
         peers.sequence[number],
         peers.record(peers.failure[number]),
@@ -206,6 +210,7 @@ def _rank(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct
         shape.topology.size,
         shape.local_experts,
         shape.max_tokens_per_rank,
+        shape.topology.gpus_per_node,
     )
 
 
@@ -255,7 +260,7 @@ def dispatch_call(
         out_data.shape[0],
         came.ranges.shape[1],
     )
-    rank = _rank(workspace, peers, "dispatch", timeout)
+    rank = rank_struct(workspace, peers, "dispatch", timeout)
     records = Struct("PP", peers.record(peers.fault), peers.record(peers.error))
     return join([rank, tokens, received, records])
 
@@ -279,7 +284,7 @@ def combine_call(
     rows = Struct("PPPPP", y, topk_weights, weights_grad, came.rows, came.ranges)
     home = Struct("PPPPP", topk_idx, came.sent_slot, bias, out, out_weights_grad)
     sizes = out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], token_order
-    return join([_rank(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
+    return join([rank_struct(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
 
 
 def stalls(peers: Peers) -> tuple[Stall, ...]:
