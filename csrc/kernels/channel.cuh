@@ -26,7 +26,7 @@ namespace dsv3 {
 constexpr u32 kMaxChannels = 32;  // one lane of a warp each
 constexpr u32 kFullWarp = 0xffffffffu;
 
-enum class Role : u32 { kSend = 1, kReceive = 2 };
+enum class Role : u32 { kSend = 1, kReceive = 2, kForward = 3 };
 
 // Where things lie in a workspace, in bytes. python: dsv3_kernels.ep.kernels.Workspace
 struct Workspace {
@@ -68,18 +68,21 @@ struct Deadline {
         const u64 start = ptx::global_timer();
         while (seen < expected) {
             if (ptx::global_timer() - start > nanoseconds) {
-                if (ptx::fetch_add_device(&failure->claimed, 1) == 0) {
-                    failure->role = static_cast<u64>(role);
-                    failure->peer = peer;
-                    failure->channel = channel;
-                    failure->expected = expected;
-                    failure->seen = seen;
-                }
+                give_up(role, peer, channel, expected, seen);
                 break;
             }
             seen = ptx::load_acquire_system(address);
         }
         return seen;
+    }
+
+    __device__ __forceinline__ void give_up(Role role, u32 peer, u32 channel, u64 expected, u64 seen) const {
+        if (ptx::fetch_add_device(&failure->claimed, 1) != 0) return;
+        failure->role = static_cast<u64>(role);
+        failure->peer = peer;
+        failure->channel = channel;
+        failure->expected = expected;
+        failure->seen = seen;
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
