@@ -41,12 +41,60 @@ constexpr u32 kWarpsOfGroup = 4;  // share the rows of an (expert, rank)
 constexpr u32 kColumns = 8;       // of BF16 in one access of 16 bytes
 constexpr u32 kInFlight = 4;      // 16-byte loads that a lane issues before it waits
 
+// How this rank reaches the memory of the others, which all have alike: an address in its own stands for the
+// same place in theirs. python: dsv3_kernels.ep.low_latency_kernels.Connection
+struct Peers {
+    u8* const* mapped;       // [ranks]: that rank's memory, or null where only the network reaches it
+    const i32* queue_pairs;  // [queue_pair_count], as nvshmemx_qp_create made them
+    u32 rank, ranks, queue_pair_count;
+
+    __device__ __forceinline__ u8* own() const { return mapped[rank]; }
+
+    __device__ __forceinline__ bool far(u32 peer) const {
+#ifdef DSV3_ONE_NODE
+        return false;
+#else
+        return mapped[peer] == nullptr;
+#endif
+    }
+
+    // The queue pair of stream `i`, whatever i.
+    __device__ __forceinline__ i32 queue_pair(u32 stream) const {
+        return queue_pair_count ? queue_pairs[stream % queue_pair_count] : 0;
+    }
+
+    // A warp, to a far rank: what lies at `from` here to `to` there.
+    __device__ __forceinline__ void put(u64 to, u64 from, u64 bytes, u32 peer, u32 stream) const {
+#ifndef DSV3_ONE_NODE
+        transport::put_warp(own() + to, own() + from, bytes, peer, queue_pair(stream));
+#endif
+    }
+
+    // One lane: the word at `offset` there, behind this thread's stores or what went by the same stream.
+    __device__ __forceinline__ void set(u64 offset, u64 value, u32 peer, u32 stream) const {
+#ifndef DSV3_ONE_NODE
+        if (far(peer)) {
+            transport::signal(reinterpret_cast<u64*>(own() + offset), value, peer, queue_pair(stream));
+            return;
+        }
+#endif
+        ptx::store_release_system(reinterpret_cast<u64*>(mapped[peer] + offset), value);
+    }
+
+    // One lane, which has acquired `value` at `offset` here.
+    __device__ __forceinline__ void settle(u64 offset, u64 value, u32 peer) const {
+#ifndef DSV3_ONE_NODE
+        if (far(peer)) transport::settle(reinterpret_cast<u64*>(own() + offset), value);
+#endif
+    }
+};
+
 // This rank's place in the sequence of calls. Sends and receives may be one apart.
 struct Progress {
     u64 sent, received, ended_senders, ended_receivers;
 };
 
-// Where things lie in a rank's memory, in bytes. python: dsv3_kernels.ep.low_latency.Area
+// Where things lie in a rank's memory, in bytes. python: dsv3_kernels.ep.low_latency_kernels.Area
 struct Area {
     u64 start;
     u32 ranks, flags, slots, parity;
@@ -81,9 +129,8 @@ struct Call {
 
     // One lane: until the word at `offset` of this rank's memory, which `peer` sets, is at least `value`.
     __device__ __forceinline__ u64 wait(u64 offset, u64 value, Role role, u32 peer, u32 channel) const {
-        u64* word = reinterpret_cast<u64*>(own(offset));
-        const u64 seen = deadline.wait(word, value, role, peer, channel);
-        if (seen >= value && !peers.mapped[peer]) transport::settle(word, value);
+        const u64 seen = deadline.wait(reinterpret_cast<const u64*>(own(offset)), value, role, peer, channel);
+        if (seen >= value) peers.settle(offset, value, peer);
         return seen;
     }
 };
@@ -111,7 +158,7 @@ __device__ __forceinline__ void end_receive(const Call& call) {
     if (threadIdx.x == 0) last = ptx::fetch_add_device(&call.progress->ended_receivers, 1) + 1 == gridDim.x;
     if (!__syncthreads_or(last)) return;
     for (u32 peer = threadIdx.x; peer < call.peers.ranks; peer += blockDim.x)
-        set_word(call.peers, peer, call.area.ack(call.peers.rank), call.epoch, call.peers.queue_pair(peer));
+        call.peers.set(call.area.ack(call.peers.rank), call.epoch, peer, peer);
     if (threadIdx.x == 0) {
         call.progress->ended_receivers = 0;
         call.progress->received = call.epoch;

@@ -24,24 +24,22 @@ __device__ __forceinline__ bool combine_send(const Call& call, const u8* y, cons
         const i32* segment = segments + 3 * (local * ranks + home);
         const u32 first = segment[0], rows = segment[1], place = segment[2];
         if (rows == 0) continue;
-        u8* memory = call.peers.mapped[home];
-        const i32 queue_pair = call.peers.queue_pair(expert);
+        const bool far = call.peers.far(home);
         for (u32 i = member; i < rows; i += kWarpsOfGroup) {
             const u8* from = y + (static_cast<u64>(local) * call.received_rows() + first + i) * row_bytes;
             const u64 slot = call.area.slot(place + i);
-            if (memory != nullptr) {
-                copy(memory + slot, from, row_bytes, lane);
+            if (!far) {
+                copy(call.peers.mapped[home] + slot, from, row_bytes, lane);
                 continue;
             }
             const u64 at = static_cast<u64>(home) * call.places() + place + i;
-            u8* staged = call.own(call.area.staged(at, static_cast<u64>(ranks) * call.places()));
-            copy(staged, from, row_bytes, lane);
+            const u64 staged = call.area.staged(at, static_cast<u64>(ranks) * call.places());
+            copy(call.own(staged), from, row_bytes, lane);
             __syncwarp();
-            transport::put_warp(call.own(slot), staged, row_bytes, home, queue_pair);
+            call.peers.put(slot, staged, row_bytes, home, expert);
         }
         ptx::named_barrier_sync(1 + group, 32 * kWarpsOfGroup);
-        if (member == 0 && lane == 0)
-            set_word(call.peers, home, call.area.flag(expert), call.epoch << 32, queue_pair);
+        if (member == 0 && lane == 0) call.peers.set(call.area.flag(expert), call.epoch << 32, home, expert);
     }
     return true;
 }

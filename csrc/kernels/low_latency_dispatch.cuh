@@ -76,8 +76,8 @@ __device__ __forceinline__ bool count(const Call& call, const Routing& routing, 
 __device__ __forceinline__ void announce(const Call& call, const Plan& plan, u32 expert) {
     const u64 word = call.epoch << 32 | plan.first[expert] << 16 | plan.total[expert];
     const u32 local = expert % call.local_experts;
-    set_word(call.peers, expert / call.local_experts,
-             call.area.flag(local * call.peers.ranks + call.peers.rank), word, call.peers.queue_pair(expert));
+    call.peers.set(call.area.flag(local * call.peers.ranks + call.peers.rank), word,
+                   expert / call.local_experts, expert);
 }
 
 // The first warp: where a token goes. Plan's entries of `turn`; of the last turn others may still read.
@@ -95,9 +95,9 @@ __device__ __forceinline__ void aim(const Call& call, const Routing& routing, co
             place = plan.first[expert] + slot;
             const u32 at = (local * call.peers.ranks + call.peers.rank) * call.max_tokens + slot;
             plan.slot[turn * call.topk + lane] = at;
-            u8* memory = call.peers.mapped[expert / call.local_experts];
-            far = memory == nullptr;
-            if (!far) target = memory + call.area.slot(at);
+            const u32 peer = expert / call.local_experts;
+            far = call.peers.far(peer);
+            if (!far) target = call.peers.mapped[peer] + call.area.slot(at);
         }
         plan.expert[turn * call.topk + lane] = expert;
         plan.targets[turn * (call.topk + 1) + lane] = target;
@@ -157,6 +157,9 @@ __device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& r
     extern __shared__ u32 shared[];
     const Plan plan(shared, call.experts(), call.topk);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool quantised = format != Format::kBf16;
+    const u32 row_bytes = quantised ? call.hidden : 2 * call.hidden;
+    const u32 tiles = quantised ? (call.hidden + quantize::kTile - 1) / quantize::kTile : 0;
     const u32 share = (call.tokens + gridDim.x - 1) / gridDim.x;
     const u32 first = min(blockIdx.x * share, call.tokens), last = min(first + share, call.tokens);
 
@@ -184,9 +187,9 @@ __device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& r
             const i32 expert = plan.expert[turn * call.topk + k];
             if (expert < 0) continue;
             if (targets[k] == nullptr)
-                transport::put_warp(call.own(call.area.slot(plan.slot[turn * call.topk + k])),
-                                    targets[call.topk], call.area.slot_bytes, expert / call.local_experts,
-                                    call.peers.queue_pair(expert));
+                call.peers.put(call.area.slot(plan.slot[turn * call.topk + k]),
+                               call.area.staged(token, call.max_tokens), row_bytes + 4 * tiles,
+                               expert / call.local_experts, expert);
             __syncwarp();
             // Whoever sends the last row has acquired that all others are on their way.
             if (lane == 0 && ptx::fetch_add_device(routing.sent_rows + expert, 1) + 1 == plan.total[expert]) {
