@@ -26,17 +26,19 @@
 // depends on the routing alone, never on the timing.
 #pragma once
 
-#include "channel.cuh"
 #include "e4m3.cuh"
 #include "error.cuh"
+#include "ptx.cuh"
 #include "transport.cuh"
 
 namespace dsv3 {
 namespace low_latency {
 
 enum class Phase : u32 { kDispatchSend, kDispatchReceive, kCombineSend, kCombineReceive };
+enum class Role : u32 { kSend = 1, kReceive = 2 };
 enum class Format : u32 { kBf16, kFp8, kFp8PowerOf2 };  // of a row on the wire
 
+constexpr u32 kFullWarp = 0xffffffffu;
 constexpr u32 kWarpsOfGroup = 4;  // share the rows of an (expert, rank)
 constexpr u32 kColumns = 8;       // of BF16 in one access of 16 bytes
 constexpr u32 kInFlight = 4;      // 16-byte loads that a lane issues before it waits
@@ -89,9 +91,15 @@ struct Peers {
     }
 };
 
-// This rank's place in the sequence of calls. Sends and receives may be one apart.
+// This rank's place in the sequence of calls. Sends and receives may be one apart. failures: waits in vain.
 struct Progress {
-    u64 sent, received, ended_senders, ended_receivers;
+    u64 sent, received, ended_senders, ended_receivers, failures;
+};
+
+// What the first wait that ran out of time leaves behind; `recorded` is released at system scope, last.
+// python: dsv3_kernels.ep.low_latency_kernels.Failure
+struct Failure {
+    u64 role, peer, expert, expected, seen, recorded;
 };
 
 // Where things lie in a rank's memory, in bytes. python: dsv3_kernels.ep.low_latency_kernels.Area
@@ -117,8 +125,9 @@ struct Area {
 struct Call {
     Peers peers;
     Area area;
-    Deadline deadline;
     Progress* progress;
+    Failure* failure;
+    u64 timeout;  // nanoseconds that a wait may last
     u64 epoch;
     u32 local_experts, max_tokens, topk, hidden, tokens;
 
@@ -127,11 +136,33 @@ struct Call {
     __device__ __forceinline__ u32 received_rows() const { return peers.ranks * max_tokens; }
     __device__ __forceinline__ u8* own(u64 offset) const { return peers.own() + offset; }
 
-    // One lane: until the word at `offset` of this rank's memory, which `peer` sets, is at least `value`.
-    __device__ __forceinline__ u64 wait(u64 offset, u64 value, Role role, u32 peer, u32 channel) const {
-        const u64 seen = deadline.wait(reinterpret_cast<const u64*>(own(offset)), value, role, peer, channel);
-        if (seen >= value) peers.settle(offset, value, peer);
+    // One lane: until the word at `offset` of this rank's memory, which `peer` sets, is at least `expected`.
+    // Gives what it saw, or less than that in vain.
+    __device__ __forceinline__ u64 wait(u64 offset, u64 expected, Role role, u32 peer, u32 expert) const {
+        const u64* word = reinterpret_cast<const u64*>(own(offset));
+        u64 seen = ptx::load_acquire_system(word);
+        if (seen < expected) {
+            const u64 start = ptx::global_timer();
+            do {
+                seen = ptx::load_acquire_system(word);
+            } while (seen < expected && ptx::global_timer() - start <= timeout);
+        }
+        if (seen < expected)
+            fail(role, peer, expert, expected, seen);
+        else
+            peers.settle(offset, expected, peer);
         return seen;
+    }
+
+  private:
+    __device__ __forceinline__ void fail(Role role, u32 peer, u32 expert, u64 expected, u64 seen) const {
+        if (ptx::fetch_add_device(&progress->failures, 1) != 0) return;
+        failure->role = static_cast<u64>(role);
+        failure->peer = peer;
+        failure->expert = expert;
+        failure->expected = expected;
+        failure->seen = seen;
+        ptx::store_release_system(&failure->recorded, 1);
     }
 };
 
@@ -190,19 +221,20 @@ namespace dsv3 {
 // What a phase takes of input, output and the lists is said at its function.
 __global__ void __launch_bounds__(512, 1)
     low_latency_step(u8* const* mapped, const i32* queue_pairs, low_latency::Progress* progress,
-                     Failure* failure, u32* error, u64* sent_rows, const u8* input, const i64* topk_idx,
-                     const float* topk_weights, u8* out, float* out_scales, i64 scale_group_stride,
-                     i64 scale_tile_stride, i32* counts, i32* segments, i32* places, u32 phase, u32 format,
-                     u32 rank, u32 ranks, u32 queue_pair_count, u32 local_experts, u32 max_tokens, u32 topk,
-                     u32 hidden, u32 tokens, u32 flags, u32 slots, u64 area_start, u64 slot_bytes,
-                     u64 timeout) {
+                     low_latency::Failure* failure, u32* error, u64* sent_rows, const u8* input,
+                     const i64* topk_idx, const float* topk_weights, u8* out, float* out_scales,
+                     i64 scale_group_stride, i64 scale_tile_stride, i32* counts, i32* segments, i32* places,
+                     u32 phase, u32 format, u32 rank, u32 ranks, u32 queue_pair_count, u32 local_experts,
+                     u32 max_tokens, u32 topk, u32 hidden, u32 tokens, u32 flags, u32 slots, u64 area_start,
+                     u64 slot_bytes, u64 timeout) {
     using namespace low_latency;
     const Phase step = static_cast<Phase>(phase);
     const bool sends = step == Phase::kDispatchSend || step == Phase::kCombineSend;
     Call call{{mapped, queue_pairs, rank, ranks, queue_pair_count},
               {area_start, ranks, flags, slots, 0, slot_bytes},
-              {failure, timeout},
               progress,
+              failure,
+              timeout,
               (sends ? progress->sent : progress->received) + 1,
               local_experts,
               max_tokens,

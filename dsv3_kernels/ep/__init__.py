@@ -11,6 +11,7 @@
 
 from .buffer import Buffer
 from .errors import TimeoutError
+from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
 __all__ = [
@@ -19,6 +20,9 @@ __all__ = [
     "DispatchResult",
     "Event",
     "Handle",
+    "LowLatencyCombined",
+    "LowLatencyDispatched",
+    "LowLatencyHandle",
     "Stall",
     "Status",
     "TimeoutError",

@@ -27,10 +27,6 @@ class IntranodeTransport:
 
     def __init__(self, group: Any, gpu: Any, shape: Shape, timeout: float) -> None:
         self._shape, self._timeout, self._rank = shape, timeout, group.rank
-        if shape.topology.nodes > 1 or shape.topology.size > kernels.MAX_RANKS:
-            raise NotImplementedError(
-                f"Buffer: the kernels know one node of up to {kernels.MAX_RANKS} ranks, got {shape.topology}"
-            )
         if shape.num_topk > kernels.MAX_TOPK:
             raise ValueError(f"Buffer: num_topk is {shape.num_topk}, expected at most {kernels.MAX_TOPK}")
         self._workspace = kernels.Workspace(shape)
@@ -63,6 +59,11 @@ class IntranodeTransport:
         arguments: tuple[launch.Argument, ...],
     ) -> None:
         op = "combine" if kernel is kernels.COMBINE else "dispatch"
+        if self._shape.topology.nodes > 1 or self._shape.topology.size > kernels.MAX_RANKS:
+            raise NotImplementedError(
+                f"{op}: the kernels know one node of up to {kernels.MAX_RANKS} ranks, got "
+                f"{self._shape.topology}"
+            )
         if self._failure is not None:
             raise self._failure
         if num_sms > 2 * kernels.MAX_CHANNELS:
