@@ -18,8 +18,9 @@ class Form:
     num_sms: int = 2
 
 
-def returned(case, round_, rank, counts):
+def returned(case, inputs, round_, rank):
     """What the experts of a rank give back: y, poisoned where there are no rows."""
+    counts = reference.dispatch(inputs.topk_idx, case.num_experts)[rank].tokens_per_expert
     gen = generator(case.seed, round_, rank, 9)
     room = case.topology.size * case.tokens
     y = torch.full((case.local_experts, room, case.hidden), torch.nan).bfloat16()
@@ -34,8 +35,8 @@ def poison(x):
         part.fill_(0x7F if part.dtype == torch.uint8 else torch.nan)
 
 
-def one_round(buffer, case, inputs, round_, rank, form, between=None):
-    """Dispatch and combine of one rank: what it received, and its sums. between: done before a hook."""
+def one_round(buffer, case, inputs, round_, rank, form):
+    """Dispatch and combine of one rank: what it received, and its sums."""
     got = buffer.low_latency_dispatch(
         inputs.x[rank],
         inputs.topk_idx[rank],
@@ -47,10 +48,8 @@ def one_round(buffer, case, inputs, round_, rank, form, between=None):
     if form.hook:
         poison(got.x)
         got.tokens_per_expert.fill_(-9)
-        if between:
-            between()
         got.hook()
-    y = returned(case, round_, rank, got.tokens_per_expert)
+    y = returned(case, inputs, round_, rank)
     home = buffer.low_latency_combine(
         y, got.handle, inputs.topk_weights[rank], form.num_sms, return_recv_hook=form.hook
     )
@@ -58,6 +57,41 @@ def one_round(buffer, case, inputs, round_, rank, form, between=None):
         home.x.fill_(torch.nan)
         home.hook()
     return received(got), home.x
+
+
+def two_rounds(buffer, case, both, rank, form):
+    """Two dispatches, then two combines, under way at a time, each received after the other has sent."""
+    sent = [
+        buffer.low_latency_dispatch(
+            inputs.x[rank], inputs.topk_idx[rank], form.num_sms, fp8=form.fp8, return_recv_hook=True
+        )
+        for inputs in both
+    ]
+    homes = []
+    for i, (got, inputs) in enumerate(zip(sent, both, strict=True)):
+        got.hook()
+        got.hook()  # once more does nothing
+        weights = inputs.topk_weights[rank]
+        y = returned(case, inputs, i, rank)
+        homes.append(buffer.low_latency_combine(y, got.handle, weights, 2, return_recv_hook=True))
+    for home in homes:
+        home.hook()
+    return [(received(got), home.x) for got, home in zip(sent, homes, strict=True)]
+
+
+def dispatches_ahead(buffer, rounds, rank, form):
+    """Dispatches alone, each sent before the one ahead of it is received: nothing else holds a rank back."""
+    got = []
+    for inputs in rounds:
+        got.append(
+            buffer.low_latency_dispatch(
+                inputs.x[rank], inputs.topk_idx[rank], form.num_sms, fp8=form.fp8, return_recv_hook=True
+            )
+        )
+        if len(got) > 1:
+            got[-2].hook()
+    got[-1].hook()
+    return [received(result) for result in got]
 
 
 def received(got):
@@ -69,11 +103,19 @@ def received(got):
     return parts, got.tokens_per_expert
 
 
-def check(case, inputs, round_, form, outputs, where=""):
+def check(case, inputs, round_, form, outputs):
     """outputs: (received, sums) of each rank."""
+    check_dispatch(case, inputs, form, [got for got, _ in outputs], f"round {round_}")
+    y = [returned(case, inputs, round_, rank) for rank in range(len(outputs))]
+    want = reference.combine(y, reference.dispatch(inputs.topk_idx, case.num_experts), inputs.topk_weights)
+    for rank, ((_, mine), expected) in enumerate(zip(outputs, want, strict=True)):
+        assert torch.equal(bits(mine), bits(expected)), f"rank {rank}, round {round_}, {form}, {case}"
+
+
+def check_dispatch(case, inputs, form, outputs, where=""):
     want = reference.dispatch(inputs.topk_idx, case.num_experts)
-    for rank, (((parts, counts), _), part) in enumerate(zip(outputs, want, strict=True)):
-        at = f"rank {rank}, round {round_}, {form}, {case} {where}"
+    for rank, ((parts, counts), part) in enumerate(zip(outputs, want, strict=True)):
+        at = f"rank {rank}, {where}, {form}, {case}"
         assert torch.equal(counts, part.tokens_per_expert), at
         for expert, origin in enumerate(part.rows):
             if not origin:
@@ -85,7 +127,3 @@ def check(case, inputs, round_, form, outputs, where=""):
                 expected = [q.data.view(torch.uint8), q.scales]
             for got, rows_of in zip(parts, expected, strict=True):
                 assert torch.equal(bits(got[expert, : len(origin)]), bits(rows_of)), at
-    y = [returned(case, round_, rank, part.tokens_per_expert) for rank, part in enumerate(want)]
-    sums = reference.combine(y, want, inputs.topk_weights)
-    for rank, ((_, mine), expected) in enumerate(zip(outputs, sums, strict=True)):
-        assert torch.equal(bits(mine), bits(expected)), f"rank {rank}, round {round_}, {form}, {case} {where}"
