@@ -55,10 +55,15 @@ class PortableLowLatency:
         receives = list(arrived.split([rows.numel() for rows in layout.rows]))
         receives[self._exchange.rank].copy_(sends[self._exchange.rank])
         pending = self._exchange.swap(op, sends, receives)
-        data, scales, counts_here = self._empty(x, form, headers)
+        data, scales = self._empty(x, form)
+        local = shape.local_experts
+        first = 3 + self._exchange.rank * local
+        counts_here = [sum(header[first + e] for header in headers) for e in range(local)]
+        tokens_per_expert = torch.zeros(local, dtype=torch.int32, device=x.device)
 
         def receive() -> None:
             pending.wait()
+            tokens_per_expert.copy_(torch.tensor(counts_here, dtype=torch.int32))
             where = torch.cat(layout.rows)
             got = _unpack(arrived, parts)
             _bits(data).flatten(0, 1)[where] = _bits(got[0])
@@ -68,7 +73,7 @@ class PortableLowLatency:
 
         handle = LowLatencyHandle(self, x.shape[0], layout)
         rows = data if scales is None else QuantizedTensor(data, scales, ROW)
-        return LowLatencyDispatched(rows, counts_here, handle, None), receive
+        return LowLatencyDispatched(rows, tokens_per_expert, handle, None), receive
 
     def _check(self, op: str, headers: list[list[int]]) -> None:
         shape = self._shape
@@ -108,19 +113,13 @@ class PortableLowLatency:
         q = quantize_1x128(x, power_of_2_scales=form.power_of_2_scales)
         return q.data, q.scales
 
-    def _empty(
-        self, x: Tensor, form: Format, headers: list[list[int]]
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _empty(self, x: Tensor, form: Format) -> tuple[Tensor, Tensor | None]:
         shape = self._shape
-        local, first = shape.local_experts, 3 + self._exchange.rank * shape.local_experts
-        size = (local, received_rows(shape), shape.hidden)
-        counts = [sum(header[first + e] for header in headers) for e in range(local)]
-        vector = torch.tensor(counts, dtype=torch.int32, device=x.device)
+        size = (shape.local_experts, received_rows(shape), shape.hidden)
         if not form.fp8:
-            return x.new_zeros(size), None, vector
+            return x.new_zeros(size), None
         data = torch.zeros(size, dtype=torch.uint8, device=x.device).view(torch.float8_e4m3fn)
-        scales = empty_mn_major((*size[:2], -(-shape.hidden // 128)), x.device).zero_()
-        return data, scales, vector
+        return data, empty_mn_major((*size[:2], -(-shape.hidden // 128)), x.device).zero_()
 
     def combine(
         self, y: Tensor, handle: LowLatencyHandle, topk_weights: Tensor, num_sms: int

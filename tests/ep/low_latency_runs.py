@@ -35,16 +35,20 @@ def poison(x):
         part.fill_(0x7F if part.dtype == torch.uint8 else torch.nan)
 
 
-def one_round(buffer, case, inputs, round_, rank, form):
-    """Dispatch and combine of one rank: what it received, and its sums."""
-    got = buffer.low_latency_dispatch(
+def dispatch(buffer, inputs, rank, form, hook=True):
+    return buffer.low_latency_dispatch(
         inputs.x[rank],
         inputs.topk_idx[rank],
         form.num_sms,
         fp8=form.fp8,
         power_of_2_scales=form.power_of_2,
-        return_recv_hook=form.hook,
+        return_recv_hook=hook,
     )
+
+
+def one_round(buffer, case, inputs, round_, rank, form):
+    """Dispatch and combine of one rank: what it received, and its sums."""
+    got = dispatch(buffer, inputs, rank, form, form.hook)
     if form.hook:
         poison(got.x)
         got.tokens_per_expert.fill_(-9)
@@ -61,12 +65,7 @@ def one_round(buffer, case, inputs, round_, rank, form):
 
 def two_rounds(buffer, case, both, rank, form):
     """Two dispatches, then two combines, under way at a time, each received after the other has sent."""
-    sent = [
-        buffer.low_latency_dispatch(
-            inputs.x[rank], inputs.topk_idx[rank], form.num_sms, fp8=form.fp8, return_recv_hook=True
-        )
-        for inputs in both
-    ]
+    sent = [dispatch(buffer, inputs, rank, form) for inputs in both]
     homes = []
     for i, (got, inputs) in enumerate(zip(sent, both, strict=True)):
         got.hook()
@@ -83,11 +82,7 @@ def dispatches_ahead(buffer, rounds, rank, form):
     """Dispatches alone, each sent before the one ahead of it is received: nothing else holds a rank back."""
     got = []
     for inputs in rounds:
-        got.append(
-            buffer.low_latency_dispatch(
-                inputs.x[rank], inputs.topk_idx[rank], form.num_sms, fp8=form.fp8, return_recv_hook=True
-            )
-        )
+        got.append(dispatch(buffer, inputs, rank, form))
         if len(got) > 1:
             got[-2].hook()
     got[-1].hook()
