@@ -5,7 +5,6 @@ import torch
 from op_calls import counting
 from torch import nn
 
-import dsv3_kernels.nn.linear as linear_layers
 import dsv3_kernels.nn.plain as plain_layers
 from dsv3_kernels import (
     dequantize,

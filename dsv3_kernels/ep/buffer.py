@@ -1,6 +1,7 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,10 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from . import internode, internode_kernels, intranode, kernels, nvlink
+from . import internode, internode_kernels, intranode, kernels, low_latency, nvlink
 from .calls import Calls, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
+from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .low_latency_kernels import KernelLowLatency, connect_emulated
+from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
 from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
@@ -76,6 +80,9 @@ class Buffer:
             make = internode.emulated if several else intranode.emulated
             self._transport = make(group, emulator.current(), self._shape, seconds)
             self._reason = ""
+            self._make_low_latency: Callable[[], low_latency.LowLatencyTransport] = lambda: KernelLowLatency(
+                self._shape, connect_emulated(group, emulator.current(), self._shape), seconds
+            )
         else:
             exchange = Exchange(_group(group), seconds)
             self._shape, self.rank = shape_of(exchange.size, *sizes), exchange.rank
@@ -84,6 +91,8 @@ class Buffer:
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
+            self._make_low_latency = lambda: PortableLowLatency(self._shape, exchange)
+        self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
 
@@ -193,6 +202,60 @@ class Buffer:
         result = self._transport.combine(call)
         self._combines += 1
         return result
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_sms: int = 64,
+        *,
+        fp8: bool = True,
+        power_of_2_scales: bool = False,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyDispatched:
+        """Sends each (token, expert) straight to the expert's rank: for the few tokens of decoding.
+
+        x: bfloat16 `[T, hidden]`, contiguous, T up to max_tokens_per_rank. topk_idx: int64 `[T, K]`,
+            contiguous, distinct experts in a row, -1 for none.
+        num_sms: blocks of the kernels; the portable transport has no use for it.
+        fp8: quantise on the way, bit for bit `quantize_1x128(x, power_of_2_scales=power_of_2_scales)`.
+        return_recv_hook: return once this rank has sent; what is received is there after `hook()` of the
+            result. In between the ranks compute, and no SM waits. Two calls may be under way, and their hooks
+            come in order.
+        Nothing is read back from the GPU, so a CUDA graph may hold it. All ranks call alike; the first call
+        of the buffer sets up memory and is not for capture. max_tokens_per_rank · num_topk is at most 65535.
+        Returns a `LowLatencyDispatched`, as `masked_grouped_fp8_gemm` takes it. Raises TypeError or
+        ValueError for wrong arguments (for experts out of range, too: kernels leave those out, and the rank
+        that passed them raises), and `ep.TimeoutError`.
+        """
+        form = Format(fp8, power_of_2_scales)
+        return low_latency.dispatch(self._fast(), self._shape, x, topk_idx, form, num_sms, return_recv_hook)
+
+    def low_latency_combine(
+        self,
+        y: Tensor,
+        handle: LowLatencyHandle,
+        topk_weights: Tensor,
+        num_sms: int = 64,
+        *,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyCombined:
+        """Brings the experts' rows straight home: the sum of weight · row over each token's experts.
+
+        y: bfloat16 `[E_local, R·max_tokens_per_rank, hidden]`, contiguous, in the rows of the dispatch that
+            gave `handle`; those past an expert's count are not read. topk_weights: float32 `[T, K]`.
+        num_sms, return_recv_hook: as in `low_latency_dispatch`.
+        Products are rounded to FP32 and added from +0 in the order of k, the sum is rounded to BF16. A token
+        without experts gets zeros. Returns a `LowLatencyCombined`. Raises as `low_latency_dispatch`.
+        """
+        return low_latency.combine(
+            self._fast(), self._shape, y, handle, topk_weights, num_sms, return_recv_hook
+        )
+
+    def _fast(self) -> low_latency.LowLatencyTransport:
+        if self._low_latency is None:
+            self._low_latency = self._make_low_latency()
+        return self._low_latency
 
     def status(self) -> Status:
         """Counters of this rank, and where it has waited; works after a failure too."""
