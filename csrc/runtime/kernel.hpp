@@ -36,6 +36,8 @@ class Kernel {
     // tensor maps. Returns 0, or an error code that an earlier kernel left on the device; then nothing was launched.
     uint32_t launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
 
+    Handle library() const { return library_; }
+
   private:
     enum class Kind { kInteger, kFloat, kBytes };
     struct Parameter {

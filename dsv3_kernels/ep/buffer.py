@@ -15,7 +15,7 @@ from . import low_latency
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
-from .low_latency_kernels import KernelLowLatency, connect_emulated
+from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvshmem
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import CombineCall, DispatchCall, Shape, Transport
@@ -76,7 +76,7 @@ class Buffer:
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape), device))
             self._transport = PortableTransport(self._shape, exchange)
-            self._make_low_latency = lambda: PortableLowLatency(self._shape, exchange)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, seconds)
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._dispatches = self._combines = 0
 
@@ -384,6 +384,14 @@ def _timeout(value: float | None) -> float:
     if not 0 < value <= 86400:  # NaN too
         raise ValueError(f"Buffer: {name} is {value}, expected seconds above 0, at most a day")
     return float(value)
+
+
+def _low_latency_of(shape: Shape, exchange: Exchange, seconds: float) -> low_latency.LowLatencyTransport:
+    """The kernels on GPUs, torch.distributed elsewhere."""
+    group = exchange.group
+    if group is None or _device(group).type == "cpu":
+        return PortableLowLatency(shape, exchange)
+    return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
 
 
 def _shape(
