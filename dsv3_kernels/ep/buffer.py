@@ -14,7 +14,7 @@ from .calls import Calls, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
-from .low_latency_kernels import KernelLowLatency, connect_emulated
+from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvshmem
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
@@ -91,7 +91,7 @@ class Buffer:
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
-            self._make_low_latency = lambda: PortableLowLatency(self._shape, exchange)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, seconds)
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
@@ -300,6 +300,14 @@ def _group(group: object) -> "dist.ProcessGroup | None":
             "belongs to, or None"
         )
     return group
+
+
+def _low_latency_of(shape: Shape, exchange: Exchange, seconds: float) -> low_latency.LowLatencyTransport:
+    """The kernels on GPUs, torch.distributed elsewhere."""
+    group = exchange.group
+    if group is None or _device(group).type == "cpu":
+        return PortableLowLatency(shape, exchange)
+    return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:

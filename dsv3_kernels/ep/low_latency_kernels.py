@@ -3,12 +3,12 @@
 import enum
 from collections import deque
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .. import launch
+from .. import launch, nvshmem
 from ..checks import ceil_div, round_up
 from ..device_error import DeviceValueError
 from ..jit import Kernel
@@ -16,6 +16,9 @@ from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from .errors import TimeoutError
 from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
 from .transport import Shape
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 OPS = ("low_latency_dispatch", "low_latency_combine")
 ROLES = ("send", "receive")
@@ -97,6 +100,29 @@ def connect_emulated(group: Any, gpu: Any, shape: Shape) -> Connection:
     queue_pairs = torch.arange(2, 2 + shape.local_experts, dtype=torch.int32)
     which = kernel(shape.topology.nodes, emulated=True)
     return Connection(group.rank, memory, torch.tensor(mapped), queue_pairs, which, every)
+
+
+def connect_nvshmem(group: "dist.ProcessGroup", shape: Shape) -> Connection:
+    """On GPUs; all ranks of the group call. Raises `nvshmem.NvshmemError` before any kernel runs."""
+    size = areas(shape)[1].end
+    world = nvshmem.world(group, size)
+    memory = world.allocate(size)
+    mapped = world.mapped(memory)
+    far = not all(mapped)
+    pairs = world.queue_pairs(shape.local_experts) if shape.topology.nodes > 1 else []
+    if far and shape.topology.nodes == 1:
+        missing = [rank for rank, address in enumerate(mapped) if not address]
+        raise nvshmem.NvshmemError(
+            f"the memory of ranks {missing} is not mapped here, though all are said to be on one node. Mend: "
+            "pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers (nvidia-smi topo -p2p r)"
+        )
+    return Connection(
+        world.rank,
+        memory,
+        torch.tensor(mapped, device=memory.device),
+        torch.tensor(pairs, dtype=torch.int32, device=memory.device),
+        kernel(shape.topology.nodes, emulated=False),
+    )
 
 
 @dataclass(frozen=True)
@@ -269,13 +295,14 @@ class KernelLowLatency:
             area.slot_bytes,
             int(self._timeout * 1e9),
         )
-        launch.launch(
-            connection.kernel,
-            (num_sms, 1, 1),
-            (threads(shape.hidden), 1, 1),
-            arguments,
-            shared_bytes=shared_bytes(shape) if phase is Phase.DISPATCH_SEND else 0,
-        )
+        shared = shared_bytes(shape) if phase is Phase.DISPATCH_SEND else 0
+        grid, block = (num_sms, 1, 1), (threads(shape.hidden), 1, 1)
+        try:
+            launch.launch(connection.kernel, grid, block, arguments, shared_bytes=shared)
+        except DeviceValueError:
+            if source.is_cuda:  # it was an earlier kernel's, and in its place this one was not launched
+                launch.launch(connection.kernel, grid, block, arguments, shared_bytes=shared)
+            raise
 
 
 def threads(hidden: int) -> int:

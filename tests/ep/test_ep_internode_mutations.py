@@ -78,7 +78,10 @@ MUTATIONS = {
         {HAZARD, WRONG, TIMEOUT},
     ),
     "a header is free before it is read": (
-        re.compile(r"(tell\(o, node, here\.header_in\);\s*__syncwarp\(\);)(\s*if \(threadIdx.*?channel\]\);)", re.DOTALL),
+        re.compile(
+            r"(tell\(o, node, here\.header_in\);\s*__syncwarp\(\);)(\s*if \(threadIdx.*?channel\]\);)",
+            re.DOTALL,
+        ),
         r"\2 \1",
         {HAZARD},
     ),
