@@ -82,10 +82,10 @@ class KernelRank:
         return kernels.shape_of_launch(self.shape, num_sms, launched)
 
     def dispatch_call(self, *arguments: Any) -> Struct:
-        return kernels.dispatch_call(self.workspace, self.peers, *arguments, timeout=self.timeout)
+        return kernels.dispatch_call(self.workspace, self.peers, *(*arguments, self.timeout))
 
     def combine_call(self, *arguments: Any) -> Struct:
-        return kernels.combine_call(self.workspace, self.peers, *arguments, timeout=self.timeout)
+        return kernels.combine_call(self.workspace, self.peers, *(*arguments, self.timeout))
 
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self.shape

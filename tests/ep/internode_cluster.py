@@ -1,4 +1,4 @@
-"""Ranks on several nodes in the emulator, whose kernels run round after round without waiting for each other."""
+"""Ranks on several nodes in the emulator, whose kernels run round after round and wait for no other rank."""
 
 from types import SimpleNamespace
 

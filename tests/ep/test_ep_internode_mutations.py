@@ -21,8 +21,8 @@ PUT_SIGNAL = re.compile(r"nvshmemx_qp_char_put_signal_nbi_warp\(reinterpret_cast
 PUT = """nvshmemx_qp_char_put_nbi_warp(reinterpret_cast<char*>(target), reinterpret_cast<const char*>(source),
                                   bytes, static_cast<int>(rank), queue_pair);"""
 SIGNAL = "if (threadIdx.x % 32 == 0) dsv3::transport::signal(signal, value, rank, queue_pair{});"
-DECLARE = """extern "C" __device__ void nvshmemx_qp_char_put_nbi_warp(char*, const char*, unsigned long long, int,
-                                                                     int);
+DECLARE = """extern "C" __device__ void nvshmemx_qp_char_put_nbi_warp(char*, const char*, unsigned long long,
+                                                                     int, int);
 namespace dsv3 { namespace transport { __device__ void signal(unsigned long long* signal,
     unsigned long long value, unsigned rank, int queue_pair); } }
 """
