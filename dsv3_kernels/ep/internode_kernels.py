@@ -1,4 +1,4 @@
-"""csrc/kernels/dispatch_internode.cuh and combine_internode.cuh: sizes of memory, and what a launch passes."""
+"""csrc/kernels/dispatch_internode.cuh, combine_internode.cuh: sizes of memory, and what a launch passes."""
 
 from dataclasses import dataclass
 
@@ -71,9 +71,7 @@ class Link:
     queue_pairs: Tensor  # int32 [channels]
 
     @classmethod
-    def create(
-        cls, rings: Rings, peers: Peers, symmetric: tuple[Tensor, ...], queue_pairs: Tensor
-    ) -> "Link":
+    def create(cls, rings: Rings, peers: Peers, symmetric: tuple[Tensor, ...], queue_pairs: Tensor) -> "Link":
         sizes = len(OPS), 2, rings.shape.topology.nodes, rings.channels
         positions = torch.zeros(sizes, dtype=torch.int64, device=peers.table.device)
         return cls(rings, peers, symmetric, positions, queue_pairs)

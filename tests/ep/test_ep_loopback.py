@@ -245,9 +245,7 @@ def test_wrong_arguments_say_which_rank():
                 buffer.dispatch(*arguments, **options)
 
         x, idx, weights = inputs.x, inputs.topk_idx, inputs.topk_weights
-        refused(
-            TypeError, "x is 2 of them, expected a list with one for each", x[:2], idx, weights
-        )
+        refused(TypeError, "x is 2 of them, expected a list with one for each", x[:2], idx, weights)
         refused(TypeError, "topk_idx is Tensor, expected a list", x, idx[0], weights)
         refused(
             ValueError,
