@@ -82,10 +82,10 @@ class KernelRank:
         return kernels.shape_of_launch(self.shape, num_sms, launched)
 
     def dispatch_call(self, *arguments: Any) -> Struct:
-        return kernels.dispatch_call(self.workspace, self.peers, *(*arguments, self.timeout))
+        return kernels.dispatch_call(self.workspace, self.peers, *arguments)
 
     def combine_call(self, *arguments: Any) -> Struct:
-        return kernels.combine_call(self.workspace, self.peers, *(*arguments, self.timeout))
+        return kernels.combine_call(self.workspace, self.peers, *arguments)
 
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self.shape
@@ -272,6 +272,7 @@ class _Combine:
             self._x,
             self._weights_grad,
             not handle.expert_order,
+            rank.timeout,
         )
         self.inputs = [call.y, call.topk_weights, grad, call.bias, handle.topk_idx, *came.tables()]
         self.outputs = [self._x, self._weights_grad]

@@ -1,4 +1,4 @@
-"""Ranks on several nodes in the emulator, whose kernels run round after round and wait for no other rank."""
+"""Ranks on several nodes in the emulator; their kernels run round after round, none waits for the others."""
 
 from types import SimpleNamespace
 
