@@ -4,6 +4,7 @@ Every part is looked for on its own: one that is not there, or that fails to loa
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -147,6 +148,28 @@ def _gpus() -> str:
     return found
 
 
+def _peer_access() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        raise Missing("torch is a CPU build", "pip install torch, from its CUDA index")
+    count = torch.cuda.device_count()
+    if count < 2:
+        raise Missing(
+            f"{count} GPU is visible" if count == 1 else "no GPU is visible", "use a node of several"
+        )
+    pairs = list(itertools.combinations(range(count), 2))
+    apart = [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+    if apart:
+        raise Missing(
+            f"GPUs that cannot map each other's memory: {', '.join(apart)}",
+            "nvidia-smi topo -p2p r says why; mostly an IOMMU (iommu=pt, or off), MIG, or no NVLink between",
+        )
+    import torch.distributed._symmetric_memory
+
+    return f"all {len(pairs)} pairs of {count} GPUs; torch's symmetric memory is there"
+
+
 def _nvshmem() -> str:
     nvshmem = toolchain.nvshmem()
     nvshmem.check_versions()
@@ -257,6 +280,7 @@ CHECKS = (
     Check("compile", "kernels", _compile, toolchain.MEND["nvrtc"]),
     Check("cache", "quick starts", _cache, f"set {cache.ENVIRONMENT} to a folder of your own"),
     Check("nvdisasm", "tests of machine code", lambda: str(toolchain.nvdisasm()), toolchain.MEND["nvdisasm"]),
+    Check("peer access", "all-to-all over NVLink", _peer_access, "nvidia-smi topo -m says more"),
     Check("NVSHMEM", _NODES, _nvshmem, toolchain.MEND["nvshmem"]),
     Check("headers", "kernels that call NVSHMEM", _nvshmem_headers, toolchain.MEND["cudart"]),
     Check("NIC", _NODES, _nic, "check the NIC's driver"),
@@ -274,12 +298,14 @@ def summary(findings: Iterable[Finding]) -> list[str]:
         lacking = [name for name in needs if status[name] != "ok"]
         return f"{world}: " + (f"no, for want of {', '.join(lacking)}" if lacking else "yes")
 
+    gpu = ("torch", "runtime", "driver", "GPU", "NVRTC", "compile")
     linked = ("nvJitLink", "NVSHMEM", "headers")
     return [
         line("reference (CPU)", "Python", "torch"),
         line("emulator (CPU)", "Python", "torch", "emulator", "NVRTC", "compile"),
-        line("one GPU", "torch", "runtime", "driver", "GPU", "NVRTC", "compile"),
-        line("several nodes", "torch", "runtime", "driver", "GPU", "NVRTC", *linked, "NIC", "peer memory"),
+        line("one GPU", *gpu),
+        line("one node, over NVLink", *gpu, "peer access"),
+        line("several nodes", *gpu, *linked, "NIC", "peer memory"),
     ]
 
 

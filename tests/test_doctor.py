@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_launch import fake_driver  # noqa: F401
 
 from dsv3_kernels import doctor
@@ -210,3 +211,27 @@ def test_without_rich_the_report_is_plain_lines(monkeypatch, capsys):
     assert "pip install rich" in out
     for finding in doctor.examine():
         assert f"{finding.name}: {finding.found.split()[0] if finding.found else ''}" in out
+
+
+@pytest.mark.parametrize(
+    "gpus, apart, status, found, mend",
+    [
+        (0, (), "missing", "no GPU is visible", "several"),
+        (1, (), "missing", "1 GPU is visible", "several"),
+        (4, (), "ok", "all 6 pairs of 4 GPUs", ""),
+        (4, ((1, 2), (1, 3)), "missing", "cannot map each other's memory: 1-2, 1-3", "iommu=pt"),
+    ],
+)
+def test_peer_access_names_the_pairs_that_lack_it(monkeypatch, gpus, apart, status, found, mend):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in apart)
+    (check,) = (check for check in doctor.CHECKS if check.name == "peer access")
+    finding = check.run()
+    assert finding.status == status and found in finding.found and mend in finding.mend, finding
+
+
+def test_a_cpu_build_of_torch_has_no_peer_access(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (check,) = (check for check in doctor.CHECKS if check.name == "peer access")
+    assert "CPU build" in check.run().found

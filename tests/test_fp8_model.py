@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dsv3_kernels.model import moe
-from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
-from dsv3_kernels.reference import choose_experts
+from dsv3_kernels.gate import route
+from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, gate, set_recipe
 
 WINDOWS, LENGTH = 32, 130
 
@@ -50,18 +49,22 @@ def test_loss_and_gradients(trained_tiny, part, monkeypatch):
     model, corpus = trained_tiny
     window, tape = window_of(corpus, part), []
 
-    def record(*arguments):
-        tape.append(choose_experts(*arguments))
+    def record(*arguments, **options):
+        tape.append(route(*arguments, **options))
         return tape[-1]
 
-    monkeypatch.setattr(moe, "choose_experts", record)
+    monkeypatch.setattr(gate, "route", record)
     want_loss, want = backward(model, BF16, window)
     chosen = tuple(tape)
     assert len(want) > 20 and len(chosen) == 3
 
     tape.clear()
     loss, own = backward(model, FP8, window)
-    moved = torch.cat([(a != b).any(-1) for a, b in zip(tape, chosen, strict=True)]).float().mean()
+    moved = (
+        torch.cat([(a.experts != b.experts).any(-1) for a, b in zip(tape, chosen, strict=True)])
+        .float()
+        .mean()
+    )
     own = cosines(own, want)
     print(
         f"loss {loss} against {want_loss}, {moved:.1%} of the choices moved, lowest {list(own.items())[:4]}"
@@ -71,7 +74,7 @@ def test_loss_and_gradients(trained_tiny, part, monkeypatch):
     assert all(c > 0.98 for name, c in own.items() if ".mlp.experts." not in name)
 
     replay = iter(chosen)
-    monkeypatch.setattr(moe, "choose_experts", lambda *_: next(replay))
+    monkeypatch.setattr(gate, "route", lambda *_, **__: next(replay))
     loss, same = backward(model, FP8, window)
     same = cosines(same, want)
     print(f"with the same experts: loss {loss}, lowest {list(same.items())[:4]}")

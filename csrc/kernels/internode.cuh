@@ -2,9 +2,9 @@
 // that a dispatch leaves for its combine.
 //
 // Rank r is GPU r % gpus of node r / gpus. A token goes over InfiniBand once to a node, always between ranks
-// of the same GPU number; inside a node it goes by stores over NVLink, through channel.cuh's slots. The stream
-// of rank s to a GPU of another node thus has two hops, and the rank in between is called its forwarder:
-// the one of s's GPU number on that node. On s's own node that is s itself.
+// of the same GPU number; inside a node it goes by stores over NVLink, through channel.cuh's slots. The
+// stream of rank s to a GPU of another node thus has two hops, and the rank in between is called its
+// forwarder: the one of s's GPU number on that node. On s's own node that is s itself.
 //
 // A ring joins a rank, in one channel, with its like on one other node, each way: `depth` slots of a chunk of
 // messages. Positions count chunks and never begin anew; position p lies in slot p % depth, for the
@@ -12,11 +12,12 @@
 // which the next one begins. Invariants of a ring, with n = p / depth + 1:
 //   1. The sender writes its staging slot and puts it at position p only after free[slot] >= n - 1.
 //   2. ready[slot] = n follows the chunk on the same queue pair; nobody else sets that word.
-//   3. The receiver reads position p only after it has acquired ready[slot] >= n, and sets free[slot] = n when
-//      the last of its warps has read the chunk. The next ready for this slot follows that, so that both words
-//      only grow, whoever sets them and in whatever order the slots are freed.
-// By 3 and 1 a staging slot is free too: what was read there had left here. A header (the counts of a call) has
-// a slot of its own, with the epoch for n.
+//   3. The receiver reads position p only after it has acquired ready[slot] >= n, and sets free[slot] = n
+//   when
+//      the last of its warps has read the chunk. The next ready for this slot follows that, so that both
+//      words only grow, whoever sets them and in whatever order the slots are freed.
+// By 3 and 1 a staging slot is free too: what was read there had left here. A header (the counts of a call)
+// has a slot of its own, with the epoch for n.
 //
 // Who waits for whom: a sender of a ring for its receiver (credits); a receiver of a ring for its sender; a
 // reader of a slot over NVLink for its writer; all for the epoch before. Nobody who frees a ring waits for
@@ -29,19 +30,6 @@
 #include "transport.cuh"
 
 namespace dsv3 {
-
-constexpr u32 kMaxNodes = 16;
-
-struct Place {
-    u32 rank, nodes, gpus;
-
-    __device__ __forceinline__ u32 node() const { return rank / gpus; }
-    __device__ __forceinline__ u32 gpu() const { return rank % gpus; }
-    __device__ __forceinline__ u32 ranks() const { return nodes * gpus; }
-    // This rank's like on another node, and the i-th of the others.
-    __device__ __forceinline__ u32 like(u32 on) const { return on * gpus + gpu(); }
-    __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
-};
 
 // One end of a ring, by this rank's addresses. python: dsv3_kernels.ep.internode.Rings
 struct Ring {
@@ -56,12 +44,8 @@ struct Ring {
     __device__ __forceinline__ u64* ready(u64 position) const { return words + 2 + position % depth; }
     __device__ __forceinline__ u64* free(u64 position) const { return words + 2 + depth + position % depth; }
     __device__ __forceinline__ u64 turn(u64 position) const { return position / depth + 1; }
-    __device__ __forceinline__ u8* arrived(u64 position) const {
-        return in + position % depth * chunk_bytes;
-    }
-    __device__ __forceinline__ u8* staged(u64 position) const {
-        return out + position % depth * chunk_bytes;
-    }
+    __device__ __forceinline__ u8* arrived(u64 position) const { return in + position % depth * chunk_bytes; }
+    __device__ __forceinline__ u8* staged(u64 position) const { return out + position % depth * chunk_bytes; }
 };
 
 // A rank's symmetric memory, the same on all ranks: words, headers, rings by (node, channel).
@@ -85,42 +69,56 @@ struct Rings {
     }
 };
 
-// What a rank keeps from call to call, and what all calls need.
+// A rank among all; its `self` counts all ranks as sources, and maps each to its forwarder on this node.
 struct Link {
-    Place place;
-    u8* const* peers;  // [gpus]: workspaces of this node's ranks
-    Workspace mine;    // whose sources are all ranks
+    u32 nodes;
     Rings rings;
-    u64* positions;          // [2][nodes][channels]: of the next chunk sent, of the next received
+    u64* positions;          // [2][nodes][channels]: of the next chunk sent, of the next received; and of its
+                             // own node, where there is no ring, the number of headers sent so far
     const i32* queue_pairs;  // [channels]
 
-    __device__ __forceinline__ Workspace peer(u32 gpu) const {
-        Workspace theirs = mine;
-        theirs.base = peers[gpu];
-        return theirs;
-    }
     __device__ __forceinline__ u64* sent_chunks(u32 node, u32 channel) const {
         return positions + node * rings.channels + channel;
     }
     __device__ __forceinline__ u64* received_chunks(u32 node, u32 channel) const {
-        return sent_chunks(place.nodes + node, channel);
+        return sent_chunks(nodes + node, channel);
     }
     __device__ __forceinline__ u32 chunks(u32 messages) const {
         return (messages + rings.chunk - 1) / rings.chunk;
     }
+};
+
+struct Place {
+    const Rank& self;
+    const Link& link;
+
+    __device__ __forceinline__ u32 node() const { return self.rank / self.gpus; }
+    __device__ __forceinline__ u32 gpu() const { return self.rank % self.gpus; }
+    // A rank of this node, and its memory.
+    __device__ __forceinline__ u32 near(u32 gpu) const { return self.first_of_node() + gpu; }
+    __device__ __forceinline__ Workspace peer(u32 gpu) const { return self.workspace(gpu); }
+    // This rank's like on another node, and the i-th of the others.
+    __device__ __forceinline__ u32 like(u32 on) const { return on * self.gpus + gpu(); }
+    __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
+
     // One warp, after its writes to the staging slot.
-    __device__ __forceinline__ void send_chunk(u32 node, u32 channel, u64 position, u64 bytes) const {
-        const Ring here = rings.at(node, channel), there = rings.at(place.node(), channel);
+    __device__ __forceinline__ void send_chunk(u32 to, u32 channel, u64 position, u64 bytes) const {
+        const Ring here = link.rings.at(to, channel), there = link.rings.at(node(), channel);
         __syncwarp();
         transport::put_signal_warp(there.arrived(position), here.staged(position), bytes,
-                                   there.ready(position), there.turn(position), place.like(node),
-                                   queue_pairs[channel]);
+                                   there.ready(position), there.turn(position), like(to),
+                                   link.queue_pairs[channel]);
     }
     // One lane, after the reads of all warps.
-    __device__ __forceinline__ void free_chunk(u32 node, u32 channel, u64 position) const {
-        const Ring there = rings.at(place.node(), channel);
-        transport::signal(there.free(position), there.turn(position), place.like(node),
-                          queue_pairs[channel]);
+    __device__ __forceinline__ void free_chunk(u32 from, u32 channel, u64 position) const {
+        const Ring there = link.rings.at(node(), channel);
+        transport::signal(there.free(position), there.turn(position), like(from), link.queue_pairs[channel]);
+    }
+    // By all threads of a block that has kept the protocol, after a barrier: as channel.cuh's, for this node.
+    __device__ __forceinline__ void finish(u64 epoch, u32 blocks) const {
+        Rank on_node = self;
+        on_node.ranks = self.gpus;
+        dsv3::finish(on_node, epoch, blocks);
     }
 };
 
@@ -128,15 +126,12 @@ struct Link {
 // message is a token on its way to a node; its index begins, like that of a slot, at its channel's first
 // token. `channels` is that of the dispatch.
 struct Layout {
-    i32* experts;         // [tokens, topk]: topk_idx, -1 for what is out of range or stands twice
     i32* sent_index;      // [tokens, nodes]: message, or -1
     i32* sent_tokens;     // [nodes, max_tokens]: token of a message
     i32* sent_counts;     // [nodes, channels]: messages
     i32* forward_slot;    // [nodes, max_tokens, gpus]: slot of a message at each GPU here, or -1
     i32* forward_ranges;  // [nodes, channels, 2]: first message and how many come from a node
     i32* forward_counts;  // [nodes, channels, gpus]: how many of them go to each GPU
-    i32* rows;            // [ranks, max_tokens, topk]: see dispatch.cuh
-    i32* ranges;          // [ranks, channels, 2]
     u32 channels, max_tokens;
 
     __device__ __forceinline__ u32 sent(u32 node, u32 channel) const {
@@ -153,40 +148,33 @@ struct Layout {
     }
 };
 
-// Of `warps`, how many do the first of two kinds of work: in proportion to the rows that each moves, and at
-// least one wherever there is work, also where it needs `least` of them.
+// Of `warps`, how many do the first of two kinds of work: in proportion to the rows that each moves, at least
+// one where there is such work, and `least` are left for the second.
 // python: dsv3_kernels.ep.internode.split_warps
-__device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32 least_second) {
+__device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32 least) {
+    if (first == 0) return 0;
     const u32 all = first + second;
-    if (first == 0 || all == 0) return 0;
-    const u32 share = (2 * warps * first + all) / (2 * all);
-    return max(1u, min(share, warps - least_second));
+    return max(1u, min((2 * warps * first + all) / (2 * all), warps - least));
 }
 
-// Of a warp that looks at several words in turn: it may find nothing for as long as one wait may last.
+// One warp, whose lanes wait for several words, and which goes on with any: it may find nothing for as long
+// as one wait may last.
 struct Patience {
     u64 idle_since = 0;
 
-    __device__ __forceinline__ void found() { idle_since = 0; }
-    // One lane, which waits for the word: false once the time is up, which is then recorded.
-    __device__ __forceinline__ bool remains(const Deadline& deadline, u64 expected, u64 seen, Role role,
-                                            u32 peer, u32 channel) {
-        const u64 now = ptx::global_timer();
-        if (idle_since == 0) idle_since = now;
-        if (now - idle_since <= deadline.nanoseconds) return true;
-        deadline.give_up(role, peer, channel, expected, seen);
-        return false;
+    // All lanes; `waits`: this one has found its word to be `seen`. The lanes that may go on, or none; `kept`
+    // becomes false once the time is up, which is then recorded.
+    __device__ __forceinline__ u32 look(const Rank& self, bool ready, bool waits, u64 expected, u64 seen,
+                                        u32 peer, u32 channel, bool& kept) {
+        const u32 found = __ballot_sync(kFullWarp, ready);
+        __syncwarp();
+        const u64 now = found ? 0 : ptx::global_timer();
+        if (found || idle_since == 0) idle_since = now;
+        kept = !__any_sync(kFullWarp, !found && now - idle_since > self.timeout);
+        if (!kept && threadIdx.x % 32 == __ffs(__ballot_sync(kFullWarp, waits)) - 1)
+            self.fail(expected, seen, Role::kForward, peer, channel, true);
+        return found;
     }
 };
-
-// By all threads of a block that has kept the protocol, after a barrier: as channel.cuh's, for this node.
-__device__ __forceinline__ void finish(Sequence* sequence, const Link& link, u64 epoch) {
-    if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&sequence->finished_blocks, 1) + 1 != gridDim.x) return;
-    sequence->finished_blocks = 0;
-    sequence->finished_epochs = epoch;
-    for (u32 gpu = 0; gpu < link.place.gpus; ++gpu)
-        ptx::store_release_system(link.peer(gpu).ack(link.place.gpu()), epoch);
-}
 
 }  // namespace dsv3

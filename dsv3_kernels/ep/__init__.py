@@ -11,6 +11,7 @@
 
 from .buffer import Buffer
 from .errors import TimeoutError
+from .loopback import LoopbackBuffer
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
@@ -20,6 +21,7 @@ __all__ = [
     "DispatchResult",
     "Event",
     "Handle",
+    "LoopbackBuffer",
     "LowLatencyCombined",
     "LowLatencyDispatched",
     "LowLatencyHandle",

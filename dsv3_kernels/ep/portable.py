@@ -50,6 +50,10 @@ class _Header:
     experts: list[int]  # choices of each expert
     tokens: list[int]  # tokens that each rank gets
 
+    @property
+    def form(self) -> tuple[int, int, int]:
+        return self.fp8, self.weights, self.expert_order
+
     def encode(self) -> list[int]:
         return [
             *(self.fault, self.fp8, self.weights, self.limit, self.expert_order),
@@ -84,6 +88,8 @@ class PortableTransport:
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         handle = self._plan(call) if call.handle is None else call.handle
         layout = _layout(handle)
         parts = _parts(call.x)
@@ -178,7 +184,7 @@ class PortableTransport:
             )
         first = headers[0]
         for rank, header in enumerate(headers):
-            if (header.fp8, header.weights) != (first.fp8, first.weights):
+            if header.form != first.form:
                 raise Fault(
                     f"dispatch: rank 0 passes {_describe(first)}, rank {rank} {_describe(header)}; "
                     "expected the same on all ranks"
@@ -217,6 +223,8 @@ class PortableTransport:
 
     def combine(self, call: CombineCall) -> CombineResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         layout, handle = _layout(call.handle), call.handle
         sums = self._sum_experts(call) if handle.expert_order else call.y[: sum(layout.received)]
         parts = [sums]
@@ -249,15 +257,15 @@ class PortableTransport:
         return CombineResult(x, weights_grad, _end(finish, call.async_op))
 
     def _sum_experts(self, call: CombineCall) -> Tensor:
-        """BF16 sums of the rows of each received token; an expert has a token at most once."""
+        """The sums of the rows of each received token; an expert has a token at most once."""
         layout = _layout(call.handle)
         sums = call.y.new_zeros(sum(layout.received), self._shape.hidden, dtype=torch.float32)
         for low, high in pairwise(layout.offsets):
             values = call.y[low:high].float()
             if call.topk_weights is not None:
-                values *= call.topk_weights[low:high].unsqueeze(1)
+                values = values * call.topk_weights[low:high].unsqueeze(1)
             sums.index_add_(0, layout.token[low:high], values)
-        return sums.bfloat16()
+        return sums.to(call.y.dtype)
 
     def _sum_ranks(self, rows: list[Tensor], handle: Handle, bias: Tensor | None) -> Tensor:
         """The ranks of each node, then the nodes, then the bias; a rank has a token at most once."""
@@ -267,7 +275,7 @@ class PortableTransport:
             of_node = torch.zeros_like(total)
             for rank in range(node * topology.gpus_per_node, (node + 1) * topology.gpus_per_node):
                 of_node.index_add_(0, sent[rank], rows[rank].float())
-            total += of_node.bfloat16()
+            total += of_node.to(self._shape.dtype)
         return total if bias is None else total.add_(bias)
 
 
@@ -285,7 +293,10 @@ def _layout(handle: Handle) -> Layout:
 
 
 def _describe(header: _Header) -> str:
-    return f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights"
+    return (
+        f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights "
+        f"in {'expert' if header.expert_order else 'token'} order"
+    )
 
 
 def _first_fault(idx: Tensor, num_experts: int) -> int:

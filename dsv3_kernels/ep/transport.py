@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from .types import CombineResult, DispatchResult, Handle, Stall, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Stall, Topology
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Shape:
     max_tokens_per_rank: int
     num_topk: int
     topology: Topology
+    dtype: torch.dtype = torch.bfloat16  # of rows that are not FP8
 
     @property
     def local_experts(self) -> int:
@@ -35,6 +37,7 @@ class DispatchCall:
     expert_order: bool
     max_recv_tokens: int | None
     num_sms: int
+    previous_event: Event | None
     async_op: bool
 
 
@@ -46,11 +49,12 @@ class CombineCall:
     bias: Tensor | None
     weights_grad: Tensor | None
     num_sms: int
+    previous_event: Event | None
     async_op: bool
 
 
 class Transport(Protocol):
-    """A call may return before its data is there: its event says when."""
+    """A call waits for its previous_event, and may return before its data is there: its event says when."""
 
     name: str
 
