@@ -192,7 +192,7 @@ class Batches:
         if self.vocab_size is not None and rows.numel() and int(rows.max()) >= self.vocab_size:
             raise TrainError(
                 f"--data: samples {first} to {first + count - 1} hold the token id {int(rows.max())}, "
-                f"expected ids below {self.vocab_size}. Mend: python -m dsv3_kernels.train.prepare --verify DIR"
+                f"expected ids below {self.vocab_size}. See python -m dsv3_kernels.train.prepare --verify"
             )
         return rows
 
