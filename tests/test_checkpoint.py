@@ -318,7 +318,8 @@ def save_steps(rank, size, folder, first, count):
         for piece in pieces.values():
             piece.values.fill_(-1)  # training goes on, and changes what was handed over
         if rank == 0:
-            (folder.parent / "begun").write_text(str(step))
+            (folder.parent / "begun.new").write_text(str(step))
+            (folder.parent / "begun.new").replace(folder.parent / "begun")
     saver.wait()
 
 
@@ -376,7 +377,7 @@ def test_kill_9_while_saving(tmp_path, kills):
         processes = ranks.start(tmp_path / f"ranks{kill}", size, save_steps, folder, newest + 1, 1_000_000)
         deadline = time.monotonic() + 120
         begun = tmp_path / "begun"
-        while not (begun.exists() and begun.read_text().isdecimal() and int(begun.read_text()) > newest + 1):
+        while not (begun.exists() and int(begun.read_text()) > newest + 1):
             assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
             time.sleep(0.005)
         time.sleep(rng.uniform(0, 0.2))

@@ -8,32 +8,15 @@ import ranks
 import torch
 import torch.distributed as dist
 from fp8_helpers import fresh_generator
+from model_helpers import BYTES
 
-from dsv3_kernels.model import ModelConfig
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig
 from dsv3_kernels.train.data import load_corpus
 from dsv3_kernels.train.parallel import Groups, Layout
 from dsv3_kernels.train.trainer import Trainer
 
-SMALL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=4,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    max_position_embeddings=64,
-    initializer_range=0.05,
+SMALL = dataclasses.replace(
+    BYTES, num_hidden_layers=4, n_routed_experts=8, n_group=4, topk_group=2, initializer_range=0.05
 )
 STEPS = 3
 
