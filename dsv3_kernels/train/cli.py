@@ -104,6 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--pp-schedule", str, "Order of a pipeline's work.", parallel.pp_schedule, choices=schedules
     )
     option(group, "--timeout", float, "Seconds of a rank's silence that end the run.", parallel.timeout)
+    option(
+        group,
+        "--trace-step",
+        int,
+        "Write the pipeline's timeline of this step, for ui.perfetto.dev, to trace-<precision>.json.",
+        "none",
+    )
 
     group = parser.add_argument_group("text")
     option(
@@ -249,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(given["threads"])
         goes_on = given.get("resume", AUTO) != AUTO
         config, folder = resumed_run(given) if goes_on else new_run(given)
+        if "trace_step" in given and config.parallel.pp == 1:
+            raise TrainError("--trace-step: --pp is 1, expected 2 or more: one rank has no pipeline to trace")
         prompt, length = given.get("prompt", "def "), given.get("sample_bytes", SAMPLE_BYTES)
         limit = config.model.max_position_embeddings
         if len(prompt.encode()) + length > limit:

@@ -154,14 +154,14 @@ class PipelineExecutor:
                 ) from error
         return losses
 
-    def write_trace(self, path: Path) -> None:
-        """Everything in `trace` of all ranks into one file, by rank 0; all ranks call together."""
+    def write_trace(self, path: Path | None) -> None:
+        """What `trace` holds on all ranks, by rank 0 into one file (None: nowhere); all call together."""
         events = self.trace or []
         if self._group is not None:
             every: list[Any] = [None] * self._ranks
             dist.all_gather_object(every, events, group=self._group)
             events = [event for of_rank in every for event in of_rank]
-        if self._rank == 0:
+        if self._rank == 0 and path is not None:
             write_trace(path, events)
 
     def _waited(self, name: str, started: float, resumed: float, over: float) -> None:

@@ -23,10 +23,11 @@ from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.metrics import Meter, MetricsLog
 from dsv3_kernels.train.page import write_page
 from dsv3_kernels.train.parallel import Layout, gather
+from dsv3_kernels.train.pipeline import PipelineExecutor
 from dsv3_kernels.train.processes import Processes, agree
 from dsv3_kernels.train.saver import Saver
 from dsv3_kernels.train.tokenizer import FromFile
-from dsv3_kernels.train.trainer import Trainer
+from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
 TEMPERATURE = 0.7
 
@@ -192,7 +193,8 @@ class Run:
         return step == steps
 
     def _step(self, trainer: Trainer) -> dict:
-        metrics = trainer.train_step()
+        traced = trainer.step + 1 == self.config.parallel.trace_step
+        metrics = self._traced_step(trainer) if traced else trainer.train_step()
         due = trainer.step % self.config.validate_every == 0 or trainer.step == self.config.train.steps
         validation = trainer.evaluate(self.validation) if due else None
         averaged = trainer.evaluate_average(self.validation) if due else None
@@ -200,6 +202,18 @@ class Run:
         if self.log is not None:
             self.log.append(row)
         return row
+
+    def _traced_step(self, trainer: Trainer) -> StepMetrics:
+        """A step whose timeline the first of the pipelines writes."""
+        executor = trainer.executor
+        if not isinstance(executor, PipelineExecutor):
+            return trainer.train_step()
+        executor.trace = []
+        metrics = trainer.train_step()
+        first = self.groups.layout.share(self.groups.rank) == 0
+        executor.write_trace(self.folder / f"trace-{trainer.precision}.json" if first else None)
+        executor.trace = None
+        return metrics
 
     def finish(self, seconds: float, prompt: str, sample_bytes: int) -> None:
         """Prints the tables and a sample, writes summary.json, loss.png and report.html."""
