@@ -39,6 +39,8 @@ class TrainConfig:
     """None: a cosine right after the warm-up, and one batch size."""
     ema: float | None = None
     """The decay of an average of the weights that is kept in CPU memory; None keeps none."""
+    recompute: bool | None = None
+    """Whether the backward makes again what it can (`Fp8Recipe.recompute`); no weight depends on it."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):

@@ -26,6 +26,7 @@ from dsv3_kernels.train.parallel import Layout, gather
 from dsv3_kernels.train.pipeline import PipelineExecutor
 from dsv3_kernels.train.processes import Processes, agree
 from dsv3_kernels.train.saver import Saver
+from dsv3_kernels.train.tokenizer import FromFile
 from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
 TEMPERATURE = 0.7
@@ -117,6 +118,8 @@ class Run:
         if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+            if isinstance(self.corpus.tokenizer, FromFile):  # the data may move away
+                self.corpus.tokenizer.save(self.folder / "tokenizer.json")
             steps: dict[str, int] = {t.precision: t.step for t in self.trainers}
             meter = Meter(config.model, config.train.seq_len, process.device, devices=process.size)
             self.log = MetricsLog(self.folder / "metrics.jsonl", steps, meter)
@@ -187,7 +190,8 @@ class Run:
         metrics = self._traced_step(trainer) if traced else trainer.train_step()
         due = trainer.step % self.config.validate_every == 0 or trainer.step == self.config.train.steps
         validation = trainer.evaluate(self.validation) if due else None
-        row = asdict(metrics) | {"validation_loss": validation}
+        averaged = trainer.evaluate_average(self.validation) if due else None
+        row = asdict(metrics) | {"validation_loss": validation, "validation_loss_ema": averaged}
         if self.log is not None:
             self.log.append(row)
         return row
