@@ -28,7 +28,8 @@ class ErrorCode(enum.IntEnum):
     WGRAD_OFFSETS = 3
     QUANTIZE_OFFSETS = 4
     DISPATCH_EXPERTS = 5
-    DISPATCH_OVERFLOW = 6
+    DISPATCH_FORM = 6
+    DISPATCH_OVERFLOW = 7
 
 
 _REBUILD = "clear the kernel cache, its kernels are of another version"
@@ -56,8 +57,12 @@ _MESSAGES: dict[int, tuple[str, str]] = {
         "dispatch: topk_idx of this rank or another held an expert out of range, or twice in its row",
         "pass distinct experts 0 to num_experts - 1 in a row, or -1 for none",
     ),
+    ErrorCode.DISPATCH_FORM: (
+        "dispatch: ranks passed different kinds of x (FP8 or BF16), topk_weights or expert_order",
+        "pass the same on all ranks",
+    ),
     ErrorCode.DISPATCH_OVERFLOW: (
-        "dispatch: max_recv_tokens was less than the rows that arrived",
+        "dispatch: max_recv_tokens of this rank or another was less than the rows it was sent",
         "raise it; print tokens_per_expert.sum()",
     ),
 }

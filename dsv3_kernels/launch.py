@@ -7,18 +7,20 @@ import sys
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from . import nvshmem
+from .by_value import Struct
 from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
 from .tensor_map import Encoding, MapLayout, TensorMap
 
 World = Literal["reference", "cuda", "emulator"]
 Dim3 = tuple[int, int, int]
-Argument = Tensor | TensorMap | int | float
+Argument = Tensor | TensorMap | Struct | int | float
 
 
 class Slot(enum.Enum):
@@ -32,7 +34,7 @@ Parameter = MapLayout | Slot | int | float
 
 CAPABILITY = (9, 0)
 
-_NUMBERS, _TENSORS = (int, float), (TensorMap, Tensor)
+_NUMBERS = (int, float)
 
 _virtual_words: "weakref.WeakKeyDictionary[Any, Tensor]" = weakref.WeakKeyDictionary()  # of each virtual GPU
 
@@ -87,17 +89,16 @@ def launch(
     """Run `kernel` on the GPU that holds the tensors of `args`, or on the virtual GPU; first use compiles it.
 
     grid, block, cluster: blocks, threads a block, blocks a cluster, each (x, y, z).
-    args: in the kernel's order; a tensor passes the address of its first element.
+    args: in the kernel's order; a tensor passes the address of its first element, a `Struct` its bytes.
     shared_bytes: dynamic shared memory a block. stream: the device's current stream if None.
     cooperative: all blocks are resident at once. programmatic: may start before the stream's last kernel
         has ended.
     Asynchronous on a GPU. Raises `UnsupportedDeviceError`, `DriverError` (RuntimeErrors, both), what
     `Kernel.cubin` raises, and `TypeError` or `ValueError` for arguments that do not fit the parameters.
     """
-    first = next((a for a in args if isinstance(a, _TENSORS)), None)
-    if first is None:
+    tensor = next((t for a in args for t in _tensors(a)), None)
+    if tensor is None:
         raise ValueError(f"launch: {kernel} got no tensor, which would say where to run")
-    tensor = first.tensor if isinstance(first, TensorMap) else first
     if not tensor.is_cuda:
         _emulate(kernel, args, grid, block, cluster, shared_bytes)
         return
@@ -183,6 +184,11 @@ def _map_bytes(layout: MapLayout, address: int) -> bytes:
     return _encoded(layout.encoding(address))
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where kernels on the GPU, real or virtual, of this tensor see its first element."""
+    return tensor.data_ptr() if tensor.is_cuda else _virtual_gpu().address_of(tensor)
+
+
 def error_flag(tensor: Tensor) -> Tensor | int:
     """The error word of the device that holds `tensor`, as a launch takes it for a parameter `u32* error`.
 
@@ -199,13 +205,31 @@ def synchronize(device: torch.device | int | str | None = None) -> None:
 
     device: the current CUDA device if None. Without CUDA there is nothing to wait for: the reference raises
     at once, and so does the emulator.
-    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device.
+    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device, and what the
+    buffers of `ep` have failed with.
     """
     if not torch.cuda.is_available():
         return
     torch.cuda.synchronize(device)
     number = torch.cuda._utils._get_device_index(device, optional=True)
     _raise_reported(_runtime().take_error(number), f"cuda:{number}")
+    for reporter in list(_reporters):
+        reporter.check()
+
+
+class Reporter(Protocol):
+    """Has words of its own in which kernels say what went wrong."""
+
+    def check(self) -> None:
+        """Raises what they have said so far; asks nothing of the device."""
+
+
+_reporters: "weakref.WeakSet[Reporter]" = weakref.WeakSet()
+
+
+def also_raise(reporter: Reporter) -> None:
+    """From now on `synchronize` calls the reporter's `check`, as long as the reporter lives."""
+    _reporters.add(reporter)
 
 
 def _raise_reported(code: int, device: str) -> None:
@@ -249,10 +273,20 @@ def _value(kernel: Kernel, device: int, index: int, argument: Argument) -> int |
     """The argument as the runtime takes it: an address, a number, or the bytes of a tensor map."""
     if isinstance(argument, _NUMBERS):
         return argument
-    tensor = argument.tensor if isinstance(argument, TensorMap) else argument
-    if tensor.get_device() != device:
-        raise _elsewhere(kernel, index, tensor, device)
-    return _encoded(argument.encoding) if isinstance(argument, TensorMap) else tensor.data_ptr()
+    for tensor in _tensors(argument):
+        if tensor.get_device() != device:
+            raise _elsewhere(kernel, index, tensor, device)
+    if isinstance(argument, Struct):
+        return argument.encode(Tensor.data_ptr)
+    return _encoded(argument.encoding) if isinstance(argument, TensorMap) else argument.data_ptr()
+
+
+def _tensors(argument: Argument) -> Sequence[Tensor]:
+    if isinstance(argument, Tensor):
+        return (argument,)
+    if isinstance(argument, TensorMap):
+        return (argument.tensor,)
+    return argument.tensors if isinstance(argument, Struct) else ()
 
 
 def _elsewhere(kernel: Kernel, index: int, tensor: Tensor, device: int) -> ValueError:
@@ -299,7 +333,10 @@ def _loaded(kernel: Kernel, device: int) -> Any:
 @functools.cache
 def _load(kernel: Kernel) -> Any:
     cubin = kernel.cubin()
-    return _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    loaded = _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    if kernel.nvshmem:
+        nvshmem.current().initialise(loaded.library)
+    return loaded
 
 
 @functools.cache

@@ -100,7 +100,7 @@ def test_a_vocabulary_that_the_model_does_not_have(tokens, tmp_path):
     config, _ = cli.new_run({"data": str(tokens), "precision": "bf16", "seq_len": 16})
     assert config.model.vocab_size == 300
     small = dataclasses.replace(config, model=PRESETS["tiny"])
-    with pytest.raises(TrainError, match="has a vocabulary of 300, expected at most the model's 256"):
+    with pytest.raises(TrainError, match="has 300 tokens, expected at most the model.s 256"):
         Run(small, tmp_path / "run", None)
 
 

@@ -2,62 +2,119 @@
 // written by one warp there and read by one warp here, through memory of the destination that every rank has
 // mapped.
 //
-// A rank's workspace holds, for what comes to it from each source s (and its channel c):
+// A rank's mapping begins with given_up[s], 1 + the rank that s has waited for in vain, or 0. Behind it each
+// op has an area, which holds, for what comes from each source s (and its channel c):
 //   ack[s]       epoch that rank s has finished reading, as a destination of this rank
 //   tail[s][c]   epoch << 32 | tokens written so far; the epoch alone says that the counts stand
-//   counts[s][c] tokens of each local expert, then the number of tokens, the first slot, and the ErrorCode of
-//                what s found wrong in the channel, or 0
+//   counts[s][c] tokens of each local expert, then the Announcement, then the rows that go to each rank
 //   slots[s][i]  a token: row | scales | local expert and weight of each of the K choices
-// An epoch is one call; the first is 1. Invariants:
+// An epoch is one call of the op; the first is 1. Invariants:
 //   1. A source writes to a destination in epoch n only after its ack >= n - 1: nobody there still reads.
 //   2. Counts are written before tail = n << 32 is released; slot i before a tail of more than its index is.
 //   3. A destination reads counts or a slot only after it has acquired such a tail. Tails only grow.
 //   4. A rank's epoch advances when its last block ends. That block, which by the counter of ended blocks has
 //      acquired the end of all others, and so of every read of this epoch, then acknowledges to all.
 // There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
-// reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle. Every
-// wait has a deadline. One that passes it records what it waited for and ends its block.
+// reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
+//
+// Every wait has a deadline. A rank that misses another past it says so to all, lets a while pass in which
+// that other may say whom it misses itself, records the end of that chain, and ends its block; who waits for
+// a rank that has given up follows at once. So all ranks end and name the one that did not come, not each
+// other.
 #pragma once
 
 #include "ptx.cuh"
 
 namespace dsv3 {
 
+constexpr u32 kMaxRanks = 8;      // of a node: a warp each
 constexpr u32 kMaxChannels = 32;  // one lane of a warp each
 constexpr u32 kFullWarp = 0xffffffffu;
+constexpr u64 kGrace = 500000000;  // nanoseconds that a rank gives another to say whom it misses, at most
+constexpr u64 kLook = 10000000;    // nanoseconds between looks at whether a peer has given up, at most
 
-enum class Role : u32 { kSend = 1, kReceive = 2 };
+enum class Role : u32 { kSend = 1, kReceive = 2, kForward = 3 };
 
-// Where things lie in a workspace, in bytes. python: dsv3_kernels.ep.kernels.Workspace
+// In a range of tokens: no dispatch has laid it out, for it was unsound or ended early. Who comes after it in
+// the stream reads this before the host knows.
+constexpr u32 kNothing = ~0u;
+
+// What a source says to a destination about one channel before any token, with counts.
+struct Announcement {
+    u32 tokens, first;  // how many will come, and the slot of the first
+    u32 form;           // bits of dispatch::Form
+    u32 limit;          // rows that the source takes as a destination
+    u32 bad;            // 1 + the index in its topk_idx of an expert that is wrong there, or 0
+    u32 value[2];       // that expert
+};
+
+// Where things lie in a rank's mapping, in bytes. python: dsv3_kernels.ep.kernels.Workspace
 struct Workspace {
     u8* base;
-    u32 ranks, local_experts, max_tokens;
+    u64 area;  // of this op
     u64 slot_bytes;
+    u32 ranks, local_experts, max_tokens;
 
-    __device__ __forceinline__ u64* ack(u32 peer) const { return reinterpret_cast<u64*>(base) + peer; }
+    __device__ __forceinline__ u64* given_up(u32 rank) const { return reinterpret_cast<u64*>(base) + rank; }
+    __device__ __forceinline__ u64* ack(u32 peer) const { return reinterpret_cast<u64*>(base + area) + peer; }
     __device__ __forceinline__ u64* tail(u32 source, u32 channel) const {
-        return reinterpret_cast<u64*>(base) + ranks + source * kMaxChannels + channel;
+        return ack(ranks) + source * kMaxChannels + channel;
+    }
+    __device__ __forceinline__ u32 counts_words() const {
+        return local_experts + sizeof(Announcement) / 4 + ranks;
     }
     __device__ __forceinline__ u32* counts(u32 source, u32 channel) const {
-        u32* first = reinterpret_cast<u32*>(reinterpret_cast<u64*>(base) + ranks * (1 + kMaxChannels));
-        return first + (source * kMaxChannels + channel) * (local_experts + 3);
+        return reinterpret_cast<u32*>(tail(ranks, 0)) + (source * kMaxChannels + channel) * counts_words();
+    }
+    __device__ __forceinline__ Announcement* announcement(u32 source, u32 channel) const {
+        return reinterpret_cast<Announcement*>(counts(source, channel) + local_experts);
+    }
+    __device__ __forceinline__ u32* rows(u32 source, u32 channel) const {
+        return reinterpret_cast<u32*>(announcement(source, channel) + 1);
     }
     __device__ __forceinline__ u8* slot(u32 source, u32 index) const {
-        const u64 control =
-            8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * (local_experts + 3);
-        return base + ((control + 15) & ~15ull) +
+        const u64 control = 8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * counts_words();
+        return base + area + ((control + 15) & ~15ull) +
                (static_cast<u64>(source) * max_tokens + index) * slot_bytes;
     }
 };
 
-// What a wait that ran out of time leaves behind; the first one wins. python: dsv3_kernels.ep.kernels.Failure
-struct Failure {
-    u64 claimed, role, peer, channel, expected, seen;
+// This rank's place in the sequence of an op's calls; read at the start of a kernel, advanced by its last
+// block. The last two are how often a failure and a fault were found: the first one is recorded.
+struct Sequence {
+    u64 finished_epochs, finished_blocks, failures, faults;
 };
 
-struct Deadline {
+// What a wait that ran out of time leaves behind. `missing` did not come: `peer`, or whom that one missed.
+// `recorded` is released at system scope, last. python: dsv3_kernels.ep.kernels.Failure
+struct Failure {
+    u64 role, peer, channel, expected, seen, missing, recorded;
+};
+
+// How often, and how long, a role of a channel has waited for a peer; and what it has sent there.
+struct Counters {
+    u64 waits, nanoseconds, bytes;
+};
+
+// One rank among the others of its node, as a kernel gets it.
+struct Rank {
+    u8* const* mappings;  // [ranks], as this rank sees them
+    Sequence* sequence;
     Failure* failure;
-    u64 nanoseconds;  // a wait may last
+    Counters* counters;  // [2 roles, kMaxChannels, ranks]
+    u64 area, slot_bytes;
+    u64 timeout;  // nanoseconds that a wait may last
+    u32 rank, ranks, local_experts, max_tokens;
+    u32 gpus;  // ranks of a node
+
+    // The first rank of this one's node, and the rank of this node that writes what comes from `source`.
+    __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
+    __device__ __forceinline__ u32 writer(u32 source) const { return first_of_node() + source % gpus; }
+    __device__ __forceinline__ Workspace workspace(u32 of) const {
+        return {mappings[of], area, slot_bytes, ranks, local_experts, max_tokens};
+    }
+    __device__ __forceinline__ Workspace mine() const { return workspace(rank); }
+    __device__ __forceinline__ u64 epoch() const { return sequence->finished_epochs + 1; }
 
     // One lane: until the word at `address` is at least `expected`. Gives what it saw, or less than that in
     // vain.
@@ -65,21 +122,26 @@ struct Deadline {
                                         u32 channel) const {
         u64 seen = ptx::load_acquire_system(address);
         if (seen >= expected) return seen;
-        const u64 start = ptx::global_timer();
-        while (seen < expected) {
-            if (ptx::global_timer() - start > nanoseconds) {
-                if (ptx::fetch_add_device(&failure->claimed, 1) == 0) {
-                    failure->role = static_cast<u64>(role);
-                    failure->peer = peer;
-                    failure->channel = channel;
-                    failure->expected = expected;
-                    failure->seen = seen;
-                }
-                break;
+        const u64 start = ptx::global_timer(), pause = min(timeout / 16, kLook);
+        u64 waited = 0, look = pause;
+        while (seen < expected && waited <= timeout) {
+            if (waited > look) {
+                if (ptx::load_acquire_system(mine().given_up(peer))) break;
+                look = waited + pause;
             }
             seen = ptx::load_acquire_system(address);
+            waited = ptx::global_timer() - start;
         }
+        ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
+        ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
+        if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout);
         return seen;
+    }
+
+    // A whole warp.
+    __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
+        if (threadIdx.x % 32 == 0)
+            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -91,6 +153,46 @@ struct Deadline {
         __syncwarp();
         return seen;
     }
+
+    // The wait ran out of time (`late`), or the peer has given up.
+    __device__ __forceinline__ void fail(u64 expected, u64 seen, Role role, u32 peer, u32 channel,
+                                         bool late) const {
+        const u32 first = late ? peer : who_is_missing(peer, late);
+        for (u32 to = 0; to < ranks; ++to) ptx::store_release_system(workspace(to).given_up(rank), first + 1);
+        const u64 start = ptx::global_timer();
+        while (ptx::global_timer() - start < min(timeout / 4, kGrace)) {
+        }
+        if (ptx::fetch_add_device(&sequence->failures, 1) != 0) return;
+        failure->role = static_cast<u64>(role);
+        failure->peer = peer;
+        failure->channel = channel;
+        failure->expected = expected;
+        failure->seen = seen;
+        failure->missing = who_is_missing(peer, late);
+        ptx::store_release_system(&failure->recorded, 1);
+    }
+
+  private:
+    __device__ __forceinline__ Counters& counters_of(Role role, u32 peer, u32 channel) const {
+        return counters[((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer];
+    }
+
+    // `peer`, or whom it misses itself, and so on: perhaps this rank, which then was late; but where two miss
+    // each other, each names the other.
+    __device__ __forceinline__ u32 who_is_missing(u32 peer, bool late) const {
+        for (u32 i = 0; i < ranks; ++i) {
+            const u64 next = ptx::load_acquire_system(mine().given_up(peer));
+            if (!next || (late && next == rank + 1)) break;
+            peer = static_cast<u32>(next) - 1;
+        }
+        return peer;
+    }
+};
+
+// A kernel's argument: what each rank of the launch gets. `num_sms` blocks serve a rank.
+template <class Call>
+struct PerRank {
+    Call of[kMaxRanks];
 };
 
 // A whole warp, after its writes.
@@ -99,28 +201,30 @@ __device__ __forceinline__ void publish(u64* tail, u64 value) {
     if (threadIdx.x % 32 == 0) ptx::store_release_system(tail, value);
 }
 
-// This rank's place in the sequence of calls; read at the start of a kernel, advanced by its last block.
-struct Sequence {
-    u64 finished_epochs, finished_blocks;
+// A contiguous share of a rank's tokens, which one channel carries.
+struct Share {
+    u32 first, last;
+
+    __device__ __forceinline__ Share(u32 tokens, u32 channel, u32 channels) {
+        const u32 share = (tokens + channels - 1) / channels;
+        first = min(channel * share, tokens);
+        last = min(first + share, tokens);
+    }
 };
 
 // One lane: this rank, a destination, has read all of this epoch.
-__device__ __forceinline__ void acknowledge(u8* const* workspaces, Workspace mine, u32 rank, u64 epoch) {
-    for (u32 peer = 0; peer < mine.ranks; ++peer) {
-        Workspace theirs = mine;
-        theirs.base = workspaces[peer];
-        ptx::store_release_system(theirs.ack(rank), epoch);
-    }
+__device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
+    for (u32 peer = 0; peer < self.ranks; ++peer)
+        ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
 }
 
-// By all threads of a block that has kept the protocol, after a barrier.
-__device__ __forceinline__ void finish(Sequence* sequence, u8* const* workspaces, Workspace mine, u32 rank,
-                                       u64 epoch) {
+// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier.
+__device__ __forceinline__ void finish(const Rank& self, u64 epoch, u32 blocks) {
     if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&sequence->finished_blocks, 1) + 1 != gridDim.x) return;
-    sequence->finished_blocks = 0;
-    sequence->finished_epochs = epoch;
-    acknowledge(workspaces, mine, rank, epoch);
+    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
+    self.sequence->finished_blocks = 0;
+    self.sequence->finished_epochs = epoch;
+    acknowledge(self, epoch);
 }
 
 }  // namespace dsv3

@@ -5,77 +5,58 @@
 // channel i, a token in the slot it had. An even block adds the rows of each token (a warp for each home
 // rank) and sends one BF16 row; an odd block waits for a token's ranks and adds them. All sums start at +0
 // and run in FP32, experts ascending, then ranks ascending, each rounded to BF16: bits do not depend on the
-// timing. The protocol is in channel.cuh; a workspace here has no counts, for the dispatch has told them.
+// timing. The protocol is in channel.cuh; no counts travel, for the dispatch
+// has told them.
 //
 // Bytes: a (token, expert): a row read; a (token, rank): a row written over NVLink and read; a token: a row
 // written.
 #pragma once
 
 #include "channel.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace combine {
 
-constexpr u32 kChunk = 4;    // tokens that a tail announces at a time
-constexpr u32 kColumns = 8;  // of a lane: one access of 16 bytes
+constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
 
-__device__ __forceinline__ void add(float (&sum)[kColumns], U32x4 row, float weight, bool weighted) {
-    const u32 words[4] = {row.x, row.y, row.z, row.w};
+// FP32 sums of the BF16 values of a piece.
+struct Sums {
+    float part[kAhead][8];
+
+    __device__ __forceinline__ Sums() : part{} {}
+
+    __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
 #pragma unroll
-    for (u32 i = 0; i < kColumns; ++i) {
-        float value = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-        if (weighted) value = __fmul_rn(value, weight);
-        sum[i] = __fadd_rn(sum[i], value);
+        for (u32 i = 0; i < kAhead; ++i) {
+            const u32 words[4] = {row.part[i].x, row.part[i].y, row.part[i].z, row.part[i].w};
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) {
+                float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+                if (weighted) value = __fmul_rn(value, weight);
+                part[i][j] = __fadd_rn(part[i][j], value);
+            }
+        }
     }
-}
 
-__device__ __forceinline__ U32x4 round(const float (&sum)[kColumns]) {
-    return U32x4{ptx::bf16x2(sum[0], sum[1]), ptx::bf16x2(sum[2], sum[3]), ptx::bf16x2(sum[4], sum[5]),
-                 ptx::bf16x2(sum[6], sum[7])};
-}
+    __device__ __forceinline__ Piece rounded() const {
+        Piece row;
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i)
+            row.part[i] = {ptx::bf16x2(part[i][0], part[i][1]), ptx::bf16x2(part[i][2], part[i][3]),
+                           ptx::bf16x2(part[i][4], part[i][5]), ptx::bf16x2(part[i][6], part[i][7])};
+        return row;
+    }
+};
 
 // What the experts of this rank returned.
 struct Rows {
     const u8* y;             // BF16 [rows, hidden]
     const float* weights;    // [rows], or null
-    const float* gradients;  // [rows], or null: travel home as they are
+    const float* gradients;  // [rows], in token order [rows, topk], or null: travel home as they are
     const i32* rows;         // [ranks, max_tokens, topk], by ascending expert, then -1
     const i32* ranges;       // [ranks, channels, 2]
-    u32 hidden, topk;
 };
-
-// One warp: the tokens of one home rank's channel.
-__device__ __forceinline__ bool send(const Rows& from, Workspace home, const Workspace& mine, u32 rank,
-                                     u32 peer, u32 channel, u32 channels, u64 epoch,
-                                     const Deadline& deadline) {
-    const u32 lane = threadIdx.x % 32;
-    const u32 first = from.ranges[2 * (peer * channels + channel)];
-    const u32 total = from.ranges[2 * (peer * channels + channel) + 1];
-    if (deadline.wait_warp(mine.ack(peer), epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
-    for (u32 i = 0; i < total; ++i) {
-        i32 row = -1;
-        if (lane < from.topk)
-            row = from.rows[(static_cast<i64>(peer) * mine.max_tokens + first + i) * from.topk + lane];
-        const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
-        const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
-        u8* slot = home.slot(rank, first + i);
-        for (u32 column = lane * kColumns; column - lane * kColumns < from.hidden; column += 32 * kColumns) {
-            float sum[kColumns] = {};
-            for (u32 k = 0; k < count; ++k) {
-                const i64 r = __shfl_sync(kFullWarp, row, k);
-                const float w = __shfl_sync(kFullWarp, weight, k);
-                if (column < from.hidden)
-                    add(sum, ptx::load_global_nc(from.y + 2 * (r * from.hidden + column)), w,
-                        from.weights != nullptr);
-            }
-            if (column < from.hidden) ptx::store_global(slot + 2 * column, round(sum));
-        }
-        if (from.gradients && row >= 0)
-            reinterpret_cast<float*>(slot + 2 * from.hidden)[lane] = from.gradients[row];
-        if ((i + 1) % kChunk == 0 || i + 1 == total) publish(home.tail(rank, channel), epoch << 32 | (i + 1));
-    }
-    return true;
-}
 
 // The tokens of this rank, and where each one went.
 struct Home {
@@ -84,101 +65,145 @@ struct Home {
     const u8* bias;        // BF16 [tokens, hidden], or null
     u8* out;               // BF16 [tokens, hidden]
     float* gradients;      // [tokens, topk], or null
-    u32 tokens, hidden, topk;
 };
 
-// Lane k: the gradient of choice k, which stands in its rank's slot behind those of lower experts there.
-__device__ __forceinline__ void bring_gradients(const Home& to, const Workspace& mine, u32 token) {
-    const u32 lane = threadIdx.x % 32;
+struct Call {
+    Rank self;
+    Rows from;
+    Home to;
+    u32 tokens, hidden, topk, channels, token_order;
+};
+
+// One warp: the tokens of one home rank's channel.
+__device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u64 epoch) {
+    const Rank& self = call.self;
+    const Rows& from = call.from;
+    const Workspace home = self.workspace(peer);
+    const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden, topk = call.topk;
+    const u32 first = from.ranges[2 * (peer * call.channels + channel)];
+    const u32 total = from.ranges[2 * (peer * call.channels + channel) + 1];
+    if (total == kNothing) return true;
+    const u64* ack = self.mine().ack(peer);
+    if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
+    u64 bytes = 0;
+    for (u32 i = 0; i < total; ++i) {
+        i32 row = -1;
+        if (lane < topk)
+            row = from.rows[(static_cast<i64>(peer) * self.max_tokens + first + i) * topk + lane];
+        const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
+        const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
+        u8* slot = home.slot(self.rank, first + i);
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            Sums sums;
+            Piece piece;
+            for (u32 k = 0; k < count; ++k) {
+                const u64 r = __shfl_sync(kFullWarp, row, k);
+                const float w = __shfl_sync(kFullWarp, weight, k);
+                piece.load<true>(from.y + r * row_bytes + at, row_bytes - at);
+                sums.add(piece, w, from.weights != nullptr);
+            }
+            sums.rounded().store(slot + at, row_bytes - at);
+        }
+        if (from.gradients) {
+            const i64 only = __shfl_sync(kFullWarp, row, 0);
+            const i64 at = call.token_order && lane < topk ? only * topk + lane : row;
+            if (at >= 0) reinterpret_cast<float*>(slot + row_bytes)[lane] = from.gradients[at];
+            bytes += 4 * __popc(__ballot_sync(kFullWarp, at >= 0));
+        }
+        bytes += row_bytes;
+        if ((i + 1) % kChunk == 0 || i + 1 == total)
+            publish(home.tail(self.rank, channel), epoch << 32 | (i + 1));
+    }
+    self.count_sent(peer, channel, bytes);
+    return true;
+}
+
+// Lane k: the gradient of choice k. In its rank's slot it stands at k in token order, in expert order behind
+// those of lower experts there.
+__device__ __forceinline__ void bring_gradients(const Call& call, const Workspace& mine, u32 token) {
+    const u32 lane = threadIdx.x % 32, topk = call.topk;
+    const i64 at = static_cast<i64>(token) * topk + lane;
     i32 expert = -1;
-    if (lane < to.topk) expert = static_cast<i32>(to.topk_idx[static_cast<i64>(token) * to.topk + lane]);
+    if (lane < topk) expert = static_cast<i32>(call.to.topk_idx[at]);
     const u32 rank = max(expert, 0) / mine.local_experts;
     const i32 first = rank * mine.local_experts;
     u32 place = 0;
-    for (u32 k = 0; k < to.topk; ++k) {
+    for (u32 k = 0; k < topk; ++k) {
         const i32 other = __shfl_sync(kFullWarp, expert, k);
         place += other >= first && other < expert;
     }
-    if (lane >= to.topk) return;
+    if (lane >= topk) return;
     float value = 0.0f;
     if (expert >= 0) {
-        const u8* slot = mine.slot(rank, to.sent_slot[static_cast<i64>(token) * mine.ranks + rank]);
-        value = reinterpret_cast<const float*>(slot + 2 * to.hidden)[place];
+        const u8* slot = mine.slot(rank, call.to.sent_slot[static_cast<i64>(token) * mine.ranks + rank]);
+        value = reinterpret_cast<const float*>(slot + 2 * call.hidden)[call.token_order ? lane : place];
     }
-    to.gradients[static_cast<i64>(token) * to.topk + lane] = value;
+    call.to.gradients[at] = value;
 }
 
 // One warp: every `stride`th token of a channel.
-__device__ __forceinline__ bool receive(const Home& to, const Workspace& mine, u32 channel, u32 channels,
-                                        u32 offset, u32 stride, u64 epoch, const Deadline& deadline) {
-    const u32 lane = threadIdx.x % 32;
-    const u32 share = (to.tokens + channels - 1) / channels;
-    const u32 first = min(channel * share, to.tokens);
-    const u32 last = min(first + share, to.tokens);
-    for (u32 token = first + offset; token < last; token += stride) {
+__device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offset, u32 stride, u64 epoch) {
+    const Rank& self = call.self;
+    const Home& to = call.to;
+    const Workspace mine = self.mine();
+    const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden;
+    const Share share(call.tokens, channel, call.channels);
+    for (u32 token = share.first + offset; token < share.last; token += stride) {
         i32 slot = -1;  // lane r: at rank r
         if (lane < mine.ranks) slot = to.sent_slot[static_cast<i64>(token) * mine.ranks + lane];
         const u32 ranks = __ballot_sync(kFullWarp, slot >= 0);
         bool arrived = true;
         if (slot >= 0) {
-            const u64 expected = epoch << 32 | (slot - first + 1);
+            const u64 expected = epoch << 32 | (slot - share.first + 1);
             arrived =
-                deadline.wait(mine.tail(lane, channel), expected, Role::kReceive, lane, channel) >= expected;
+                self.wait(mine.tail(lane, channel), expected, Role::kReceive, lane, channel) >= expected;
         }
         if (!__all_sync(kFullWarp, arrived)) return false;
         __syncwarp();
-        for (u32 column = lane * kColumns; column - lane * kColumns < to.hidden; column += 32 * kColumns) {
-            float sum[kColumns] = {};
+        const u64 start = static_cast<u64>(token) * row_bytes;
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            Sums sums;
+            Piece piece;
             for (u32 left = ranks; left; left &= left - 1) {
                 const u32 rank = __ffs(left) - 1;
                 const u32 index = __shfl_sync(kFullWarp, slot, rank);
-                if (column < to.hidden)
-                    add(sum, ptx::load_global(mine.slot(rank, index) + 2 * column), 1.0f, false);
+                piece.load<false>(mine.slot(rank, index) + at, row_bytes - at);
+                sums.add(piece, 1.0f, false);
             }
-            if (column >= to.hidden) continue;
-            const u64 at = 2 * (static_cast<u64>(token) * to.hidden + column);
-            U32x4 result = round(sum);  // the sum of the node, which here is the only one
+            piece = sums.rounded();  // the sum of the node, which here is the only one
             if (to.bias) {
-                float total[kColumns] = {};
-                add(total, result, 1.0f, false);
-                add(total, ptx::load_global_nc(to.bias + at), 1.0f, false);
-                result = round(total);
+                Sums total;
+                total.add(piece, 1.0f, false);
+                piece.load<true>(to.bias + start + at, row_bytes - at);
+                total.add(piece, 1.0f, false);
+                piece = total.rounded();
             }
-            ptx::store_global(to.out + at, result);
+            piece.store(to.out + start + at, row_bytes - at);
         }
-        if (to.gradients) bring_gradients(to, mine, token);
+        if (to.gradients) bring_gradients(call, mine, token);
     }
     return true;
 }
 
+// All blocks of a rank; `block` is this one.
+__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
+    const u32 warp = threadIdx.x / 32;
+    const u64 epoch = call.self.epoch();
+    const bool laid_out = call.from.ranges[1] != kNothing;
+    bool kept = true;
+    for (u32 channel = block / 2; laid_out && kept && channel < call.channels; channel += blocks / 2)
+        kept = block % 2 == 0 ? send(call, warp, channel, epoch)
+                              : receive(call, channel, warp, blockDim.x / 32, epoch);
+    if (!__syncthreads_or(!kept)) finish(call.self, epoch, blocks);
+}
+
 }  // namespace combine
 
-// Grid: an even number of blocks, all resident; 32 * ranks threads. `channels` is that of the dispatch;
-// blocks take them in turn. hidden is a multiple of 8, topk at most 32.
-__global__ void __launch_bounds__(256)
-    combine_tokens(u8* const* workspaces, Sequence* sequence, Failure* failure, const u8* y,
-                   const float* row_weights, const float* row_gradients, const i32* rows, const i32* ranges,
-                   const i64* topk_idx, const i32* sent_slot, const u8* bias, u8* out, float* gradients,
-                   u32 rank, u32 ranks, u32 tokens, u32 max_tokens, u32 hidden, u32 topk, u32 local_experts,
-                   u32 channels, u64 slot_bytes, u64 timeout) {
-    const combine::Rows from{y, row_weights, row_gradients, rows, ranges, hidden, topk};
-    const combine::Home to{topk_idx, sent_slot, bias, out, gradients, tokens, hidden, topk};
-    const Workspace mine{workspaces[rank], ranks, local_experts, max_tokens, slot_bytes};
-    const Deadline deadline{failure, timeout};
-    const u32 warp = threadIdx.x / 32;
-    const u64 epoch = sequence->finished_epochs + 1;
-
-    bool kept = true;
-    for (u32 channel = blockIdx.x / 2; kept && channel < channels; channel += gridDim.x / 2) {
-        if (blockIdx.x % 2 == 0) {
-            Workspace home = mine;
-            home.base = workspaces[warp];
-            kept = combine::send(from, home, mine, rank, warp, channel, channels, epoch, deadline);
-        } else {
-            kept = combine::receive(to, mine, channel, channels, warp, blockDim.x / 32, epoch, deadline);
-        }
-    }
-    if (!__syncthreads_or(!kept)) finish(sequence, workspaces, mine, rank, epoch);
+// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads.
+// `channels` is that of the dispatch; blocks take them in turn. hidden is a multiple of 8, topk at most 32.
+__global__ void __launch_bounds__(256, 1)
+    combine_tokens(const __grid_constant__ PerRank<combine::Call> calls, u32 num_sms) {
+    combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms);
 }
 
 }  // namespace dsv3

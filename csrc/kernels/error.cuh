@@ -18,7 +18,8 @@ enum class ErrorCode : u32 {
     kWgradOffsets = 3,
     kQuantizeOffsets = 4,
     kDispatchExperts = 5,
-    kDispatchOverflow = 6,
+    kDispatchForm = 6,
+    kDispatchOverflow = 7,
 };
 
 // For one lane or many.

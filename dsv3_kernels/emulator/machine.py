@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..by_value import Struct
 from ..tensor_map import TensorMap
 from .errors import EmulationError
 from .trace import chrome_trace
@@ -21,7 +22,7 @@ _emulator: Any = importlib.import_module("dsv3_kernels._emulator")
 
 SCHEDULES = ("random", "round_robin", "pct", "timed", "exhaustive", "sequential")
 Dim3 = Sequence[int]
-Argument = Tensor | TensorMap | int | float | bytes
+Argument = Tensor | TensorMap | Struct | int | float | bytes
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,6 +158,8 @@ class Machine:
             result = bytes(value)
         elif isinstance(value, TensorMap):
             result = self._encode_map(value, rank)
+        elif isinstance(value, Struct):
+            result = value.encode(lambda tensor: self.memory.address(tensor, rank))
         elif isinstance(value, Tensor):
             result = struct.pack("<Q", self.memory.address(value, rank))
         elif isinstance(value, bool | int) and kind != "f":

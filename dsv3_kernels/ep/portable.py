@@ -50,6 +50,10 @@ class _Header:
     experts: list[int]  # choices of each expert
     tokens: list[int]  # tokens that each rank gets
 
+    @property
+    def form(self) -> tuple[int, int, int]:
+        return self.fp8, self.weights, self.expert_order
+
     def encode(self) -> list[int]:
         return [
             *(self.fault, self.fp8, self.weights, self.limit, self.expert_order),
@@ -84,6 +88,8 @@ class PortableTransport:
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         handle = self._plan(call) if call.handle is None else call.handle
         layout = _layout(handle)
         parts = _parts(call.x)
@@ -178,7 +184,7 @@ class PortableTransport:
             )
         first = headers[0]
         for rank, header in enumerate(headers):
-            if (header.fp8, header.weights) != (first.fp8, first.weights):
+            if header.form != first.form:
                 raise Fault(
                     f"dispatch: rank 0 passes {_describe(first)}, rank {rank} {_describe(header)}; "
                     "expected the same on all ranks"
@@ -217,6 +223,8 @@ class PortableTransport:
 
     def combine(self, call: CombineCall) -> CombineResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         layout, handle = _layout(call.handle), call.handle
         sums = self._sum_experts(call) if handle.expert_order else call.y[: sum(layout.received)]
         parts = [sums]
@@ -285,7 +293,10 @@ def _layout(handle: Handle) -> Layout:
 
 
 def _describe(header: _Header) -> str:
-    return f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights"
+    return (
+        f"{'FP8' if header.fp8 else 'BF16'} x {'with' if header.weights else 'without'} topk_weights "
+        f"in {'expert' if header.expert_order else 'token'} order"
+    )
 
 
 def _first_fault(idx: Tensor, num_experts: int) -> int:

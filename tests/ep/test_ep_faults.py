@@ -3,8 +3,11 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ranks
@@ -38,7 +41,8 @@ def message_of(call):
 def disagree(rank, size):
     """Each fault in turn on rank 1, and a good round after each."""
     messages = {}
-    for name, value in {"hidden": 64, "num_experts": 4 * size, "num_topk": 1, "gpus_per_node": 1}.items():
+    changes = {"hidden": 64, "num_experts": 4 * size, "num_topk": 1, "gpus_per_node": 1}
+    for name, value in (changes | {"transport": "portable"}).items():
         messages[name] = message_of(lambda: buffer_of(size, **({name: value} if rank == 1 else {})))  # noqa: B023
     buffer = buffer_of(size)
     x, idx = tokens(rank, size)
@@ -59,6 +63,7 @@ def disagree(rank, size):
     wrong[7] = 3
     fault("twice", 1, x, wrong, weights)
     fault("weights", 1, x, idx)
+    fault("order", 1, x, idx, weights, expert_order=False)
     fault("overflow", 0, x, idx, weights, max_recv_tokens=1)
     return messages
 
@@ -73,6 +78,7 @@ def test_ranks_that_disagree_all_hear_of_it(tmp_path):
             )
     for rank, messages in enumerate(heard):
         assert "gpus_per_node is 3 on rank 0 and 1 on rank 1" in messages["gpus_per_node"]
+        assert "transport is None on rank 0 and 'portable' on rank 1" in messages["transport"]
         for name, got in {"too high": 6, "negative": -2, "huge": 1 << 62}.items():
             what = (
                 f"topk_idx[5, 1] is {got}, out of range" if rank == 1 else "topk_idx[5, 1] of rank 1 is wrong"
@@ -80,7 +86,9 @@ def test_ranks_that_disagree_all_hear_of_it(tmp_path):
             assert what in messages[name] and "expected distinct experts" in messages[name]
         what = "topk_idx[7, 1] is 3, twice in its row" if rank == 1 else "topk_idx[7, 1] of rank 1 is wrong"
         assert what in messages["twice"]
-        assert "rank 0 passes BF16 x with topk_weights, rank 1 BF16 x without" in messages["weights"]
+        with_weights = "rank 0 passes BF16 x with topk_weights in expert order, rank 1 BF16 x with"
+        assert f"{with_weights}out topk_weights in expert order" in messages["weights"]
+        assert f"{with_weights} topk_weights in token order" in messages["order"]
         assert "rank 0 is sent" in messages["overflow"] and "max_recv_tokens = 1" in messages["overflow"]
 
 
@@ -148,6 +156,22 @@ def test_a_stalled_rank_is_named_in_time(tmp_path):
         assert error["rank"] == rank and error["seconds"] < TIMEOUT + 1, error
     assert {peer for error in seen.values() for peer in error["peers"]} - seen.keys() == {1}, seen
     assert max(error["seconds"] for error in seen.values()) >= TIMEOUT
+
+
+def test_a_process_ends_soon_after_a_timeout(tmp_path):
+    """With the peer alive, and by the interpreter's ordinary end."""
+    program = [sys.executable, str(Path(__file__).with_name("leave_after_timeout.py"))]
+    command = [[*program, str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
+    stalled = subprocess.Popen(command[1])
+    try:
+        done = subprocess.run(command[0], capture_output=True, text=True, timeout=120)
+        ended = time.time()
+        assert done.returncode == 0 and stalled.poll() is None, done.stderr
+        peers, at = done.stdout.rsplit(" ", 1)
+        assert peers == "(1,)" and ended - float(at) < 5
+    finally:
+        stalled.kill()
+        stalled.wait()
 
 
 def go_apart(rank, size):

@@ -5,21 +5,22 @@ import pytest
 import torch
 
 from dsv3_kernels import emulator, jit
+from dsv3_kernels.ep import kernels
 
 # Rank 0 streams `tokens` a call to rank 1; the roles are those of dispatch.cuh, a lane each.
 KERNEL = """
-extern "C" __global__ void stream(dsv3::u8* const* workspaces, dsv3::Failure* failure, dsv3::u64* out,
-                                  dsv3::u32 rank, dsv3::u32 epochs, dsv3::u32 tokens, dsv3::u32 counted) {
+extern "C" __global__ void stream(dsv3::u8* const* mappings, dsv3::Sequence* sequence, dsv3::Failure* failure,
+                                  dsv3::Counters* counters, dsv3::u64* out, dsv3::u32 rank, dsv3::u32 epochs,
+                                  dsv3::u32 tokens, dsv3::u32 counted) {
     using namespace dsv3;
-    const Workspace mine{workspaces[rank], 2, 1, 2, 16};
-    Workspace theirs = mine, sources = mine;
-    theirs.base = workspaces[1];
+    const Rank self{mappings, sequence, failure, counters, 64, 16, 1000000, rank, 2, 1, 2};
+    Rank sources = self;
     sources.ranks = 1;  // rank 0 alone waits for what is acknowledged
-    const Deadline deadline{failure, 1000000};
+    const Workspace mine = self.mine(), theirs = self.workspace(1);
     for (u64 epoch = 1; epoch <= epochs; ++epoch) {
         const u64 begun = epoch << 32;
         if (rank == 0) {
-            if (deadline.wait(mine.ack(1), epoch - 1, Role::kSend, 1, 0) < epoch - 1) return;
+            if (self.wait(mine.ack(1), epoch - 1, Role::kSend, 1, 0) < epoch - 1) return;
             if (counted) {
                 theirs.counts(0, 0)[0] = tokens;
                 publish(theirs.tail(0, 0), begun);
@@ -31,15 +32,15 @@ extern "C" __global__ void stream(dsv3::u8* const* workspaces, dsv3::Failure* fa
         } else {
             u32 total = tokens;
             if (counted) {
-                if (deadline.wait(mine.tail(0, 0), begun, Role::kReceive, 0, 0) < begun) return;
+                if (self.wait(mine.tail(0, 0), begun, Role::kReceive, 0, 0) < begun) return;
                 total = mine.counts(0, 0)[0];
             }
             for (u32 i = 0; i < total; ++i) {
                 const u64 expected = begun | (i + 1);
-                if (deadline.wait(mine.tail(0, 0), expected, Role::kReceive, 0, 0) < expected) return;
+                if (self.wait(mine.tail(0, 0), expected, Role::kReceive, 0, 0) < expected) return;
                 out[(epoch - 1) * tokens + i] = *reinterpret_cast<u64*>(mine.slot(0, i));
             }
-            acknowledge(workspaces, sources, rank, epoch);
+            acknowledge(sources, epoch);
         }
     }
 }
@@ -50,7 +51,7 @@ REUSED = (2, 1, 0)  # a slot twice
 LONG = [pytest.param(case, marks=pytest.mark.long) for case in ((2, 2, 0), (2, 1, 1))]
 WRITE = "*reinterpret_cast<u64*>(theirs.slot(0, i)) = 10 * epoch + i;"
 TAIL = "publish(theirs.tail(0, 0), begun | (i + 1));"
-ACK = "if (deadline.wait(mine.ack(1), epoch - 1, Role::kSend, 1, 0) < epoch - 1) return;"
+ACK = "if (self.wait(mine.ack(1), epoch - 1, Role::kSend, 1, 0) < epoch - 1) return;"
 PUBLISH_COUNTS = "publish(theirs.tail(0, 0), begun);"
 COUNTS = "theirs.counts(0, 0)[0] = tokens;"
 HAZARD, TIMEOUT, WRONG = "hazard", "timeout", "wrong result"
@@ -62,12 +63,16 @@ PLANTED = {
         [(WRITE, TAIL), (TAIL + "\n            }\n", WRITE + "\n            }\n")],
         {HAZARD, WRONG},
     ),
-    "credit lost": (REUSED, [("ptx::store_release_system(theirs.ack(rank), epoch);", "")], {TIMEOUT}),
+    "credit lost": (
+        REUSED,
+        [("ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);", ";")],
+        {TIMEOUT},
+    ),
     "slot reused early": (REUSED, [(ACK, "")], {HAZARD, WRONG}),
     "acknowledged before it is read": (
         REUSED,
         [
-            ("u32 total = tokens;", "u32 total = tokens; acknowledge(workspaces, sources, rank, epoch);"),
+            ("u32 total = tokens;", "u32 total = tokens; acknowledge(sources, epoch);"),
         ],
         {HAZARD, WRONG},
     ),
@@ -114,13 +119,16 @@ def explore(ptx, case, limit):
     epochs, tokens, _ = case
 
     def run(cluster):
-        memory = [torch.zeros(4096, dtype=torch.uint8) for _ in range(2)]
+        memory = [torch.zeros(8192, dtype=torch.uint8) for _ in range(2)]
         table = [cluster.address_of(m, rank) for rank, m in enumerate(memory)]
         out = [torch.full((epochs * tokens,), -1) for _ in range(2)]
-        failures = [torch.zeros(6, dtype=torch.int64) for _ in range(2)]
-        args = [[torch.tensor(table), failures[rank], out[rank], rank, *case] for rank in range(2)]
+        peers = [kernels.empty_state(rank, torch.tensor(table)) for rank in range(2)]
+        args = [
+            [p.table, p.sequence, p.failure, p.counters, out[rank], rank, *case]
+            for rank, p in enumerate(peers)
+        ]
         cluster.launch(ptx, "stream", grid=(1, 1, 1), block=(1, 1, 1), args=args)
-        if any(failure.any() for failure in failures):
+        if any(p.failure.any() for p in peers):
             raise AssertionError(TIMEOUT)
         if out[1].tolist() != [10 * (n + 1) + i for n in range(epochs) for i in range(tokens)]:
             raise AssertionError(WRONG)
