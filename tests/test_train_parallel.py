@@ -28,6 +28,8 @@ class Case(NamedTuple):
     micro_batches: int = 1
     precision: str = "fp32"
     schedule: str = "dualpipe"
+    saving: bool = False
+    """Memory: activations made again, and an average of the weights."""
 
     @property
     def layout(self):
@@ -49,6 +51,8 @@ MANY = [
     Case(2, 2, 1, 4, schedule="dualpipev"),
     Case(2, 1, 1, 4, "fp8", "1f1b"),
     Case(2, 1, 1, 4, "fp8"),
+    Case(2, 2, 1, 4, saving=True),
+    *(Case(pp, 1, dp, m, "fp8", saving=True) for pp, dp, m in ((1, 2, 1), (2, 1, 4))),
 ]
 # Each goes on from what the one before has saved: four sequences are always added up in the same order.
 ON = [Case(1, 1, 4), Case(1, 1, 1, 4), Case(1, 1, 4)]
@@ -58,6 +62,8 @@ ELSEWHERE = [Case(1, 1, 1), Case(1, 2, 2), Case(2, 2, 1, 4), Case(4, 1, 2, 4, sc
 
 def trainer_of(case, groups, text, seed):
     settings = TrainConfig(steps=STEPS, batch_size=8, seq_len=16, warmup_steps=1, lr=3e-3, seed=seed)
+    if case.saving:
+        settings = dataclasses.replace(settings, recompute=True, ema=0.75)
     return Trainer(
         SMALL,
         settings,
@@ -82,12 +88,19 @@ def trained(case, groups, text, seed):
     gradients = {n: (p.values.clone(), p.first) for n, p in trainer.optimizer.gradients().items()}
     for gate in trainer.model.gates():
         gate.load.zero_()
-    rows = [dataclasses.astuple(trainer.train_step())[2:6] for _ in range(STEPS)]
-    validation = trainer.evaluate(trainer.corpus.validation[: 18 * 5].view(5, 18).long())
+    history, rows = {n: t.clone() for n, t in trainer.optimizer.masters().items()}, []
+    for step in range(1, STEPS + 1):
+        rows.append(dataclasses.astuple(trainer.train_step())[2:6])
+        for n, master in trainer.optimizer.masters().items():
+            history[n].lerp_(master, 1 - min(0.75, (1 + step) / (10 + step)))
+    windows = trainer.corpus.validation[: 18 * 5].view(5, 18).long()
+    validation, averaged = trainer.evaluate(windows), trainer.evaluate_average(windows)
     parameters = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     return {
         "rows": rows,
         "validation": validation,
+        "averaged": averaged,
+        "history": {n: (t, trainer.optimizer.pieces()[f"master/{n}"].first) for n, t in history.items()},
         "gradients": gradients,
         "weights": state_of(trainer),
         "parameters": parameters,
@@ -134,7 +147,9 @@ def results(text, tmp_path_factory):
     seed = fresh_generator().initial_seed() % (1 << 20)
     print("seed", seed)
     folder = tmp_path_factory.mktemp("parallel")
-    got = ranks.run(folder / "ranks", 8, everything, str(text), seed, folder / "checkpoints")
+    got = ranks.run(
+        folder / "ranks", 8, everything, str(text), seed, folder / "checkpoints", seconds=600.0
+    )  # a busy machine is slow
     found = {
         case: [got[rank]["-".join(map(str, case))] for rank in range(case.layout.world)]
         for case in [*ONE, *MANY]
@@ -169,7 +184,8 @@ def assert_close(got, expected, bound=1e-5):
 
 def name(case):
     schedule = f"-{case.schedule}" if case.pp > 1 else ""
-    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}{schedule}"
+    saving = "-saving" if case.saving else ""
+    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}{schedule}{saving}"
 
 
 @pytest.mark.parametrize("case", [c for c in MANY if c.precision == "fp32"], ids=name)
@@ -185,7 +201,7 @@ def test_equals_one_process_in_fp32(results, case):
 
 def is_ordered(case):
     """Whether gradients are added in the order of sequences, as one process adds those of micro-batches."""
-    return case.ep == case.pp == case.micro_batches == 1
+    return case.ep == case.pp == case.micro_batches == 1 and not case.saving
 
 
 @pytest.mark.parametrize("case", list(filter(is_ordered, MANY)), ids=name)
@@ -209,6 +225,25 @@ def test_a_pipeline_in_fp8_computes_what_one_process_does(results, case):
     for part in results[case]:
         assert part["rows"][0][:3] == pytest.approx(one["rows"][0][:3], rel=1e-6)
     assert_close(whole(results[case], "gradients"), whole([one], "gradients"))
+
+
+@pytest.mark.parametrize("case", [c for c in MANY if c.saving], ids=name)
+def test_what_saves_memory_changes_no_bit(results, case):
+    """Against the same processes that keep everything. The average is that of the masters' own history."""
+    for part, plain in zip(results[case], results[case._replace(saving=False)], strict=True):
+        assert part["rows"] == plain["rows"]
+        assert part["validation"] == plain["validation"]
+    for kind in ("gradients", "weights"):
+        got, expected = (whole(results[c], kind) for c in (case, case._replace(saving=False)))
+        assert got.keys() - expected.keys() == {n for n in got if n.startswith("ema/")}
+        assert all(torch.equal(got[n], tensor) for n, tensor in expected.items())
+    averages = whole(results[case], "history")
+    got = whole(results[case], "weights")
+    assert averages.keys() == {n.replace("master/", "") for n in got if n.startswith("master/")}
+    assert all(torch.equal(got[f"ema/{n}"], tensor) for n, tensor in averages.items())
+    (first, *others) = (part["averaged"] for part in results[case])
+    assert first != results[case][0]["validation"]
+    assert all(other == first for other in others)
 
 
 @pytest.mark.parametrize("case", MANY, ids=name)
