@@ -4,10 +4,9 @@
 // An op is two launches, of which only the second waits: between them a rank may compute. A rank's memory
 // holds, for each op and for the peers to write:
 //   ack[r]         epoch that rank r has finished reading, of what this rank sent
-//   flag[p][f]     epoch << 32 | first << 16 | count: what the slots of parity p hold stands. Dispatch has
-//   one
-//                  a (local expert, source): so many tokens, whose results go home to places from `first` on.
-//                  Combine has one an expert, of which the upper half counts
+//   flag[p][f]     epoch << 32 | first << 16 | count: the rows of parity p that it speaks of are there. Of
+//                  dispatch, one a (local expert, source): so many tokens, whose results go home to places
+//                  from `first` on. Of combine, one an expert: the epoch alone
 //   slots[p][i]    rows: of dispatch, token `i` of a (local expert, source), with its scales; of combine, the
 //                  result for place i of this rank's (token, expert) pairs, sorted by expert, then token
 //   staged[p][i]   rows on their way to far ranks, which only read memory that is symmetric
