@@ -60,10 +60,10 @@ class InternodeTransport(IntranodeTransport):
         return Layout.of(super().arrivals(call, idx, rows), self.shape)
 
     def dispatch_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.dispatch_call(self.link, *arguments, timeout=self.timeout)
+        return internode_kernels.dispatch_call(self.link, *arguments)
 
     def combine_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.combine_call(self.link, *arguments, timeout=self.timeout)
+        return internode_kernels.combine_call(self.link, *arguments)
 
 
 def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:

@@ -1,4 +1,4 @@
-"""csrc/kernels/dispatch_internode.cuh and combine_internode.cuh: sizes of memory, what a launch passes."""
+"""csrc/kernels/dispatch_internode.cuh, combine_internode.cuh: sizes of memory, and what a launch passes."""
 
 from dataclasses import dataclass
 

@@ -82,10 +82,10 @@ class KernelRank:
         return kernels.shape_of_launch(self.shape, num_sms, launched)
 
     def dispatch_call(self, *arguments: Any) -> Struct:
-        return kernels.dispatch_call(self.workspace, self.peers, *arguments, timeout=self.timeout)
+        return kernels.dispatch_call(self.workspace, self.peers, *arguments)
 
     def combine_call(self, *arguments: Any) -> Struct:
-        return kernels.combine_call(self.workspace, self.peers, *arguments, timeout=self.timeout)
+        return kernels.combine_call(self.workspace, self.peers, *arguments)
 
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self.shape
@@ -225,7 +225,9 @@ class _Dispatch:
             self._x = _rows_for(call.x, call.handle.rows)
             self._idx = torch.empty_like(self._came.topk_idx)
         came, order = self._came, call.expert_order if call.handle is None else call.handle.expert_order
-        self.struct = rank.dispatch_call(call.x, call.topk_idx, call.topk_weights, self._x, came, not order)
+        self.struct = rank.dispatch_call(
+            call.x, call.topk_idx, call.topk_weights, self._x, came, not order, rank.timeout
+        )
         layout = came.tables()
         self.inputs = [call.x, call.topk_idx, call.topk_weights, *(() if call.handle is None else layout)]
         self.outputs = [self._x, self._idx, self._sizes, *(layout if call.handle is None else ())]
@@ -272,6 +274,7 @@ class _Combine:
             self._x,
             self._weights_grad,
             not handle.expert_order,
+            rank.timeout,
         )
         self.inputs = [call.y, call.topk_weights, grad, call.bias, handle.topk_idx, *came.tables()]
         self.outputs = [self._x, self._weights_grad]

@@ -1,4 +1,4 @@
-"""Ranks on several nodes in the emulator, whose kernels run round after round without waiting for each other."""
+"""Ranks on several nodes in the emulator; their kernels run round after round, none waits for the others."""
 
 from types import SimpleNamespace
 

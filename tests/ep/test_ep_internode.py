@@ -1,4 +1,4 @@
-"""csrc/kernels/dispatch_internode.cuh and combine_internode.cuh in the emulator: bit for bit the reference."""
+"""csrc/kernels/dispatch_internode.cuh, combine_internode.cuh in the emulator: bit for bit the reference."""
 
 import collections
 import random
@@ -141,8 +141,8 @@ def links_of(case, inputs):
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_bytes(fp8):
-    """A token to a node: row, scales, 8 bytes a choice; so to a rank there; home, a row each. The rest is counts
-    and signals, 8 bytes a chunk and way."""
+    """A token to a node: row, scales, 8 bytes a choice; so to a rank there; home, a row each. The rest is
+    counts and signals, 8 bytes a chunk and way."""
     case = Case(
         Topology(2, 2), fp8=fp8, local_experts=8, hidden=7168, num_topk=8, tokens=12, weights=True, seed=0
     )

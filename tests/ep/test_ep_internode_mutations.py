@@ -21,8 +21,8 @@ PUT_SIGNAL = re.compile(r"nvshmemx_qp_char_put_signal_nbi_warp\(reinterpret_cast
 PUT = """nvshmemx_qp_char_put_nbi_warp(reinterpret_cast<char*>(target), reinterpret_cast<const char*>(source),
                                   bytes, static_cast<int>(rank), queue_pair);"""
 SIGNAL = "if (threadIdx.x % 32 == 0) dsv3::transport::signal(signal, value, rank, queue_pair{});"
-DECLARE = """extern "C" __device__ void nvshmemx_qp_char_put_nbi_warp(char*, const char*, unsigned long long, int,
-                                                                     int);
+DECLARE = """extern "C" __device__ void nvshmemx_qp_char_put_nbi_warp(char*, const char*, unsigned long long,
+    int, int);
 namespace dsv3 { namespace transport { __device__ void signal(unsigned long long* signal,
     unsigned long long value, unsigned rank, int queue_pair); } }
 """
@@ -35,29 +35,29 @@ MUTATIONS = {
         {HAZARD, WRONG},
     ),
     "a signal before its data": (PUT_SIGNAL, SIGNAL.format("") + PUT, {HAZARD, WRONG}),
-    "dispatch loses a credit": ("o.link.free_chunk(n, o.channel, position);", "", {TIMEOUT}),
-    "combine loses a credit": ("o.link.free_chunk(lane, o.channel, position);", "", {TIMEOUT}),
+    "dispatch loses a credit": ("o.place.free_chunk(n, o.channel, p);", "", {TIMEOUT}),
+    "combine loses a credit": ("o.place.free_chunk(lane, o.channel, position);", "", {TIMEOUT}),
     "dispatch reuses a slot early": (
         "before = ring.turn(position) - 1;",
         "before = 0;",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "combine reuses a slot early": (
-        "before = ring.turn(base + next) - 1;",
-        "before = 0;",
+        "const u64 before = ring.turn(base + next) - 1;",
+        "const u64 before = 0;",
         {HAZARD, WRONG, TIMEOUT},
     ),
-    "a slot is free when the first GPU has it": ("+ 1 != place.gpus", "!= 0", {HAZARD, WRONG, TIMEOUT}),
+    "a slot is free when the first GPU has it": ("+ 1 != o.self.gpus", "!= 0", {HAZARD, WRONG, TIMEOUT}),
     "a slot is free when its first message is read": ("+ 1 != messages", "!= 0", {HAZARD, WRONG, TIMEOUT}),
     "readers of a slot are counted on": ("*slot_readers = 0;", "", {TIMEOUT}),
     "a forwarder skips a node": (
-        "const bool exists = stream < place.ranks(),",
-        "const bool exists = stream < place.ranks() && node != 0,",
+        "const bool exists = stream < o.self.ranks,",
+        "const bool exists = stream < o.self.ranks && node != 0,",
         {TIMEOUT},
     ),
     "combine's forwarder skips a node": (
         "const bool exists = ring_of_lane < others;",
-        "const bool exists = ring_of_lane < others && place.other(ring_of_lane) != 0;",
+        "const bool exists = ring_of_lane < others && o.place.other(ring_of_lane) != 0;",
         {TIMEOUT},
     ),
     "a tail comes before its data": ("o.epoch << 32 | after);", "o.epoch << 32 | (after + 1));", {HAZARD}),
@@ -68,26 +68,26 @@ MUTATIONS = {
         {TIMEOUT, HAZARD, WRONG},
     ),
     "a header is sent before the last was read": (
-        "o.deadline.wait_warp(here.header_free(), o.epoch - 1, Role::kSend, like, o.channel) < o.epoch - 1",
+        "o.self.wait_warp(here.header_free(), before, Role::kSend, like, o.channel) < before",
         "false",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "a header is told before it came": (
-        "header_ready(), o.epoch, Role::kForward, like, o.channel) < o.epoch",
-        "header_ready(), 0, Role::kForward, like, o.channel) < 0",
+        "o.self.wait_warp(here.header_ready(), number, Role::kForward, like, o.channel) < number",
+        "false",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "a header is free before it is read": (
         re.compile(
-            r"(tell\(o, node, here\.header_in\);\s*__syncwarp\(\);)(\s*if \(threadIdx.*?channel\]\);)",
+            r"(header\.words = here\.header_in;\s*tell.*?__syncwarp\(\);)(\s*if \(threadIdx.*?channel\]\);)",
             re.DOTALL,
         ),
         r"\2 \1",
         {HAZARD},
     ),
     "the lanes do not see what one acquired": (
-        "u32 after = before;\n            __syncwarp();",
-        "u32 after = before;",
+        "ready);\n        __syncwarp();\n        const u64 now",
+        "ready);\n        const u64 now",
         {HAZARD},
     ),
     "positions begin anew": (
@@ -96,7 +96,7 @@ MUTATIONS = {
         {HAZARD, WRONG, TIMEOUT},
     ),
     "slots over NVLink are reused before they were read": (
-        "if (threadIdx.x < link.place.gpus)",
+        "if (threadIdx.x < all.call.self.gpus)",
         "if (false)",
         {HAZARD, WRONG, TIMEOUT},
     ),

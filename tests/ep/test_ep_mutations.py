@@ -140,8 +140,12 @@ MUTATIONS |= {
 ROUNDS = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=12, seed=1)
 AGAIN = replace(ROUNDS, fp8=True, tokens=7, hidden=16)
 TOKENS = replace(AGAIN, expert_order=False, num_topk=3)
-STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=4, tokens=64, seed=1)
-CALLS = {AGAIN: ("dispatch", "again", "combine", "again"), TOKENS: ("dispatch", "combine", "again")}
+STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=2, tokens=32, seed=1)
+CALLS = {
+    AGAIN: ("dispatch", "again", "combine", "again"),
+    TOKENS: ("dispatch", "combine", "again"),
+    STREAM: ("dispatch", "again", "combine"),
+}
 
 
 def case_of(name):
