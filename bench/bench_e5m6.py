@@ -26,5 +26,5 @@ def test_unpack_e5m6(against, shape):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("e5m6"))
+        sys.exit(gpu_bench.script("e5m6"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

@@ -24,5 +24,5 @@ def test_route(against, tokens):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("gate"))
+        sys.exit(gpu_bench.script("gate"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

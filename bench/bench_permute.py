@@ -39,5 +39,5 @@ def test_unpermute(against, shape):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("permute"))
+        sys.exit(gpu_bench.script("permute"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

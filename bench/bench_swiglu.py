@@ -41,5 +41,5 @@ def test_swiglu_backward_quantize(against, shape):
 
 if __name__ == "__main__":
     if "--gpu" in sys.argv:
-        sys.exit(gpu_bench.main("swiglu"))
+        sys.exit(gpu_bench.script("swiglu"))
     sys.exit(pytest.main([__file__, "--benchmark-only", *sys.argv[1:]]))

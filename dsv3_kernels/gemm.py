@@ -162,7 +162,7 @@ def kernels() -> dict[str, list[Kernel]]:
 def choose_config(grouping: Grouping, m: int, n: int, groups: int, num_sms: int) -> GemmConfig:
     """The one of `configs` with the least estimated time on `num_sms` SMs, for `[m, n]` or groups of it.
 
-    The sizes of groups are not known here: those by offsets count as equal, those by counts as full.
+    The sizes of groups are not known here: those by offsets count as equal, those by counts as m.
     Blocks take tiles in waves of `num_sms`. Per 128 of K a tile costs the larger of its tensor core's cycles
     (512 for 128x128; of few columns, the time to read its operands) and its loads' from L2; a lone
     warpgroup's promotion is not hidden behind another's wgmma. Of equals the larger tile, then the one that
@@ -253,12 +253,19 @@ def grouped_fp8_gemm(
 
 
 def masked_grouped_fp8_gemm(
-    a: QuantizedTensor, b: QuantizedTensor, counts: Tensor, *, num_sms: int | None = None
+    a: QuantizedTensor,
+    b: QuantizedTensor,
+    counts: Tensor,
+    *,
+    expected_m: int | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     """The first `counts[g]` rows of `a[g]` times the weight of group g: decode-time batches of fixed shape.
 
     a: block (1, 128), data `[G, max_m, K]`; b: block (128, 128), data `[G, N, K]`; as in `fp8_gemm`.
     counts: int32 `[G]`, each 0 to max_m.
+    expected_m: rows that a group is likely to have, 1 or more, which the host cannot see in `counts`: the
+        tile is chosen for them. None for max_m. The result does not depend on it.
     num_sms: as in `fp8_gemm`.
     Returns bfloat16 `[G, max_m, N]`. Rows past a group's count are zero here; kernels leave them unwritten.
     Raises as `fp8_gemm`, and ValueError for counts out of range. Counts on a GPU are not read back: there the
@@ -273,9 +280,10 @@ def masked_grouped_fp8_gemm(
             f"expected {groups}, the groups of a.data of shape {tuple(a.shape)}"
         )
     checks.shape(op, "counts", checks.index_vector(op, "counts", counts, "a.data", a.data), (groups,), "(G,)")
+    checks.at_least_one(op, "expected_m", expected_m)
     checks.at_least_one(op, "num_sms", num_sms)
     run = torch.ops.dsv3_kernels.masked_grouped_fp8_gemm if torch.compiler.is_compiling() else _masked
-    return run(a.data, a.scales, b.data, b.scales, counts, num_sms)
+    return run(a.data, a.scales, b.data, b.scales, counts, expected_m, num_sms)
 
 
 # The same on plain tensors: what runs, and what torch.compile traces.
@@ -302,12 +310,18 @@ def _grouped(
 
 
 def _masked(
-    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor, num_sms: int | None = None
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    counts: Tensor,
+    expected_m: int | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     if launch.world(a) == "reference":
         qa, qb = QuantizedTensor(a, a_scales, ROW), QuantizedTensor(b, b_scales, SQUARE)
         return reference.masked_grouped_fp8_gemm(qa, qb, counts)
-    return _run("counts", a, a_scales, b, b_scales, counts, num_sms)
+    return _run("counts", a, a_scales, b, b_scales, counts, num_sms, expected_m)
 
 
 def _run(
@@ -318,20 +332,25 @@ def _run(
     b_scales: Tensor,
     group_list: Tensor | None,
     num_sms: int | None,
+    expected_m: int | None = None,
 ) -> Tensor:
     out = _fake(a, a_scales, b, b_scales)
     if a.numel() == 0 or b.numel() == 0:
         return out.zero_()
     sms = launch.num_sms(a, num_sms)
     groups = 1 if grouping == "none" else b.shape[0]
-    run = _prepare_best(grouping, a.shape[-2], a.shape[-1], b.shape[-2], groups, sms)
+    m = a.shape[-2]
+    likely_m = m if expected_m is None else min(expected_m, m)
+    run = _prepare_best(grouping, m, a.shape[-1], b.shape[-2], groups, sms, likely_m)
     run(*operands(a, a_scales, b, b_scales, out, group_list))
     return out
 
 
 @functools.lru_cache(maxsize=1024)
-def _prepare_best(grouping: Grouping, m: int, k: int, n: int, groups: int, num_sms: int) -> launch.Prepared:
-    return prepare(choose_config(grouping, m, n, groups, num_sms), m, k, n, groups, num_sms)
+def _prepare_best(
+    grouping: Grouping, m: int, k: int, n: int, groups: int, num_sms: int, likely_m: int
+) -> launch.Prepared:
+    return prepare(choose_config(grouping, likely_m, n, groups, num_sms), m, k, n, groups, num_sms)
 
 
 def operands(
@@ -393,7 +412,13 @@ def _fake_grouped(
 
 
 def _fake_masked(
-    a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, counts: Tensor, num_sms: int | None = None
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    counts: Tensor,
+    expected_m: int | None = None,
+    num_sms: int | None = None,
 ) -> Tensor:
     return _fake(a, a_scales, b, b_scales)
 

@@ -48,17 +48,17 @@ def world(*tensors: Tensor) -> World:
     CUDA tensors take the kernel; CPU tensors the reference, or the PTX inside `emulator.virtual_gpu(...)`.
     Raises `ValueError` for tensors of several devices and for other kinds of device.
     """
-    device = tensors[0].device
-    for i, tensor in enumerate(tensors):
-        if tensor.device != device:
+    first = tensors[0]
+    for i, tensor in enumerate(tensors[1:], start=1):
+        if tensor.device != first.device:
             raise ValueError(
-                f"tensors are on several devices: number 0 is on {device}, number {i} is on {tensor.device}; "
-                f"move it with .to({str(device)!r})"
+                f"tensors are on several devices: number 0 is on {first.device}, number {i} is on "
+                f"{tensor.device}; move it with .to({str(first.device)!r})"
             )
-    if device.type == "cuda":
+    if first.is_cuda:
         return "cuda"
-    if device.type != "cpu":
-        raise ValueError(f"tensors are on device {str(device)!r}, expected 'cpu' or 'cuda'")
+    if not first.is_cpu:
+        raise ValueError(f"tensors are on device {str(first.device)!r}, expected 'cpu' or 'cuda'")
     return "reference" if _virtual_gpu() is None else "emulator"
 
 

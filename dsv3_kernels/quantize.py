@@ -122,8 +122,12 @@ def _quantize_1x128(x: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> Q
 def _template(
     dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool, *more: bool
 ) -> tuple[str | bool, ...]:
+    return NAMES[dtype], *_scaling(power_of_2_scales, ue8m0_scales, *more)
+
+
+def _scaling(power_of_2_scales: bool, ue8m0_scales: bool, *more: bool) -> tuple[str | bool, ...]:
     scale = ("E8m0",) if ue8m0_scales else ()  # float
-    return NAMES[dtype], power_of_2_scales or ue8m0_scales, *more, *scale
+    return power_of_2_scales or ue8m0_scales, *more, *scale
 
 
 @functools.cache
@@ -223,7 +227,11 @@ def kernel_1x128_t(
 
 
 def requantize_1x128_t(
-    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    q: QuantizedTensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor:
     """Turn tiles of 1x128 into tiles of 128 tokens: what was kept of the forward becomes an operand of
     `fp8_wgrad` (DeepSeek-V3 report, section 3.3.3).
@@ -240,7 +248,8 @@ def requantize_1x128_t(
     if group_offsets is not None:
         checks.offsets(op, group_offsets, "q.data", q.data)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
-    arguments = (q.data, q.scales, group_offsets, power_of_2_scales)
+    checks.flag(op, "ue8m0_scales", ue8m0_scales)
+    arguments = (q.data, q.scales, group_offsets, power_of_2_scales, ue8m0_scales)
     if torch.compiler.is_compiling():
         data, scales = torch.ops.dsv3_kernels.requantize_1x128_t(*arguments)
     else:
@@ -249,29 +258,32 @@ def requantize_1x128_t(
 
 
 def _requantize_1x128_t(
-    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
 ) -> tuple[Tensor, Tensor]:
     if launch.world(data) == "reference":
         q = reference.requantize_1x128_t(
-            QuantizedTensor(data, scales, ROW), group_offsets, power_of_2_scales=power_of_2_scales
+            QuantizedTensor(data, scales, ROW),
+            group_offsets,
+            power_of_2_scales=power_of_2_scales,
+            ue8m0_scales=ue8m0_scales,
         )
         return q.data, q.scales
     tokens, width = data.shape
-    q_t = empty_transposed(data.shape, group_offsets, data.device)
+    q_t = empty_transposed(data.shape, group_offsets, data.device, ue8m0_scales)
     token_tiles_t = q_t.scales.shape[1]
     arguments = (
         *(data, scales, *offsets_arguments(group_offsets), q_t.data, q_t.scales, tokens, width),
         *(groups_of(group_offsets), token_tiles_t, *scales.stride(), q_t.scales.stride(1)),
     )
-    kernel, threads = kernel_requantize(power_of_2_scales), threads_of(data.dtype)
+    kernel, threads = kernel_requantize(power_of_2_scales, ue8m0_scales), threads_of(data.dtype)
     launch_tiles("requantize_1x128_t", "q.data", data, kernel, threads, token_tiles_t, width, arguments)
     return q_t.data, q_t.scales
 
 
 @functools.cache
-def kernel_requantize(power_of_2_scales: bool) -> Kernel:
+def kernel_requantize(power_of_2_scales: bool, ue8m0_scales: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh that takes codes."""
-    return Kernel("quantize_tile.cuh", "requantize_1x128_t", (power_of_2_scales,))
+    return Kernel("quantize_tile.cuh", "requantize_1x128_t", _scaling(power_of_2_scales, ue8m0_scales))
 
 
 @overload
@@ -348,7 +360,7 @@ def kernels() -> dict[str, list[Kernel]]:
     return {
         "quantize_1x128": [kernel_1x128(dtype, *s) for dtype, s in itertools.product(NAMES, scales)],
         "quantize_1x128_t": [kernel_1x128_t(dtype, p, row_wise, u) for dtype, (p, u), row_wise in tiled],
-        "requantize_1x128_t": [kernel_requantize(power_of_2) for power_of_2 in both],
+        "requantize_1x128_t": [kernel_requantize(*s) for s in scales],
         "quantize_128x128": [kernel_128x128(dtype, p, transpose, u) for dtype, (p, u), transpose in tiled],
     }
 
@@ -430,9 +442,9 @@ def _fake_1x128_both(
 
 
 def _fake_requantize(
-    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
+    data: Tensor, scales: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool, ue8m0_scales: bool
 ) -> tuple[Tensor, Tensor]:
-    return _fake_1x128_t(data, group_offsets, power_of_2_scales, False)
+    return _fake_1x128_t(data, group_offsets, power_of_2_scales, ue8m0_scales)
 
 
 def _fake_128x128(w: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> tuple[Tensor, Tensor]:

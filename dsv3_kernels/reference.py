@@ -170,11 +170,14 @@ def dequantize(q: QuantizedTensor) -> Tensor:
 
 
 def requantize_1x128_t(
-    q: QuantizedTensor, group_offsets: Tensor | None = None, *, power_of_2_scales: bool = False
+    q: QuantizedTensor,
+    group_offsets: Tensor | None = None,
+    *,
+    power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor:
-    return quantize_1x128_t(
-        dequantize(q), group_offsets, power_of_2_scales=power_of_2_scales, op="requantize_1x128_t"
-    )
+    options = {"power_of_2_scales": power_of_2_scales, "ue8m0_scales": ue8m0_scales}
+    return quantize_1x128_t(dequantize(q), group_offsets, **options, op="requantize_1x128_t")
 
 
 # Permutation

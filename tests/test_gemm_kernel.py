@@ -234,6 +234,28 @@ def test_num_sms(num_sms, monkeypatch):
         assert_same_bits(got, expected)
 
 
+def test_expected_m_chooses_the_tile_and_nothing_else(monkeypatch):
+    launched = []
+    emulate = gemm.launch._emulate
+    monkeypatch.setattr(
+        gemm.launch, "_emulate", lambda kernel, *rest: (launched.append(kernel), emulate(kernel, *rest))
+    )
+    a, b = operands((3, 200, 144), (3, 136, 144), seed=4)
+    counts = torch.tensor([200, 0, 9], dtype=torch.int32)
+    expected = reference.masked_grouped_fp8_gemm(a, b, counts, accumulation="hopper")
+    with emulator.virtual_gpu(num_sms=4):
+        for expected_m in (None, 10, 5000, 200):
+            got = dsv3.masked_grouped_fp8_gemm(a, b, counts, expected_m=expected_m)
+            assert_same_bits(got[0], expected[0])
+            assert_same_bits(got[2, :9], expected[2, :9])
+    full, few, more, same = launched
+    assert full == gemm.choose_config("counts", 200, 136, 3, 4).kernel == more == same
+    assert few == gemm.choose_config("counts", 10, 136, 3, 4).kernel != full
+    for bad, error in ((0, ValueError), (2.0, TypeError)):
+        with pytest.raises(error, match=f"masked_grouped_fp8_gemm: expected_m is {bad!r}"):
+            dsv3.masked_grouped_fp8_gemm(a, b, counts, expected_m=bad)
+
+
 @pytest.mark.parametrize("call", [dsv3.fp8_gemm, dsv3.grouped_fp8_gemm, dsv3.masked_grouped_fp8_gemm])
 def test_bad_num_sms(call):
     a, b = operands((4, 16), (8, 16), seed=0)

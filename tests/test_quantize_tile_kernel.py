@@ -215,51 +215,7 @@ def test_ue8m0_scales(dtype):
         assert_same(g, e)
 
 
-# ---- 1x128 to 128 tokens
-
-
-def check_requantized(q, offsets=None, power_of_2=False, **gpu):
-    with emulator.virtual_gpu(**gpu):
-        got = dk.requantize_1x128_t(q, offsets, power_of_2_scales=power_of_2)
-    assert_same(got, reference.requantize_1x128_t(q, offsets, power_of_2_scales=power_of_2))
-    return got
-
-
-@powers
-@pytest.mark.parametrize("shape", [(1, 16), (128, 128), (300, 144)])
-def test_requantized(power_of_2, shape):
-    generator = commit_generator()
-    for x in (torch.randn(shape, generator=generator), wide(generator, *shape)):
-        q = dk.quantize_1x128(x, power_of_2_scales=power_of_2)
-        check_requantized(q, None, power_of_2)
-        row_major = dk.QuantizedTensor(q.data, q.scales.contiguous(), q.block)
-        check_requantized(row_major, None, not power_of_2)
-
-
-@powers
-def test_requantized_groups(power_of_2):
-    x = torch.randn(sum(GROUPS) + 11, 48, generator=commit_generator())
-    check_requantized(dk.quantize_1x128(x, power_of_2_scales=power_of_2), offsets_of(*GROUPS), power_of_2)
-
-
-@powers
-def test_requantized_codes_of_every_kind_and_scales_of_any(power_of_2):
-    """Every code, NaN too, with subnormal, infinite, huge and NaN scales."""
-    generator = commit_generator()
-    data = torch.randint(0, 256, (256, 256), dtype=torch.uint8, generator=generator)
-    data[:, :128] &= 0x77  # no NaN on the left
-    scales = torch.ldexp(torch.ones(256, 2), torch.randint(-149, 128, (256, 2), generator=generator))
-    scales[5], scales[200, 1], scales[77, 0] = float("nan"), float("inf"), 0.0
-    q = dk.QuantizedTensor(data.view(torch.float8_e4m3fn), scales, (1, 128))
-    check_requantized(q, None, power_of_2)
-    q = dk.QuantizedTensor(data.view(torch.float8_e4m3fn), torch.ones(256, 2), (1, 128))
-    values = dk.dequantize(check_requantized(q, None, power_of_2))
-    assert values[:128].isfinite().all() and values[128:].isnan().any()
-
-
-def test_requantized_empty():
-    for shape in ((0, 16), (16, 0)):
-        check_requantized(dk.quantize_1x128(torch.zeros(shape)), offsets_of(0, 0, 0))
+# ---- Offsets out of range
 
 
 BAD_OFFSETS = [

@@ -352,5 +352,5 @@ def test_many_schedules(config, seed):
         sizes=sizes,
         accumulate=rng.random() < 0.5,
         ugly=sizes is None,
-        num_sms=rng.randint(1, 8),
+        num_sms=rng.randint(config.cluster, 8),
     )

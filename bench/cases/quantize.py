@@ -63,24 +63,21 @@ def _both(dtype: torch.dtype, **options: bool) -> Case:
     return Case(f"quantize_1x128 {' '.join(facts)} 150x144 both, groups", inputs, run, expected)
 
 
-def _requantized(power_of_2: bool) -> Case:
+def _requantized(**options: bool) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
-        return _parts(reference.quantize_1x128(_values(generator, 150, 144), power_of_2_scales=power_of_2))
+        return _parts(reference.quantize_1x128(_values(generator, 150, 144), power_of_2_scales=bool(options)))
 
     def run(*q: Tensor) -> Tensors:
-        return _parts(dk.requantize_1x128_t(q, power_of_2_scales=power_of_2))
+        return _parts(dk.requantize_1x128_t(q, **options))
 
     def expected(*q: Tensor) -> Tensors:
-        return _parts(
-            reference.requantize_1x128_t(QuantizedTensor(*q, (1, 128)), power_of_2_scales=power_of_2)
-        )
+        return _parts(reference.requantize_1x128_t(QuantizedTensor(*q, (1, 128)), **options))
 
-    name = f"requantize_1x128_t 150x144{' power_of_2_scales' if power_of_2 else ''}"
-    return Case(name, inputs, run, expected)
+    return Case(" ".join(["requantize_1x128_t 150x144", *options]), inputs, run, expected)
 
 
 def _all_cases() -> list[Case]:
-    found = [_requantized(power_of_2) for power_of_2 in (False, True)]
+    found = [_requantized(), _requantized(power_of_2_scales=True), _requantized(ue8m0_scales=True)]
     for dtype, power_of_2 in itertools.product(_DTYPES, (False, True)):
         options = {"power_of_2_scales": power_of_2}
         found += [

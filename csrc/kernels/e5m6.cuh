@@ -14,12 +14,12 @@ namespace e5m6 {
 
 using namespace quantize;
 
-constexpr u32 kThreads = 256;         // a block
-constexpr u32 kValues = 8;            // of a lane and a step: 12 bytes of codes
+constexpr u32 kThreads = 256;  // a block
+constexpr u32 kValues = 8;     // of a lane and a step: 12 bytes of codes
 constexpr u32 kLanesPerTile = kTile / kValues;
-constexpr u32 kSteps = 4;             // of a warp: their codes fill whole lines
+constexpr u32 kSteps = 4;  // of a warp: their codes fill whole lines
 constexpr u32 kTilesPerWarp = kSteps * 32 * kValues / kTile;
-constexpr u32 kWords = 3;             // of a lane and a step
+constexpr u32 kWords = 3;                           // of a lane and a step
 constexpr u32 kChunksPerTile = kTile * 3 / 2 / 16;  // of 16 bytes
 constexpr u32 kChunksOfLane = kTilesPerWarp * kChunksPerTile / 32;
 
@@ -61,8 +61,8 @@ __device__ __forceinline__ void unpack(const u32* words, u32 (&c)[kValues]) {
 
 // Eight values to memory, as 16 bytes or two times 16.
 __device__ __forceinline__ void store(Bf16* target, const float (&v)[kValues]) {
-    ptx::store_global(target, U32x4{ptx::bf16x2(v[0], v[1]), ptx::bf16x2(v[2], v[3]),
-                                    ptx::bf16x2(v[4], v[5]), ptx::bf16x2(v[6], v[7])});
+    ptx::store_global(target, U32x4{ptx::bf16x2(v[0], v[1]), ptx::bf16x2(v[2], v[3]), ptx::bf16x2(v[4], v[5]),
+                                    ptx::bf16x2(v[6], v[7])});
 }
 
 __device__ __forceinline__ void store(float* target, const float (&v)[kValues]) {

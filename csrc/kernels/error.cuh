@@ -1,9 +1,9 @@
-// How a kernel says that values in device memory are out of range. It stays inside its allocations, stores one code
-// of this table in the device's error word (dsv3_kernels.launch.error_flag), and goes on: it never traps. The host
-// raises the code as an exception at the next launch or synchronize() and clears the word.
+// How a kernel says that values in device memory are out of range. It stays inside its allocations, stores
+// one code of this table in the device's error word (dsv3_kernels.launch.error_flag), and goes on: it never
+// traps. The host raises the code as an exception at the next launch or synchronize() and clears the word.
 //
-// The word lies in pinned host memory, which the host reads without a call to the driver. A relaxed store at system
-// scope suffices: any code that was stored is true, so it does not matter whose store is the last.
+// The word lies in pinned host memory, which the host reads without a call to the driver. A relaxed store at
+// system scope suffices: any code that was stored is true, so it does not matter whose store is the last.
 #pragma once
 
 #include "ptx.cuh"

@@ -72,7 +72,8 @@ __device__ __forceinline__ u32 entries_of_best_groups(const u32 (&keys)[kCount],
             if (group == 32 * i + threadIdx.x % 32) group_keys[i] = key_of(score);
     }
     u32 open = entries<kCount>(0, groups), allowed = 0;
-    for (u32 g = 0; g < count; ++g) allowed |= entries<kCount>(take_best(group_keys, open).index * size, size);
+    for (u32 g = 0; g < count; ++g)
+        allowed |= entries<kCount>(take_best(group_keys, open).index * size, size);
     return allowed;
 }
 

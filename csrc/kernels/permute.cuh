@@ -11,8 +11,8 @@ namespace permute {
 
 using namespace quantize;
 
-constexpr u32 kThreads = 256;              // a block of unpermute
-constexpr u32 kColumnsOfLane = 8;          // 16 bytes
+constexpr u32 kThreads = 256;      // a block of unpermute
+constexpr u32 kColumnsOfLane = 8;  // 16 bytes
 constexpr u32 kColumnsOfWarp = 32 * kColumnsOfLane;
 
 }  // namespace permute

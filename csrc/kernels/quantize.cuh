@@ -88,9 +88,8 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
             }
         }
         if (first_row + lane < rows)
-            store_scale(
-                scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
-                scale_of_lane);
+            store_scale(scales + batch * scale_batch_stride + tile * scale_tile_stride + first_row + lane,
+                        scale_of_lane);
     }
 }
 

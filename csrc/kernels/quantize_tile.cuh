@@ -118,10 +118,10 @@ __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::P
 // q e4m3 [tokens, width], contiguous, with scales of strides (row_stride, tile_stride), one for 1x128 ->
 // q_t and scales_t as quantize_1x128_t makes them of the products in FP32. width is a multiple of 16. A block
 // takes a tile. A thread also holds the scales of its rows: 6 blocks of 64 threads leave it 168 registers.
-template <bool kPowerOf2Scales>
+template <bool kPowerOf2Scales, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
     requantize_1x128_t(const E4m3* q, const float* scales, const i32* group_offsets, u32* error, u8* q_t,
-                       float* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride,
+                       Scale* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 row_stride,
                        i64 tile_stride, i64 scale_t_stride) {
     using namespace quantize;
     using P = PartOf<E4m3>;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(quantize::PartOf<E4m3>::kThreads, 6)
     for (u32 r = 0; r < kRows; ++r) held.scale[r] = row_scales.at(P::row() + r);
 
     quantize_tile<kPowerOf2Scales, false, true>(
-        held, unused, RowTarget<float>{}, column_stage,
+        held, unused, RowTarget<Scale>{}, column_stage,
         column_target(q_t, scales_t, scale_t_stride, width, column, tile, tiles_t, !span.grouped));
     report_wrong_offsets(group_offsets, groups, tokens, error);
 }

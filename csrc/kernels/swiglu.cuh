@@ -107,9 +107,9 @@ template <bool kPowerOf2Scales, bool kRecompute, bool kWeighted>
 __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::GradientPart::kBlocksPerSm)
     swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const float* weights,
                              const i32* group_offsets, u32* error, u8* q, float* scales, u8* q_t,
-                             float* scales_t, u8* y_t, float* y_scales_t, float* weight_gradients,
-                             u32 tokens, u32 width, u32 groups, u32 tiles_t, i64 x_row_stride,
-                             i64 x_tile_stride, i64 scale_stride) {
+                             float* scales_t, u8* y_t, float* y_scales_t, float* weight_gradients, u32 tokens,
+                             u32 width, u32 groups, u32 tiles_t, i64 x_row_stride, i64 x_tile_stride,
+                             i64 scale_stride) {
     using namespace swiglu;
     using P = GradientPart;
     using Half = Held<Bf16, kColumns>;
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
     if (!kRecompute) load_dy();
     if (threadIdx.x < 2 * kTile) {  // the first half of the threads for the gate
         const u32 row = threadIdx.x % kTile, half = threadIdx.x / kTile;
-        const float* scale = x_scales + (span.first + row) * x_row_stride +
-                             (half * across + column / kTile) * x_tile_stride;
+        const float* scale =
+            x_scales + (span.first + row) * x_row_stride + (half * across + column / kTile) * x_tile_stride;
         (half ? up_scale : gate_scale)[row] = row < span.count ? ptx::load_global_nc_float(scale) : 1.0f;
         if (kWeighted && half == 0)
             weight[row] = row < span.count ? ptx::load_global_nc_float(weights + span.first + row) : 1.0f;

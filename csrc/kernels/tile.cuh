@@ -75,8 +75,8 @@ __device__ __forceinline__ U32x4 encode_column(const Values& held, u32 i, float 
         v[r] = row[i];
     }
     divide<kPowerOf2, Values::kCorrections>(v, scale);
-    return {e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
-            e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
+    return {e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]), e4m3x4(v[8], v[9], v[10], v[11]),
+            e4m3x4(v[12], v[13], v[14], v[15])};
 }
 
 // The transposed tile on its way through shared memory: line c holds column c, 128 bytes, all 32 banks. The 8
@@ -216,9 +216,9 @@ struct RowStage {
 
 template <class Scale>
 struct RowTarget {
-    u8* q;         // of the tile's first element
-    i64 stride;    // from row to row
-    Scale* scales; // of the tile's first row; neighbours follow
+    u8* q;          // of the tile's first element
+    i64 stride;     // from row to row
+    Scale* scales;  // of the tile's first row; neighbours follow
     u32 rows, bytes;
 };
 
@@ -242,11 +242,11 @@ struct ColumnStage {
 
 template <class Scale>
 struct ColumnTarget {
-    u8* q_t;       // of the tile's first column
-    i64 stride;    // from column to column
-    Scale* scales; // of the tile's first column; neighbours follow
+    u8* q_t;        // of the tile's first column
+    i64 stride;     // from column to column
+    Scale* scales;  // of the tile's first column; neighbours follow
     u32 columns;
-    bool empty;    // all zeros, whatever is held
+    bool empty;  // all zeros, whatever is held
 };
 
 // Of the tokens of `span` and the 128 columns from `column` on, in q [.., width] and its scales.

@@ -97,8 +97,9 @@ PYBIND11_MODULE(_runtime, m) {
             [](Kernel& kernel, Device device, uintptr_t stream, const Dim3& grid, const Dim3& block,
                const py::tuple& arguments, const Dim3& cluster, unsigned shared_bytes, bool cooperative,
                bool programmatic) {
-                return kernel.launch(device, stream, {grid, block, cluster, shared_bytes, cooperative, programmatic},
-                              arguments);
+                return kernel.launch(device, stream,
+                                     {grid, block, cluster, shared_bytes, cooperative, programmatic},
+                                     arguments);
             },
             py::arg("device"), py::arg("stream"), py::arg("grid"), py::arg("block"), py::arg("arguments"),
             py::arg("cluster") = Dim3{1, 1, 1}, py::arg("shared_bytes") = 0, py::arg("cooperative") = false,
@@ -107,7 +108,8 @@ PYBIND11_MODULE(_runtime, m) {
             "prepare",
             [](Kernel& kernel, Device device, const Dim3& grid, const Dim3& block, const Dim3& cluster,
                unsigned shared_bytes, bool cooperative, bool programmatic) {
-                return PreparedLaunch{kernel, device, {grid, block, cluster, shared_bytes, cooperative, programmatic}};
+                return PreparedLaunch{
+                    kernel, device, {grid, block, cluster, shared_bytes, cooperative, programmatic}};
             },
             py::keep_alive<0, 1>(), "launch's arguments without the stream and the kernel's own.");
 

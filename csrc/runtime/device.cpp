@@ -18,8 +18,10 @@ uint64_t DeviceState::error_address() {
     const std::string what = "the error word of device " + std::to_string(device_);
     const CurrentContext current(context_);
     void* host = nullptr;
-    driver().check(driver().cuMemHostAlloc(&host, sizeof(uint32_t), kPortableAndMapped), "cuMemHostAlloc", what);
-    driver().check(driver().cuMemHostGetDevicePointer_v2(&address_, host, 0), "cuMemHostGetDevicePointer", what);
+    driver().check(driver().cuMemHostAlloc(&host, sizeof(uint32_t), kPortableAndMapped), "cuMemHostAlloc",
+                   what);
+    driver().check(driver().cuMemHostGetDevicePointer_v2(&address_, host, 0), "cuMemHostGetDevicePointer",
+                   what);
     word_ = static_cast<uint32_t*>(host);
     *word_ = 0;
     return address_;

@@ -5,8 +5,8 @@
 
 namespace dsv3 {
 
-// The error word is 4 bytes of pinned host memory, which kernels write (csrc/kernels/error.cuh) and the host reads
-// without asking the driver. It is never freed: a CUDA graph may hold its address.
+// The error word is 4 bytes of pinned host memory, which kernels write (csrc/kernels/error.cuh) and the host
+// reads without asking the driver. It is never freed: a CUDA graph may hold its address.
 class DeviceState {
   public:
     explicit DeviceState(Device device);

@@ -66,9 +66,10 @@ void Driver::check(Status status, const char* call, const std::string& context) 
     const char* text = nullptr;
     if (cuGetErrorName(status, &name) != kSuccess || name == nullptr) name = "unknown error";
     if (cuGetErrorString(status, &text) != kSuccess || text == nullptr) text = "no description";
-    throw DriverError(std::string(call) + ": " + name + " (" + std::to_string(status) + ", " + text + ")" +
-                      (context.empty() ? "" : ": " + context) + "; driver for CUDA " + version_text(version) +
-                      (status == kOutOfMemory ? ". Mend: free memory of the GPU, say by torch.cuda.empty_cache()" : ""));
+    throw DriverError(
+        std::string(call) + ": " + name + " (" + std::to_string(status) + ", " + text + ")" +
+        (context.empty() ? "" : ": " + context) + "; driver for CUDA " + version_text(version) +
+        (status == kOutOfMemory ? ". Mend: free memory of the GPU, say by torch.cuda.empty_cache()" : ""));
 }
 
 const Driver& driver() {

@@ -33,7 +33,8 @@ class Kernel {
     Kernel& operator=(const Kernel&) = delete;
 
     // Arguments: int for integers and addresses, float (or int) for floats, bytes for structures such as
-    // tensor maps. Returns 0, or an error code that an earlier kernel left on the device; then nothing was launched.
+    // tensor maps. Returns 0, or an error code that an earlier kernel left on the device; then nothing was
+    // launched.
     uint32_t launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
 
   private:

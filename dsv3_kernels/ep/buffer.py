@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_VARIABLE = "DSV3_EP_TIMEOUT"
 DEFAULT_TIMEOUT = 30.0  # seconds
-_AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node")
+_AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node", "dtype.itemsize")
+_DTYPES = (torch.bfloat16, torch.float32)
 
 
 class Buffer:
@@ -35,6 +36,8 @@ class Buffer:
     num_topk: experts a token.
     gpus_per_node: rank r is on node r // gpus_per_node, which fixes the order of combine's sums; by default
         what torchrun says in LOCAL_WORLD_SIZE, else one node.
+    dtype: of rows that are not FP8, and what combine rounds to. With float32 it rounds to BF16 nowhere, for
+        checks of a parallel run against a single process; the portable transport alone has it.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
     Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, and
@@ -50,15 +53,20 @@ class Buffer:
         num_topk: int,
         *,
         gpus_per_node: int | None = None,
+        dtype: torch.dtype = torch.bfloat16,
         timeout: float | None = None,
     ) -> None:
         seconds = _timeout(timeout)
-        sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node)
+        sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = _shape(group.size(), *sizes), group.rank
             _agree(group.all_gather_object(_agreed(self._shape)))
+            if dtype != torch.bfloat16:
+                raise ValueError(
+                    f"Buffer: dtype is {dtype}, expected torch.bfloat16, the one dtype of the kernels"
+                )
             self._transport = IntranodeTransport(group, emulator.current(), self._shape, seconds)
         else:
             exchange = Exchange(_group(group), seconds)
@@ -83,6 +91,11 @@ class Buffer:
         return self._shape.num_experts
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of rows that are not FP8."""
+        return self._shape.dtype
+
+    @property
     def local_experts(self) -> int:
         """How many experts each rank holds; this one's begin at rank · local_experts."""
         return self._shape.local_experts
@@ -102,7 +115,8 @@ class Buffer:
     ) -> DispatchResult:
         """Sends each token once to every rank that holds one of its experts.
 
-        x: bfloat16 `[T, hidden]`, contiguous, or FP8 with block (1, 128), scales of any strides.
+        x: `[T, hidden]`, contiguous, of the buffer's dtype (bfloat16), or FP8 with block (1, 128), scales of
+            any strides.
         topk_idx: int64 `[T, K]`, contiguous, distinct experts in a row, -1 for none.
         topk_weights: float32 `[T, K]`, contiguous, or None.
         num_sms: even; SMs that the kernels take, two a channel. The portable transport has no use for it.
@@ -154,10 +168,11 @@ class Buffer:
     ) -> CombineResult:
         """Brings the experts' results home and adds up those of each token.
 
-        y: bfloat16 `[rows, hidden]`, contiguous, in the rows of the dispatch that gave `handle`.
+        y: `[rows, hidden]` of the buffer's dtype (bfloat16), contiguous, in the rows of the dispatch that
+            gave `handle`.
         topk_weights: float32 `[rows]`, as dispatch returned them: the factor of each row. Expert order only;
             in token order a row already is the sum of its token's experts on this rank.
-        bias: bfloat16 `[T, hidden]`, added last.
+        bias: as y, `[T, hidden]`, added last.
         weights_grad: float32, shaped as the topk_idx that dispatch returned: a number for each (token,
             expert) that travels home unsummed, as the gradient of the weights does.
         num_sms, previous_event, async_op: as in `dispatch`.
@@ -166,7 +181,7 @@ class Buffer:
         Returns a `CombineResult`. Raises as `dispatch`.
         """
         op = "combine"
-        checks.tensor(op, "y", y, (torch.bfloat16,), (2,))
+        checks.tensor(op, "y", y, (self.dtype,), (2,))
         checks.contiguous(op, "y", y)
         self._check_handle(op, handle, y.shape[0], "rows of y", y)
         checks.shape(op, "y", y, (handle.rows, self._shape.hidden), "(rows, hidden)")
@@ -180,7 +195,7 @@ class Buffer:
             )
         if bias is not None:
             shape = (handle.num_tokens, self._shape.hidden)
-            self._check_beside(op, "bias", bias, (torch.bfloat16,), shape, "(T, hidden)", y)
+            self._check_beside(op, "bias", bias, (self.dtype,), shape, "(T, hidden)", y)
         if weights_grad is not None:
             expected: tuple[int, ...] = (handle.rows,)
             if not handle.expert_order:
@@ -214,7 +229,7 @@ class Buffer:
         """x as dispatch takes it, and its data."""
         tokens: Tensor | QuantizedTensor
         if isinstance(x, Tensor):
-            tokens = data = checks.tensor(op, "x", x, (torch.bfloat16,), (2,))
+            tokens = data = checks.tensor(op, "x", x, (self.dtype,), (2,))
             checks.contiguous(op, "x", x)
             name = "x"
         else:
@@ -329,12 +344,15 @@ def _shape(
     max_tokens_per_rank: int,
     num_topk: int,
     gpus_per_node: int | None,
+    dtype: torch.dtype,
 ) -> Shape:
     op, source = "Buffer", "gpus_per_node"
     _integer(op, "num_experts", num_experts, 1)
     _integer(op, "hidden", hidden, 16)
     _integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
     _integer(op, "num_topk", num_topk, 1)
+    if dtype not in _DTYPES:
+        raise ValueError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
     if num_experts % size:
         raise ValueError(f"{op}: num_experts is {num_experts}, expected a multiple of the {size} ranks")
     if hidden % checks.ALIGNMENT:
@@ -351,7 +369,7 @@ def _shape(
             f"{op}: {source} is {gpus_per_node}, expected a divisor of the {size} ranks; pass it"
         )
     topology = Topology(size // gpus_per_node, gpus_per_node)
-    return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology)
+    return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology, dtype)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:
@@ -364,7 +382,7 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
 def _agreed(shape: Shape) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node]
+    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize]
 
 
 def _agree(every: list[list[int]]) -> None:

@@ -253,15 +253,15 @@ class PortableTransport:
         return CombineResult(x, weights_grad, _end(finish, call.async_op))
 
     def _sum_experts(self, call: CombineCall) -> Tensor:
-        """BF16 sums of the rows of each received token; an expert has a token at most once."""
+        """The sums of the rows of each received token; an expert has a token at most once."""
         layout = _layout(call.handle)
         sums = call.y.new_zeros(sum(layout.received), self._shape.hidden, dtype=torch.float32)
         for low, high in pairwise(layout.offsets):
             values = call.y[low:high].float()
             if call.topk_weights is not None:
-                values *= call.topk_weights[low:high].unsqueeze(1)
+                values = values * call.topk_weights[low:high].unsqueeze(1)
             sums.index_add_(0, layout.token[low:high], values)
-        return sums.bfloat16()
+        return sums.to(call.y.dtype)
 
     def _sum_ranks(self, rows: list[Tensor], handle: Handle, bias: Tensor | None) -> Tensor:
         """The ranks of each node, then the nodes, then the bias; a rank has a token at most once."""
@@ -271,7 +271,7 @@ class PortableTransport:
             of_node = torch.zeros_like(total)
             for rank in range(node * topology.gpus_per_node, (node + 1) * topology.gpus_per_node):
                 of_node.index_add_(0, sent[rank], rows[rank].float())
-            total += of_node.bfloat16()
+            total += of_node.to(self._shape.dtype)
         return total if bias is None else total.add_(bias)
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
@@ -18,6 +19,7 @@ class Shape:
     max_tokens_per_rank: int
     num_topk: int
     topology: Topology
+    dtype: torch.dtype = torch.bfloat16  # of rows that are not FP8
 
     @property
     def local_experts(self) -> int:

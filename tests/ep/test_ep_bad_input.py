@@ -243,3 +243,12 @@ def test_token_order_has_no_weights_in_combine():
     got = buffer.dispatch(torch.ones(2, 64).bfloat16(), torch.tensor([[0, 1], [2, 3]]), expert_order=False)
     with pytest.raises(ValueError, match="topk_weights is given in token order, expected None"):
         buffer.combine(got.x, got.handle, torch.ones(2))
+
+
+def test_dtype_of_a_buffer():
+    buffer = ep.Buffer(None, 4, 64, 8, 2, dtype=torch.float32)
+    assert buffer.dtype == torch.float32
+    with pytest.raises(TypeError, match="dispatch: x has dtype torch.bfloat16, expected torch.float32"):
+        buffer.dispatch(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="Buffer: dtype is torch.float16, expected one of"):
+        ep.Buffer(None, 4, 64, 8, 2, dtype=torch.float16)
