@@ -1,14 +1,20 @@
-"""The all-to-all of expert parallelism against `all_to_all_single` of the same bytes, in the same run.
+"""The all-to-all of expert parallelism, by whatever there is to run it on.
 
-    python -m bench.bench_all2all                                  # starts --ranks processes on this machine
-    torchrun --nproc-per-node 4 -m bench.bench_all2all             # or joins those of torchrun
+    torchrun --nproc-per-node 8 -m bench.bench_all2all   # on GPUs over NVLink, or on CPUs over gloo
+    python -m bench.bench_all2all                        # one GPU: its virtual ranks; none: --ranks processes
 
-Routing is node-limited as in DeepSeek-V3: a token's experts are on at most --nodes-per-token nodes. The bytes
-are those that this rank sends to others, payload only; the peer sends as many to each. A rank's clock starts
-after a barrier, and the slowest rank of a round counts.
+Between processes it is timed against `all_to_all_single` of the same bytes, in the same run, on --sms SMs
+where kernels run. On one GPU it is the table of the GPU report (bench/cases/dispatch.py, combine.py: virtual
+ranks against a copy of as many bytes on the same SMs), then bench_overlap.
+
+Between processes routing is node-limited as in DeepSeek-V3: a token's experts are on at most so many nodes as
+--nodes-per-token says. The bytes are those that this rank sends to others, payload only; the peer sends as
+many to each. A rank's clock starts after a barrier, and the slowest rank of a round counts.
 """
 
 import argparse
+import functools
+import itertools
 import os
 import socket
 import statistics
@@ -19,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from bench import bench_overlap, loopback
 from bench.report import Report
 from dsv3_kernels import ep, quantize_1x128
 
@@ -29,6 +36,9 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--ranks", type=int, default=2, help="processes to start where torchrun has not (default 2)")
+    add("--cpu", action="store_true", help="start processes though there is a GPU")
+    add("--seconds", type=float, default=60.0, help="for each table of virtual ranks (default 60)")
+    add("--sms", type=int, nargs="+", default=[20], help="of each rank, where kernels run (default 20)")
     add("--tokens", type=int, default=256, help="of each rank (default 256; DeepSeek-V3's figure is 4096)")
     add("--hidden", type=int, default=7168)
     add("--experts", type=int, default=64)
@@ -81,31 +91,38 @@ def measure(rank: int, options: argparse.Namespace) -> None:
     x = torch.randn(options.tokens, options.hidden, generator=generator).bfloat16().to(device)
     idx, weights = idx.to(device), torch.rand(idx.shape, generator=generator).to(device)
     report = Report("all2all")
+    status = buffer.status()
+    counts_of = [[0] * size for _ in range(size)]
+    dist.all_gather_object(counts_of, rows)
+    arrived = [counts[rank] for counts in counts_of]
+    sms = options.sms if status.transport == "nvlink" else options.sms[:1]
     if rank == 0:
         print(
             f"{size} ranks on {dist.get_backend()}, {options.tokens} tokens x {options.hidden} each, "
-            f"top {options.topk} of {options.experts}, {buffer.topology}"
+            f"top {options.topk} of {options.experts}, {buffer.topology}\n"
+            f"transport: {status.transport}" + (f" ({status.reason})" if status.reason else "")
         )
-    for name, tokens in {"BF16": x, "FP8": quantize_1x128(x)}.items():
+    for (name, tokens), num_sms in itertools.product({"BF16": x, "FP8": quantize_1x128(x)}.items(), sms):
         row = 2 * options.hidden if name == "BF16" else options.hidden + 4 * tokens.scales.shape[1]
-        got = buffer.dispatch(tokens, idx, weights)
-        arrived = got.handle.layout.received
+        got = buffer.dispatch(tokens, idx, weights, num_sms)
         y = torch.randn(got.handle.rows, options.hidden).bfloat16().to(device)
+        declared = got.handle.rows  # so that the host need not wait
         there = plain([n * row for n in rows], [n * row for n in arrived], device)
         home = plain(
             [2 * options.hidden * n for n in arrived], [2 * options.hidden * n for n in rows], device
         )
+        dispatch = functools.partial(buffer.dispatch, tokens, num_sms=num_sms)
         cases = {
-            f"dispatch {name}": (lambda t=tokens: buffer.dispatch(t, idx, weights), there, rows, row),
-            f"dispatch {name}, cached": (
-                lambda t=tokens, g=got: buffer.dispatch(t, handle=g.handle),
+            f"dispatch {name}": (
+                functools.partial(dispatch, idx, weights, max_recv_tokens=declared),
                 there,
                 rows,
                 row,
             ),
+            f"dispatch {name}, cached": (functools.partial(dispatch, handle=got.handle), there, rows, row),
         }
         if name == "BF16":
-            combine = lambda g=got, rows_=y: buffer.combine(rows_, g.handle, g.topk_weights)  # noqa: E731
+            combine = functools.partial(buffer.combine, y, got.handle, got.topk_weights, num_sms=num_sms)
             cases["combine BF16"] = (combine, home, arrived, 2 * options.hidden)
         for case, (call, peer, counts, width) in cases.items():
             sent = (sum(counts) - counts[rank]) * width
@@ -117,10 +134,11 @@ def measure(rank: int, options: argparse.Namespace) -> None:
                     theirs.append(pair[1])
             middle = statistics.median(ours)
             line = report.add(
-                f"{case}, {size} ranks",
+                f"{case}, {size} ranks" + (f" x {num_sms} SMs" if status.transport == "nvlink" else ""),
                 ours,
                 payload_bytes=sent,
                 GBps=sent / middle / 1e9,
+                transport=status.transport,
                 tokens_per_s=options.tokens / middle,
                 peer="all_to_all_single of the same bytes",
                 speed_against_peer=statistics.median(theirs) / middle,
@@ -151,6 +169,11 @@ def main() -> None:
         dist.init_process_group("nccl" if enough else "gloo")
         measure(dist.get_rank(), options)
         dist.destroy_process_group()
+        return
+    if torch.cuda.is_available() and not options.cpu:
+        loopback.tables(options.seconds)
+        bench_overlap.main([])
+        print(loopback.NOTE)
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

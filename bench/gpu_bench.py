@@ -51,7 +51,7 @@ def synthetic(op: str, rows: Sequence[Workload]) -> Report:
     """A report of the same form whose times are made up, and which says so."""
     report = Report(f"{op}-gpu")
     ceilings = {"copy_bytes_per_s": 4e12, "fp8_flops_per_s": 1.5e15}
-    report.machine |= {**ceilings, "synthetic": True}
+    report.machine |= {**ceilings, "synthetic": True, "note": cases.note(op)}
     for i, row in enumerate(rows):
         floor = max(row.bytes / 4e12, row.flops / 1.5e15)
         times = {name: [floor * (1 + share + 0.01 * (i % 7))] * 5 for name, share in _MADE_UP.items()}
@@ -68,7 +68,7 @@ def run(op: str, rows: Sequence[Workload], seconds: float, out: Path | None) -> 
     report = Report(f"{op}-gpu")
     timer = gpu_timing.ColdTimer()
     ceilings = measure_ceilings(timer)
-    report.machine |= ceilings
+    report.machine |= {**ceilings, "note": cases.note(op)}
     print("  ".join(f"{name} {value:.4g}" for name, value in ceilings.items()), flush=True)
     for i, row in enumerate(rows):
         left = end - time.monotonic()
@@ -140,6 +140,8 @@ def row_facts(
         "peers": medians,
         "left_out": left_out,
     }
+    if row.payload:
+        facts["payload_gbytes_per_s_an_sm"] = row.payload / row.sms / ours * 1e-9
     if medians:
         best = min(medians, key=lambda name: medians[name])
         facts |= {"best_peer": best, "speed_against_best_peer": medians[best] / ours}

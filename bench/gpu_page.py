@@ -48,6 +48,8 @@ def page(content: Content) -> str:
             lines += ["", "## Host time", ""]
             rows = [row for row in part["findings"]["results"] if "median" in row]
             lines += [f"- {row['name']}: {1e6 * row['median']:.1f} us" for row in rows]
+        if part["part"] == "overlap" and part["findings"]:
+            lines += ["", *_overlap(part["findings"])]
     for op, report in benches(content):
         lines += ["", *_bench(op, report)]
     return "\n".join(lines) + "\n"
@@ -59,12 +61,23 @@ def _tests(findings: Content) -> list[str]:
     return [*lines, *(f"- failed: {name}" for name in failed), *(f"- {text}" for text in findings["reasons"])]
 
 
+def _overlap(findings: Content) -> list[str]:
+    lines = ["## A GEMM beside dispatch", "", findings["machine"]["note"], ""]
+    lines += ["| a call of | alone, us | beside the other, us | slower by |", "|---|---|---|---|"]
+    for row in findings["results"]:
+        times = f"{1e6 * row['alone']:.1f} | {1e6 * row['median']:.1f}"
+        lines.append(f"| {row['name']} | {times} | {100 * row['slowdown']:.1f} % |")
+    return lines
+
+
 def _bench(op: str, report: Content) -> list[str]:
     facts, rows = report["machine"], report["results"]
     ceilings = f"copy {facts['copy_bytes_per_s'] * 1e-12:.2f} TB/s"
     if "fp8_flops_per_s" in facts:
         ceilings += f", FP8 {facts['fp8_flops_per_s'] * 1e-12:.0f} TFLOPS"
     lines = [f"## {op}", "", f"Cold L2, medians. Ceilings measured in this run: {ceilings}.", ""]
+    if facts.get("note"):
+        lines += [facts["note"], ""]
     for group in dict.fromkeys(row["group"] for row in rows):
         lines += [*_table([row for row in rows if row["group"] == group]), ""]
     return lines[:-1]
@@ -74,7 +87,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
     """One group: ours, what it reaches, each peer's time, and how fast ours is against the best of them."""
     of_row = [[*row.get("peers", ()), *row.get("left_out", ())] for row in rows]
     peers = list(dict.fromkeys(name for names in of_row for name in names))
-    head = [rows[0]["group"], "us", "TFLOPS", "GB/s", "of floor", *(f"{peer} us" for peer in peers), "speed"]
+    payload = "payload_gbytes_per_s_an_sm"
+    extra = ["payload GB/s an SM"] if any(payload in row for row in rows) else []
+    head = [rows[0]["group"], "us", "TFLOPS", "GB/s", "of floor", *extra]
+    head += [*(f"{peer} us" for peer in peers), "speed"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     reasons: dict[str, str] = {}
     for row in rows:
@@ -84,6 +100,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
             continue
         cells = [name, f"{1e6 * row['median']:.1f}", f"{row['tflops']:.0f}", f"{row['gbytes_per_s']:.0f}"]
         cells.append(f"{100 * row['of_floor']:.0f} %")
+        if extra:
+            cells.append(f"{row[payload]:.1f}" if payload in row else "-")
         for peer in peers:
             cells.append(f"{1e6 * row['peers'][peer]:.1f}" if peer in row["peers"] else "-")
             if peer in row["left_out"]:

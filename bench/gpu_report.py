@@ -72,6 +72,7 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         Part("build", 150, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]),
         Part("tests", 150, tests, {"OMP_NUM_THREADS": "2"}, read=_read_tests),
         *(_bench(op, folder, dry, limit) for op, limit in seconds.items()),
+        _overlap(folder, dry),
         Part("host", 40, host, read=_read_host),
         *(_sanitizer(tool, dry) for tool in SANITIZERS),
     ]
@@ -100,6 +101,17 @@ def _bench(op: str, folder: Path, dry: bool, seconds: float) -> Part:
     return Part(
         f"bench-{op}",
         seconds + 40,
+        [*command, "--synthetic"] if dry else command,
+        read=lambda folder: json.loads(out.read_text()) if out.is_file() else {},
+    )
+
+
+def _overlap(folder: Path, dry: bool) -> Part:
+    out = folder / "overlap.json"
+    command = [sys.executable, "-m", "bench.bench_overlap", "--out", str(out)]
+    return Part(
+        "overlap",
+        40,
         [*command, "--synthetic"] if dry else command,
         read=lambda folder: json.loads(out.read_text()) if out.is_file() else {},
     )

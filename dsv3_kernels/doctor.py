@@ -4,9 +4,11 @@ Every part is looked for on its own: one that is not there, or that fails to loa
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -24,6 +26,9 @@ from .jit.compile import compile_source, source_options
 Status = Literal["ok", "missing", "broken"]
 
 _INFINIBAND = Path("/sys/class/infiniband")
+_PEER_MODULES = (Path("/sys/module/nvidia_peermem"), Path("/sys/module/nv_peer_mem"))
+_DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _BUILD = "pip install -e . (in the checkout; needs a C++17 compiler)"
 
 
@@ -143,8 +148,31 @@ def _gpus() -> str:
     return found
 
 
+def _peer_access() -> str:
+    import torch
+
+    if torch.version.cuda is None:
+        raise Missing("torch is a CPU build", "pip install torch, from its CUDA index")
+    count = torch.cuda.device_count()
+    if count < 2:
+        raise Missing(
+            f"{count} GPU is visible" if count == 1 else "no GPU is visible", "use a node of several"
+        )
+    pairs = list(itertools.combinations(range(count), 2))
+    apart = [f"{a}-{b}" for a, b in pairs if not torch.cuda.can_device_access_peer(a, b)]
+    if apart:
+        raise Missing(
+            f"GPUs that cannot map each other's memory: {', '.join(apart)}",
+            "nvidia-smi topo -p2p r says why; mostly an IOMMU (iommu=pt, or off), MIG, or no NVLink between",
+        )
+    import torch.distributed._symmetric_memory
+
+    return f"all {len(pairs)} pairs of {count} GPUs; torch's symmetric memory is there"
+
+
 def _nvshmem() -> str:
     nvshmem = toolchain.nvshmem()
+    nvshmem.check_versions()
     return f"device {nvshmem.version}, host {nvshmem.host_version()} ({nvshmem.include.parent})"
 
 
@@ -169,6 +197,42 @@ def _nic() -> str:
     if not any("ACTIVE" in read(port, "state") for port in ports):
         raise Missing(f"{found}: no port is active", "check the cable and the subnet manager (ibstat)")
     return found
+
+
+def _peer_memory() -> str:
+    """How a NIC reaches the GPU's memory."""
+    for module in _PEER_MODULES:
+        if module.is_dir():
+            return f"kernel module {module.name}"
+    if not _DRIVER_VERSION.is_file():
+        raise Missing("no NVIDIA kernel driver is loaded", "first mend the driver")
+    kernel = platform.release()
+    recent = tuple(int(n) for n in re.findall(r"\d+", kernel)[:2]) >= (5, 12)
+    if recent and "Open Kernel Module" in _DRIVER_VERSION.read_text():
+        return f"dma-buf (Linux {kernel}, open kernel modules)"
+    raise Missing(
+        f"neither nvidia_peermem nor dma-buf (Linux {kernel}; that takes 5.12 and the open kernel modules)",
+        "modprobe nvidia_peermem",
+    )
+
+
+def _driver_keys() -> str:
+    """Whether kernels may ring a NIC's doorbell themselves."""
+    if not _DRIVER_PARAMETERS.is_file():
+        raise Missing("no NVIDIA kernel driver is loaded", "first mend the driver")
+    text = _DRIVER_PARAMETERS.read_text()
+    lacking = []
+    if not re.search(r"EnableStreamMemOPs: *1", text):
+        lacking.append("NVreg_EnableStreamMemOPs=1")
+    if "PeerMappingOverride=1" not in text:
+        lacking.append('NVreg_RegistryDwords="PeerMappingOverride=1;"')
+    if lacking:
+        raise Missing(
+            f"not set: {', '.join(lacking)}. Without, NVSHMEM_IBGDA_NIC_HANDLER=auto lets the CPU ring the "
+            "NIC's doorbell, which costs latency",
+            f"options nvidia {' '.join(lacking)} in /etc/modprobe.d/nvidia.conf, update-initramfs -u, reboot",
+        )
+    return "NVreg_EnableStreamMemOPs and PeerMappingOverride are set"
 
 
 def _compiler() -> str:
@@ -216,9 +280,12 @@ CHECKS = (
     Check("compile", "kernels", _compile, toolchain.MEND["nvrtc"]),
     Check("cache", "quick starts", _cache, f"set {cache.ENVIRONMENT} to a folder of your own"),
     Check("nvdisasm", "tests of machine code", lambda: str(toolchain.nvdisasm()), toolchain.MEND["nvdisasm"]),
+    Check("peer access", "all-to-all over NVLink", _peer_access, "nvidia-smi topo -m says more"),
     Check("NVSHMEM", _NODES, _nvshmem, toolchain.MEND["nvshmem"]),
     Check("headers", "kernels that call NVSHMEM", _nvshmem_headers, toolchain.MEND["cudart"]),
     Check("NIC", _NODES, _nic, "check the NIC's driver"),
+    Check("peer memory", _NODES, _peer_memory, "modprobe nvidia_peermem"),
+    Check("driver keys", "doorbells from the GPU", _driver_keys, "see docs/cluster.md"),
     Check("C++ compiler", "building from source", _compiler, "apt install g++, or set CXX"),
 )
 
@@ -231,12 +298,14 @@ def summary(findings: Iterable[Finding]) -> list[str]:
         lacking = [name for name in needs if status[name] != "ok"]
         return f"{world}: " + (f"no, for want of {', '.join(lacking)}" if lacking else "yes")
 
+    gpu = ("torch", "runtime", "driver", "GPU", "NVRTC", "compile")
     linked = ("nvJitLink", "NVSHMEM", "headers")
     return [
         line("reference (CPU)", "Python", "torch"),
         line("emulator (CPU)", "Python", "torch", "emulator", "NVRTC", "compile"),
-        line("one GPU", "torch", "runtime", "driver", "GPU", "NVRTC", "compile"),
-        line("several nodes", "torch", "runtime", "driver", "GPU", "NVRTC", *linked, "NIC"),
+        line("one GPU", *gpu),
+        line("one node, over NVLink", *gpu, "peer access"),
+        line("several nodes", *gpu, *linked, "NIC", "peer memory"),
     ]
 
 

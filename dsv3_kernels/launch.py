@@ -7,11 +7,12 @@ import sys
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from . import nvshmem
 from .by_value import Struct
 from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
@@ -183,6 +184,11 @@ def _map_bytes(layout: MapLayout, address: int) -> bytes:
     return _encoded(layout.encoding(address))
 
 
+def address_of(tensor: Tensor) -> int:
+    """Where kernels on the GPU, real or virtual, of this tensor see its first element."""
+    return tensor.data_ptr() if tensor.is_cuda else _virtual_gpu().address_of(tensor)
+
+
 def error_flag(tensor: Tensor) -> Tensor | int:
     """The error word of the device that holds `tensor`, as a launch takes it for a parameter `u32* error`.
 
@@ -199,13 +205,31 @@ def synchronize(device: torch.device | int | str | None = None) -> None:
 
     device: the current CUDA device if None. Without CUDA there is nothing to wait for: the reference raises
     at once, and so does the emulator.
-    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device.
+    Raises `DeviceValueError` (a ValueError) for values out of range in a tensor on the device, and what the
+    buffers of `ep` have failed with.
     """
     if not torch.cuda.is_available():
         return
     torch.cuda.synchronize(device)
     number = torch.cuda._utils._get_device_index(device, optional=True)
     _raise_reported(_runtime().take_error(number), f"cuda:{number}")
+    for reporter in list(_reporters):
+        reporter.check()
+
+
+class Reporter(Protocol):
+    """Has words of its own in which kernels say what went wrong."""
+
+    def check(self) -> None:
+        """Raises what they have said so far; asks nothing of the device."""
+
+
+_reporters: "weakref.WeakSet[Reporter]" = weakref.WeakSet()
+
+
+def also_raise(reporter: Reporter) -> None:
+    """From now on `synchronize` calls the reporter's `check`, as long as the reporter lives."""
+    _reporters.add(reporter)
 
 
 def _raise_reported(code: int, device: str) -> None:
@@ -309,7 +333,10 @@ def _loaded(kernel: Kernel, device: int) -> Any:
 @functools.cache
 def _load(kernel: Kernel) -> Any:
     cubin = kernel.cubin()
-    return _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    loaded = _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    if kernel.nvshmem:
+        nvshmem.current().initialise(loaded.library)
+    return loaded
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from test_launch import fake_driver  # noqa: F401
 
 from dsv3_kernels import doctor
@@ -153,6 +154,29 @@ def test_nics(tmp_path, monkeypatch):
     assert check.run().status == "ok"
 
 
+def test_how_a_nic_reaches_the_gpu(tmp_path, monkeypatch):
+    peer, keys = (next(c for c in doctor.CHECKS if c.name == name) for name in ("peer memory", "driver keys"))
+    module, version, parameters = (tmp_path / name for name in ("nvidia_peermem", "version", "params"))
+    monkeypatch.setattr(doctor, "_PEER_MODULES", (module,))
+    monkeypatch.setattr(doctor, "_DRIVER_VERSION", version)
+    monkeypatch.setattr(doctor, "_DRIVER_PARAMETERS", parameters)
+    for check in (peer, keys):
+        assert (check.run().status, check.run().found) == ("missing", "no NVIDIA kernel driver is loaded")
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07\n")
+    monkeypatch.setattr(doctor.platform, "release", lambda: "5.4.0-100-generic")
+    assert "neither nvidia_peermem nor dma-buf" in peer.run().found
+    assert peer.run().mend == "modprobe nvidia_peermem"
+    monkeypatch.setattr(doctor.platform, "release", lambda: "6.8.0-45-generic")
+    assert peer.run().found == "dma-buf (Linux 6.8.0-45-generic, open kernel modules)"
+    module.mkdir()
+    assert peer.run().found == "kernel module nvidia_peermem"
+    parameters.write_text('EnableStreamMemOPs: 0\nRegistryDwords: ""\n')
+    assert "not set: NVreg_EnableStreamMemOPs=1, NVreg_RegistryDwords" in keys.run().found
+    assert "options nvidia NVreg_EnableStreamMemOPs=1 NVreg_Reg" in keys.run().mend
+    parameters.write_text('EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n')
+    assert keys.run().status == "ok"
+
+
 def test_a_check_that_fails_in_an_unforeseen_way_is_a_line_too(monkeypatch):
     def trouble():
         raise ZeroDivisionError("unforeseen\n trouble " + "x" * 1000)
@@ -187,3 +211,27 @@ def test_without_rich_the_report_is_plain_lines(monkeypatch, capsys):
     assert "pip install rich" in out
     for finding in doctor.examine():
         assert f"{finding.name}: {finding.found.split()[0] if finding.found else ''}" in out
+
+
+@pytest.mark.parametrize(
+    "gpus, apart, status, found, mend",
+    [
+        (0, (), "missing", "no GPU is visible", "several"),
+        (1, (), "missing", "1 GPU is visible", "several"),
+        (4, (), "ok", "all 6 pairs of 4 GPUs", ""),
+        (4, ((1, 2), (1, 3)), "missing", "cannot map each other's memory: 1-2, 1-3", "iommu=pt"),
+    ],
+)
+def test_peer_access_names_the_pairs_that_lack_it(monkeypatch, gpus, apart, status, found, mend):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in apart)
+    (check,) = (check for check in doctor.CHECKS if check.name == "peer access")
+    finding = check.run()
+    assert finding.status == status and found in finding.found and mend in finding.mend, finding
+
+
+def test_a_cpu_build_of_torch_has_no_peer_access(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (check,) = (check for check in doctor.CHECKS if check.name == "peer access")
+    assert "CPU build" in check.run().found

@@ -54,6 +54,7 @@ class Workload:
     """One row of a GPU bench: the least operations and bytes that its result takes; `build` runs on the GPU.
 
     group: rows of one table. peak: which ceiling `flops` is held against, "fp8" or "none".
+    payload: bytes that reach another rank, with which `sms` are busy; 0 where there are no ranks.
     """
 
     group: str
@@ -62,6 +63,8 @@ class Workload:
     bytes: float
     build: Callable[[], Candidates]
     peak: str = "fp8"
+    payload: float = 0
+    sms: int = 0
 
     def __str__(self) -> str:
         return f"{self.group} {self.name}"
@@ -80,6 +83,13 @@ def cases() -> Iterator[Case]:
 
 def workloads(op: str) -> Sequence[Workload]:
     return tuple(getattr(importlib.import_module(f"{__name__}.{op}"), "WORKLOADS", ()))
+
+
+def note(op: str) -> str:
+    """What a reader of its figures has to know, from `NOTE` of the op's file; mostly nothing."""
+    if op not in ops():
+        return ""
+    return getattr(importlib.import_module(f"{__name__}.{op}"), "NOTE", "")
 
 
 def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:

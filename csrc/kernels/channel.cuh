@@ -6,7 +6,7 @@
 // op has an area, which holds, for what comes from each source s (and its channel c):
 //   ack[s]       epoch that rank s has finished reading, as a destination of this rank
 //   tail[s][c]   epoch << 32 | tokens written so far; the epoch alone says that the counts stand
-//   counts[s][c] tokens of each local expert, then the Announcement
+//   counts[s][c] tokens of each local expert, then the Announcement, then the rows that go to each rank
 //   slots[s][i]  a token: row | scales | local expert and weight of each of the K choices
 // An epoch is one call of the op; the first is 1. Invariants:
 //   1. A source writes to a destination in epoch n only after its ack >= n - 1: nobody there still reads.
@@ -33,16 +33,19 @@ constexpr u32 kFullWarp = 0xffffffffu;
 constexpr u64 kGrace = 500000000;  // nanoseconds that a rank gives another to say whom it misses, at most
 constexpr u64 kLook = 10000000;    // nanoseconds between looks at whether a peer has given up, at most
 
-enum class Role : u32 { kSend = 1, kReceive = 2 };
+enum class Role : u32 { kSend = 1, kReceive = 2, kForward = 3 };
+
+// In a range of tokens: no dispatch has laid it out, for it was unsound or ended early. Who comes after it in
+// the stream reads this before the host knows.
+constexpr u32 kNothing = ~0u;
 
 // What a source says to a destination about one channel before any token, with counts.
 struct Announcement {
-    u32 tokens, first;    // how many will come, and the slot of the first
-    u32 form;             // bits of dispatch::Form
-    u32 limit;            // rows that the source takes as a destination
-    u32 bad;              // 1 + the index in its topk_idx of an expert that is wrong there, or 0
-    u32 value[2];         // that expert
-    u32 rows[kMaxRanks];  // that go to each rank
+    u32 tokens, first;  // how many will come, and the slot of the first
+    u32 form;           // bits of dispatch::Form
+    u32 limit;          // rows that the source takes as a destination
+    u32 bad;            // 1 + the index in its topk_idx of an expert that is wrong there, or 0
+    u32 value[2];       // that expert
 };
 
 // Where things lie in a rank's mapping, in bytes. python: dsv3_kernels.ep.kernels.Workspace
@@ -57,12 +60,17 @@ struct Workspace {
     __device__ __forceinline__ u64* tail(u32 source, u32 channel) const {
         return ack(ranks) + source * kMaxChannels + channel;
     }
-    __device__ __forceinline__ u32 counts_words() const { return local_experts + sizeof(Announcement) / 4; }
+    __device__ __forceinline__ u32 counts_words() const {
+        return local_experts + sizeof(Announcement) / 4 + ranks;
+    }
     __device__ __forceinline__ u32* counts(u32 source, u32 channel) const {
         return reinterpret_cast<u32*>(tail(ranks, 0)) + (source * kMaxChannels + channel) * counts_words();
     }
     __device__ __forceinline__ Announcement* announcement(u32 source, u32 channel) const {
         return reinterpret_cast<Announcement*>(counts(source, channel) + local_experts);
+    }
+    __device__ __forceinline__ u32* rows(u32 source, u32 channel) const {
+        return reinterpret_cast<u32*>(announcement(source, channel) + 1);
     }
     __device__ __forceinline__ u8* slot(u32 source, u32 index) const {
         const u64 control = 8ull * ranks * (1 + kMaxChannels) + 4ull * ranks * kMaxChannels * counts_words();
@@ -83,9 +91,9 @@ struct Failure {
     u64 role, peer, channel, expected, seen, missing, recorded;
 };
 
-// How often, and how long, a role of a channel has waited for a peer.
-struct Stall {
-    u64 waits, nanoseconds;
+// How often, and how long, a role of a channel has waited for a peer; and what it has sent there.
+struct Counters {
+    u64 waits, nanoseconds, bytes;
 };
 
 // One rank among the others of its node, as a kernel gets it.
@@ -93,11 +101,15 @@ struct Rank {
     u8* const* mappings;  // [ranks], as this rank sees them
     Sequence* sequence;
     Failure* failure;
-    Stall* stalls;  // [2 roles, kMaxChannels, ranks]
+    Counters* counters;  // [2 roles, kMaxChannels, ranks]
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
+    u32 gpus;  // ranks of a node
 
+    // The first rank of this one's node, and the rank of this node that writes what comes from `source`.
+    __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
+    __device__ __forceinline__ u32 writer(u32 source) const { return first_of_node() + source % gpus; }
     __device__ __forceinline__ Workspace workspace(u32 of) const {
         return {mappings[of], area, slot_bytes, ranks, local_experts, max_tokens};
     }
@@ -120,11 +132,16 @@ struct Rank {
             seen = ptx::load_acquire_system(address);
             waited = ptx::global_timer() - start;
         }
-        Stall* stall = stalls + ((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer;
-        ptx::fetch_add_device(&stall->waits, 1);
-        ptx::fetch_add_device(&stall->nanoseconds, waited);
+        ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
+        ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
         if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout);
         return seen;
+    }
+
+    // A whole warp.
+    __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
+        if (threadIdx.x % 32 == 0)
+            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -137,7 +154,6 @@ struct Rank {
         return seen;
     }
 
-  private:
     // The wait ran out of time (`late`), or the peer has given up.
     __device__ __forceinline__ void fail(u64 expected, u64 seen, Role role, u32 peer, u32 channel,
                                          bool late) const {
@@ -154,6 +170,11 @@ struct Rank {
         failure->seen = seen;
         failure->missing = who_is_missing(peer, late);
         ptx::store_release_system(&failure->recorded, 1);
+    }
+
+  private:
+    __device__ __forceinline__ Counters& counters_of(Role role, u32 peer, u32 channel) const {
+        return counters[((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer];
     }
 
     // `peer`, or whom it misses itself, and so on: perhaps this rank, which then was late; but where two miss

@@ -82,8 +82,10 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
     const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden, topk = call.topk;
     const u32 first = from.ranges[2 * (peer * call.channels + channel)];
     const u32 total = from.ranges[2 * (peer * call.channels + channel) + 1];
+    if (total == kNothing) return true;
     const u64* ack = self.mine().ack(peer);
     if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
+    u64 bytes = 0;
     for (u32 i = 0; i < total; ++i) {
         i32 row = -1;
         if (lane < topk)
@@ -106,10 +108,13 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
             const i64 only = __shfl_sync(kFullWarp, row, 0);
             const i64 at = call.token_order && lane < topk ? only * topk + lane : row;
             if (at >= 0) reinterpret_cast<float*>(slot + row_bytes)[lane] = from.gradients[at];
+            bytes += 4 * __popc(__ballot_sync(kFullWarp, at >= 0));
         }
+        bytes += row_bytes;
         if ((i + 1) % kChunk == 0 || i + 1 == total)
             publish(home.tail(self.rank, channel), epoch << 32 | (i + 1));
     }
+    self.count_sent(peer, channel, bytes);
     return true;
 }
 
@@ -184,8 +189,9 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
 __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
     const u32 warp = threadIdx.x / 32;
     const u64 epoch = call.self.epoch();
+    const bool laid_out = call.from.ranges[1] != kNothing;
     bool kept = true;
-    for (u32 channel = block / 2; kept && channel < call.channels; channel += blocks / 2)
+    for (u32 channel = block / 2; laid_out && kept && channel < call.channels; channel += blocks / 2)
         kept = block % 2 == 0 ? send(call, warp, channel, epoch)
                               : receive(call, channel, warp, blockDim.x / 32, epoch);
     if (!__syncthreads_or(!kept)) finish(call.self, epoch, blocks);

@@ -107,6 +107,8 @@ __device__ __forceinline__ void send(const Call& call, const Workspace& theirs, 
         }
     }
     if (sent % kChunk) publish(tail, epoch << 32 | sent);
+    const u32 routing = kAgain ? 0 : 8 * tokens.topk;
+    self.count_sent(peer, channel, static_cast<u64>(sent) * (tokens.row_bytes + 4 * tokens.tiles + routing));
 }
 
 // One block.
@@ -151,11 +153,13 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
         range[1] = said->tokens;
     }
     const u32 first = kAgain ? range[0] : said->first, total = kAgain ? range[1] : said->tokens;
+    if (total == kNothing) return true;
     u64 seen = 0;
     for (u32 i = 0; i < total; ++i) {
         const u64 expected = epoch << 32 | (i + 1);
         if (seen < expected)
-            seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive, source, channel);
+            seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive, self.writer(source),
+                                  channel);
         if (seen < expected) return false;
         const u8* slot = mine.slot(source, first + i);
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
@@ -183,10 +187,11 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32
     const Rank& self = call.self;
     const u64 epoch = self.epoch();
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, channels = call.to.channels;
-    bool kept = true, go = true;
+    bool kept = true, go = !kAgain || call.to.ranges[1] != kNothing;
     if (!kAgain && block % 2 == 1) {
         const u64 counted = epoch << 32;
         const Workspace mine = self.mine();
+        forget(call, block / 2);
         if (lane < channels)
             kept = self.wait(mine.tail(warp, lane), counted, Role::kReceive, warp, lane) >= counted;
         if (__syncthreads_or(!kept)) return;

@@ -36,7 +36,7 @@ struct Received {
     float* topk_weights;  // the same, or null
     i32* group_offsets;   // [local_experts + 1]
     i32* rows;    // [ranks, max_tokens, topk]: the rows of each slot's token by ascending expert, then -1
-    i32* ranges;  // [ranks, channels, 2]: first slot and number of tokens
+    i32* ranges;  // [ranks, channels, 2]: first slot and number of tokens, or kNothing
     u32 max_rows, channels;
 };
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void announce(const Call& call, const Workspace& thei
     u32* announced_counts = theirs.counts(self.rank, channel);
     for (u32 e = lane; e < self.local_experts; e += 32) announced_counts[e] = counts[e];
     Announcement* announced = theirs.announcement(self.rank, channel);
-    if (lane < self.ranks) announced->rows[lane] = rows[lane];
+    if (lane < self.ranks) theirs.rows(self.rank, channel)[lane] = rows[lane];
     u32 first_bad = bad - 1;  // that none is wrong makes it the highest
     for (u32 other = 16; other; other /= 2)
         first_bad = min(first_bad, __shfl_xor_sync(kFullWarp, first_bad, other));
@@ -139,39 +139,64 @@ __device__ __forceinline__ void announce(const Call& call, const Workspace& thei
     }
 }
 
-// One block, after all counts have come: whether the call is sound, on every rank alike. Warp r looks at
-// what rank r passes, its lane c at channel c. `found` is shared memory, [ranks].
-__device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u32 channel, u32* found) {
-    const u32 rank = threadIdx.x / 32, lane = threadIdx.x % 32, channels = call.to.channels;
-    const Announcement* said = mine.announcement(rank, min(lane, channels - 1));
-    const u32 form = mine.announcement(0, 0)->form;
-    const u32 bad = __ballot_sync(kFullWarp, said->bad != 0);
-    u64 rows = 0;
-    for (u32 source = 0; source < mine.ranks; ++source)
-        if (lane < channels) rows += mine.announcement(source, lane)->rows[rank];
-    for (u32 other = 16; other; other /= 2) rows += __shfl_xor_sync(kFullWarp, rows, other);
+// One block, before anything can fail: the layout says that nothing came.
+__device__ __forceinline__ void forget(const Call& call, u32 channel) {
+    for (u32 source = threadIdx.x; source < call.self.ranks; source += blockDim.x)
+        call.to.ranges[2 * (source * call.to.channels + channel) + 1] = kNothing;
+    if (channel == 0)
+        for (u32 e = threadIdx.x; e <= call.self.local_experts; e += blockDim.x) call.to.group_offsets[e] = 0;
+}
 
-    u32 code = 0;
-    if (rows > said->limit) code = static_cast<u32>(ErrorCode::kDispatchOverflow);
-    if (said->form != form) code = static_cast<u32>(ErrorCode::kDispatchForm);
-    if (bad) code = static_cast<u32>(ErrorCode::kDispatchExperts);
-    if (lane == 0) found[rank] = code;
-    if (!__syncthreads_or(code != 0)) return true;
+// What one rank's announcements say, a lane a channel; one warp.
+struct Said {
+    const Announcement* at;  // lane c: in channel c
+    u32 bad;                 // lanes whose channel has a wrong expert
+    u64 rows;                // that come to the rank
+    ErrorCode code;
+
+    __device__ __forceinline__ Said(const Workspace& mine, u32 rank, u32 channels, u32 form) {
+        const u32 lane = threadIdx.x % 32;
+        at = mine.announcement(rank, min(lane, channels - 1));
+        bad = __ballot_sync(kFullWarp, at->bad != 0);
+        rows = 0;
+        for (u32 source = 0; source < mine.ranks; ++source)
+            if (lane < channels) rows += mine.rows(source, lane)[rank];
+        for (u32 other = 16; other; other /= 2) rows += __shfl_xor_sync(kFullWarp, rows, other);
+        code = rows > at->limit ? ErrorCode::kDispatchOverflow : ErrorCode::kNone;
+        if (at->form != form) code = ErrorCode::kDispatchForm;
+        if (bad) code = ErrorCode::kDispatchExperts;
+    }
+};
+
+// One block, after all counts have come: whether the call is sound, on every rank alike. `found` is shared
+// memory, [ranks].
+__device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u32 channel, u32* found) {
+    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, channels = call.to.channels;
+    const u32 form = mine.announcement(0, 0)->form;
+    bool any = false;
+    for (u32 rank = warp; rank < mine.ranks; rank += warps) {
+        const Said said(mine, rank, channels, form);
+        if (threadIdx.x % 32 == 0) found[rank] = static_cast<u32>(said.code);
+        any |= said.code != ErrorCode::kNone;
+    }
+    if (!__syncthreads_or(any)) return true;
+    if (channel != 0 || warp != 0) return false;
 
     // The first kind of fault that any rank has, and of that the first rank.
-    for (u32 other = 0; other < mine.ranks; ++other)
-        if (found[other] && (found[other] < code || (found[other] == code && other < rank))) code = 0;
-    const u32 first = bad ? __ffs(bad) - 1 : 0;
-    if (channel != 0 || !code || lane != first) return false;
-    u64 index = 0, value = said->form, expected = form;
-    if (code == static_cast<u32>(ErrorCode::kDispatchExperts)) {
-        index = said->bad - 1;
-        value = said->value[0] | static_cast<u64>(said->value[1]) << 32;
-    } else if (code == static_cast<u32>(ErrorCode::kDispatchOverflow)) {
-        value = rows;
-        expected = said->limit;
+    u32 first = 0;
+    for (u32 rank = 1; rank < mine.ranks; ++rank)
+        if (found[rank] && (!found[first] || found[rank] < found[first])) first = rank;
+    const Said said(mine, first, channels, form);
+    if (threadIdx.x % 32 != (said.bad ? __ffs(said.bad) - 1 : 0)) return false;
+    u64 index = 0, value = said.at->form, expected = form;
+    if (said.code == ErrorCode::kDispatchExperts) {
+        index = said.at->bad - 1;
+        value = said.at->value[0] | static_cast<u64>(said.at->value[1]) << 32;
+    } else if (said.code == ErrorCode::kDispatchOverflow) {
+        value = said.rows;
+        expected = said.at->limit;
     }
-    record(call, static_cast<ErrorCode>(code), rank, index, value, expected);
+    record(call, said.code, first, index, value, expected);
     return false;
 }
 

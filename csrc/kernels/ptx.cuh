@@ -309,6 +309,16 @@ __device__ __forceinline__ u64 fetch_add_device(u64* address, u64 v) {
     return before;
 }
 
+// The value before; of a word in shared memory, orders this thread's accesses within the block, both ways.
+__device__ __forceinline__ u32 fetch_add_block(u32* address, u32 v) {
+    u32 before;
+    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(shared_address(address)), "r"(v)
+                 : "memory");
+    return before;
+}
+
 // Nanoseconds.
 __device__ __forceinline__ u64 global_timer() {
     u64 d;

@@ -30,6 +30,14 @@ class Group:
         """One object from each rank, in the order of ranks."""
         return self._runner.gather(self.rank, value)
 
+    def symmetric(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """This rank's own of what all ranks allocate together; see `VirtualCluster.symmetric`."""
+        made = None
+        if self.rank == 0:
+            made = self._runner.machine.memory.symmetric(shape, dtype, self._size)
+        tensors: list[Tensor] = self.all_gather_object(made)[0]
+        return tensors[self.rank]
+
 
 class _RankGPU(VirtualGPU):
     """One GPU of a cluster, as a rank's thread sees it."""

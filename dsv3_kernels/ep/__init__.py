@@ -11,6 +11,8 @@
 
 from .buffer import Buffer
 from .errors import TimeoutError
+from .loopback import LoopbackBuffer
+from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
 __all__ = [
@@ -19,6 +21,10 @@ __all__ = [
     "DispatchResult",
     "Event",
     "Handle",
+    "LoopbackBuffer",
+    "LowLatencyCombined",
+    "LowLatencyDispatched",
+    "LowLatencyHandle",
     "Stall",
     "Status",
     "TimeoutError",

@@ -1,28 +1,33 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
-import os
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import checks, quantized
-from ..quantized import ROW, QuantizedTensor
+from ..quantized import QuantizedTensor
+from . import internode, internode_kernels, intranode, kernels, low_latency, nvlink
+from .calls import Calls, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
+from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvshmem
+from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
-from .transport import CombineCall, DispatchCall, Shape, Transport
+from .transport import Shape, Transport
 from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
 
 if TYPE_CHECKING:
     from ..emulator import Group
 
-TIMEOUT_VARIABLE = "DSV3_EP_TIMEOUT"
-DEFAULT_TIMEOUT = 30.0  # seconds
-_AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node", "dtype.itemsize")
-_DTYPES = (torch.bfloat16, torch.float32)
+_AGREED = (
+    *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
+    *("dtype.itemsize", "transport"),
+)
+TRANSPORTS = (None, "nvlink", "portable")
 
 
 class Buffer:
@@ -38,10 +43,12 @@ class Buffer:
         what torchrun says in LOCAL_WORLD_SIZE, else one node.
     dtype: of rows that are not FP8, and what combine rounds to. With float32 it rounds to BF16 nowhere, for
         checks of a parallel run against a single process; the portable transport alone has it.
+    transport: "nvlink", the kernels on GPUs of one node; "portable", torch.distributed's messages, anywhere;
+        None takes the first of them that can be, and `status().reason` says why not a faster one.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
-    Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, and
-    `ep.TimeoutError` where a rank does not make the buffer.
+    Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, RuntimeError
+    for a transport that cannot be, and `ep.TimeoutError` where a rank does not make the buffer.
     """
 
     def __init__(
@@ -54,28 +61,39 @@ class Buffer:
         *,
         gpus_per_node: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        transport: str | None = None,
         timeout: float | None = None,
     ) -> None:
-        seconds = _timeout(timeout)
+        if transport not in TRANSPORTS:
+            raise ValueError(f"Buffer: transport is {transport!r}, expected one of {TRANSPORTS}")
+        seconds = timeout_of(timeout)
         sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
-            self._shape, self.rank = _shape(group.size(), *sizes), group.rank
-            _agree(group.all_gather_object(_agreed(self._shape)))
-            if dtype != torch.bfloat16:
-                raise ValueError(
-                    f"Buffer: dtype is {dtype}, expected torch.bfloat16, the one dtype of the kernels"
-                )
-            self._transport = IntranodeTransport(group, emulator.current(), self._shape, seconds)
+            self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
+            _agree(group.all_gather_object(_agreed(self._shape, transport)))
+            several = self._shape.topology.nodes > 1
+            refused = intranode.refuse(self._shape, internode_kernels.MAX_NODES)
+            if refused or transport is not None:
+                raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
+            make = internode.emulated if several else intranode.emulated
+            self._transport = make(group, emulator.current(), self._shape, seconds)
+            self._reason = ""
+            self._make_low_latency: Callable[[], low_latency.LowLatencyTransport] = lambda: KernelLowLatency(
+                self._shape, connect_emulated(group, emulator.current(), self._shape), seconds
+            )
         else:
             exchange = Exchange(_group(group), seconds)
-            self._shape, self.rank = _shape(exchange.size, *sizes), exchange.rank
+            self._shape, self.rank = shape_of(exchange.size, *sizes), exchange.rank
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                _agree(exchange.all_gather("Buffer", _agreed(self._shape), device))
-            self._transport = PortableTransport(self._shape, exchange)
+                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
+            self._transport, self._reason = _choose(self._shape, exchange, transport)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, seconds)
+        self._low_latency: low_latency.LowLatencyTransport | None = None
+        self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
 
     @property
@@ -130,27 +148,18 @@ class Buffer:
         Returns a `DispatchResult`. Raises TypeError or ValueError for wrong arguments (on every rank, if the
         values of one rank are wrong), and `ep.TimeoutError`.
         """
-        op = "dispatch"
-        x, data = self._tokens(op, x)
-        if (topk_idx is None) == (handle is None):
-            given = "neither" if handle is None else "both"
-            raise ValueError(f"{op}: topk_idx and handle: got {given}, expected exactly one of them")
-        if handle is not None:
-            self._check_handle(op, handle, data.shape[0], "rows of x", data)
-            for name, value in (("topk_weights", topk_weights), ("max_recv_tokens", max_recv_tokens)):
-                if value is not None:
-                    raise ValueError(
-                        f"{op}: {name} is given with a handle, expected None: the handle has its own"
-                    )
-        else:
-            self._check_routing(op, topk_idx, topk_weights, data)
-        checks.flag(op, "expert_order", expert_order)
-        if max_recv_tokens is not None:
-            _integer(op, "max_recv_tokens", max_recv_tokens, 0)
-        self._check_launch(op, num_sms, previous_event, async_op)
-        result = self._transport.dispatch(
-            DispatchCall(x, topk_idx, topk_weights, handle, expert_order, max_recv_tokens, num_sms, async_op)
+        call = self._calls.dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_sms,
+            expert_order=expert_order,
+            max_recv_tokens=max_recv_tokens,
+            previous_event=previous_event,
+            async_op=async_op,
+            handle=handle,
         )
+        result = self._transport.dispatch(call)
         self._dispatches += 1
         return result
 
@@ -180,40 +189,80 @@ class Buffer:
         of a node, then the nodes: bit for bit `ep.reference.combine`. A token without experts gets zeros.
         Returns a `CombineResult`. Raises as `dispatch`.
         """
-        op = "combine"
-        checks.tensor(op, "y", y, (self.dtype,), (2,))
-        checks.contiguous(op, "y", y)
-        self._check_handle(op, handle, y.shape[0], "rows of y", y)
-        checks.shape(op, "y", y, (handle.rows, self._shape.hidden), "(rows, hidden)")
-        if topk_weights is not None:
-            if not handle.expert_order:
-                raise ValueError(
-                    f"{op}: topk_weights is given in token order, expected None; multiply the rows of y"
-                )
-            self._check_beside(
-                op, "topk_weights", topk_weights, (torch.float32,), (handle.rows,), "(rows,)", y
-            )
-        if bias is not None:
-            shape = (handle.num_tokens, self._shape.hidden)
-            self._check_beside(op, "bias", bias, (self.dtype,), shape, "(T, hidden)", y)
-        if weights_grad is not None:
-            expected: tuple[int, ...] = (handle.rows,)
-            if not handle.expert_order:
-                expected = (handle.rows, self._shape.num_topk)
-            meaning = "(rows,)" if handle.expert_order else "(rows, num_topk)"
-            self._check_beside(op, "weights_grad", weights_grad, (torch.float32,), expected, meaning, y)
-        self._check_launch(op, num_sms, previous_event, async_op)
-        result = self._transport.combine(
-            CombineCall(y, handle, topk_weights, bias, weights_grad, num_sms, async_op)
+        call = self._calls.combine(
+            y,
+            handle,
+            topk_weights,
+            bias,
+            num_sms,
+            weights_grad=weights_grad,
+            previous_event=previous_event,
+            async_op=async_op,
         )
+        result = self._transport.combine(call)
         self._combines += 1
         return result
+
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_sms: int = 64,
+        *,
+        fp8: bool = True,
+        power_of_2_scales: bool = False,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyDispatched:
+        """Sends each (token, expert) straight to the expert's rank: for the few tokens of decoding.
+
+        x: bfloat16 `[T, hidden]`, contiguous, T up to max_tokens_per_rank. topk_idx: int64 `[T, K]`,
+            contiguous, distinct experts in a row, -1 for none.
+        num_sms: blocks of the kernels; the portable transport has no use for it.
+        fp8: quantise on the way, bit for bit `quantize_1x128(x, power_of_2_scales=power_of_2_scales)`.
+        return_recv_hook: return once this rank has sent; what is received is there after `hook()` of the
+            result. In between the ranks compute, and no SM waits. Two calls may be under way, and their hooks
+            come in order.
+        Nothing is read back from the GPU, so a CUDA graph may hold it. All ranks call alike; the first call
+        of the buffer sets up memory and is not for capture. max_tokens_per_rank · num_topk is at most 65535.
+        Returns a `LowLatencyDispatched`, as `masked_grouped_fp8_gemm` takes it. Raises TypeError or
+        ValueError for wrong arguments (for experts out of range, too: kernels leave those out, and the rank
+        that passed them raises), and `ep.TimeoutError`.
+        """
+        form = Format(fp8, power_of_2_scales)
+        return low_latency.dispatch(self._fast(), self._shape, x, topk_idx, form, num_sms, return_recv_hook)
+
+    def low_latency_combine(
+        self,
+        y: Tensor,
+        handle: LowLatencyHandle,
+        topk_weights: Tensor,
+        num_sms: int = 64,
+        *,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyCombined:
+        """Brings the experts' rows straight home: the sum of weight · row over each token's experts.
+
+        y: bfloat16 `[E_local, R·max_tokens_per_rank, hidden]`, contiguous, in the rows of the dispatch that
+            gave `handle`; those past an expert's count are not read. topk_weights: float32 `[T, K]`.
+        num_sms, return_recv_hook: as in `low_latency_dispatch`.
+        Products are rounded to FP32 and added from +0 in the order of k, the sum is rounded to BF16. A token
+        without experts gets zeros. Returns a `LowLatencyCombined`. Raises as `low_latency_dispatch`.
+        """
+        return low_latency.combine(
+            self._fast(), self._shape, y, handle, topk_weights, num_sms, return_recv_hook
+        )
+
+    def _fast(self) -> low_latency.LowLatencyTransport:
+        if self._low_latency is None:
+            self._low_latency = self._make_low_latency()
+        return self._low_latency
 
     def status(self) -> Status:
         """Counters of this rank, and where it has waited; works after a failure too."""
         transport = self._transport
         return Status(
             transport.name,
+            self._reason,
             self.rank,
             self.topology,
             self._dispatches,
@@ -223,91 +272,22 @@ class Buffer:
             transport.failure(),
         )
 
-    # Checks
 
-    def _tokens(self, op: str, x: object) -> tuple[Tensor | QuantizedTensor, Tensor]:
-        """x as dispatch takes it, and its data."""
-        tokens: Tensor | QuantizedTensor
-        if isinstance(x, Tensor):
-            tokens = data = checks.tensor(op, "x", x, (self.dtype,), (2,))
-            checks.contiguous(op, "x", x)
-            name = "x"
-        else:
-            if not isinstance(x, QuantizedTensor | tuple):
-                raise TypeError(
-                    f"{op}: x is {type(x).__name__}, expected a bfloat16 tensor, a QuantizedTensor or a "
-                    "(data, scales) tuple"
-                )
-            tokens = quantized.operand(op, "x", x, ROW, (2,))
-            data, name = tokens.data, "x.data"
-        count, hidden = data.shape
-        if hidden != self._shape.hidden:
-            raise ValueError(
-                f"{op}: {name} has shape {tuple(data.shape)}, expected (T, hidden) with hidden = "
-                f"{self._shape.hidden}, as the buffer was made for"
-            )
-        if count > self._shape.max_tokens_per_rank:
-            raise ValueError(
-                f"{op}: {name} has {count} tokens, expected at most max_tokens_per_rank = "
-                f"{self._shape.max_tokens_per_rank}, as the buffer was made for"
-            )
-        return tokens, data
-
-    def _check_routing(self, op: str, topk_idx: object, topk_weights: object, data: Tensor) -> None:
-        shape = (data.shape[0], self._shape.num_topk)
-        self._check_beside(op, "topk_idx", topk_idx, (torch.int64,), shape, "(T, num_topk)", data)
-        if topk_weights is not None:
-            self._check_beside(
-                op, "topk_weights", topk_weights, (torch.float32,), shape, "(T, num_topk)", data
-            )
-
-    def _check_beside(
-        self,
-        op: str,
-        name: str,
-        value: object,
-        dtypes: tuple[torch.dtype, ...],
-        shape: tuple[int, ...],
-        meaning: str,
-        data: Tensor,
-    ) -> None:
-        """`value` is a contiguous tensor of this shape on the device of the tokens."""
-        tensor = checks.tensor(op, name, value, dtypes, (len(shape),))
-        checks.shape(op, name, tensor, shape, meaning)
-        checks.contiguous(op, name, tensor)
-        checks.same_device(op, name, tensor, "the tokens", data)
-
-    def _check_handle(self, op: str, handle: object, rows: int, what: str, data: Tensor) -> None:
-        if not isinstance(handle, Handle):
-            raise TypeError(f"{op}: handle is {type(handle).__name__}, expected the ep.Handle of a dispatch")
-        if handle.owner is not self._transport:
-            raise ValueError(
-                f"{op}: handle is of another buffer, expected one that this buffer's dispatch gave"
-            )
-        expected = handle.num_tokens if op == "dispatch" else handle.rows
-        if rows != expected:
-            raise ValueError(f"{op}: got {rows} {what}, expected {expected}, as many as the handle is for")
-        checks.same_device(op, "handle.topk_idx", handle.topk_idx, "the tokens", data)
-
-    def _check_launch(self, op: str, num_sms: object, previous_event: object, async_op: object) -> None:
-        if _integer(op, "num_sms", num_sms, 2) % 2:
-            raise ValueError(f"{op}: num_sms is {num_sms}, expected an even number: a channel takes two")
-        checks.flag(op, "async_op", async_op)
-        if previous_event is None:
-            return
-        if not isinstance(previous_event, Event):
-            raise TypeError(
-                f"{op}: previous_event is {type(previous_event).__name__}, expected an ep.Event or None"
-            )
-        previous_event.wait()
-
-
-def _integer(op: str, name: str, value: object, low: int) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{op}: {name} is {value!r} of type {type(value).__name__}, expected an int")
-    if value < low:
-        raise ValueError(f"{op}: {name} is {value}, expected at least {low}")
-    return value
+def _choose(shape: Shape, exchange: Exchange, wanted: str | None) -> tuple[Transport, str]:
+    """The transport between processes, and why it is no faster one."""
+    reason = ""
+    if wanted != "portable" and (exchange.group is not None or wanted is not None):
+        device = torch.device("cpu") if exchange.group is None else _device(exchange.group)
+        mapped = nvlink.connect(exchange, shape, device, kernels.Workspace(shape).size)
+        if isinstance(mapped, nvlink.Mapped):
+            rank, seconds = exchange.rank, exchange.timeout
+            return IntranodeTransport(
+                "nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle
+            ), reason
+        reason = f"no NVLink: {mapped}"
+        if wanted is not None:
+            raise RuntimeError(f"Buffer: transport is {wanted!r}, but {mapped}")
+    return PortableTransport(shape, exchange), reason
 
 
 def _group(group: object) -> "dist.ProcessGroup | None":
@@ -322,54 +302,12 @@ def _group(group: object) -> "dist.ProcessGroup | None":
     return group
 
 
-def _timeout(value: float | None) -> float:
-    name = "timeout"
-    if value is None:
-        name, text = TIMEOUT_VARIABLE, os.environ.get(TIMEOUT_VARIABLE, "")
-        try:
-            value = float(text) if text else DEFAULT_TIMEOUT
-        except ValueError:
-            raise ValueError(f"Buffer: {name} is {text!r}, expected a number of seconds") from None
-    if type(value) not in (int, float):
-        raise TypeError(f"Buffer: {name} is {value!r} of type {type(value).__name__}, expected seconds")
-    if not 0 < value <= 86400:  # NaN too
-        raise ValueError(f"Buffer: {name} is {value}, expected seconds above 0, at most a day")
-    return float(value)
-
-
-def _shape(
-    size: int,
-    num_experts: int,
-    hidden: int,
-    max_tokens_per_rank: int,
-    num_topk: int,
-    gpus_per_node: int | None,
-    dtype: torch.dtype,
-) -> Shape:
-    op, source = "Buffer", "gpus_per_node"
-    _integer(op, "num_experts", num_experts, 1)
-    _integer(op, "hidden", hidden, 16)
-    _integer(op, "max_tokens_per_rank", max_tokens_per_rank, 0)
-    _integer(op, "num_topk", num_topk, 1)
-    if dtype not in _DTYPES:
-        raise ValueError(f"{op}: dtype is {dtype}, expected one of {', '.join(map(str, _DTYPES))}")
-    if num_experts % size:
-        raise ValueError(f"{op}: num_experts is {num_experts}, expected a multiple of the {size} ranks")
-    if hidden % checks.ALIGNMENT:
-        raise ValueError(f"{op}: hidden is {hidden}, expected a multiple of {checks.ALIGNMENT}")
-    if num_topk > num_experts:
-        raise ValueError(f"{op}: num_topk is {num_topk}, expected at most num_experts = {num_experts}")
-    if gpus_per_node is None:
-        local = os.environ.get("LOCAL_WORLD_SIZE", "")
-        gpus_per_node = min(int(local), size) if local.isdecimal() and int(local) else size
-        source = "gpus_per_node (from LOCAL_WORLD_SIZE)"
-    _integer(op, "gpus_per_node", gpus_per_node, 1)
-    if size % gpus_per_node:
-        raise ValueError(
-            f"{op}: {source} is {gpus_per_node}, expected a divisor of the {size} ranks; pass it"
-        )
-    topology = Topology(size // gpus_per_node, gpus_per_node)
-    return Shape(num_experts, hidden, max_tokens_per_rank, num_topk, topology, dtype)
+def _low_latency_of(shape: Shape, exchange: Exchange, seconds: float) -> low_latency.LowLatencyTransport:
+    """The kernels on GPUs, torch.distributed elsewhere."""
+    group = exchange.group
+    if group is None or _device(group).type == "cpu":
+        return PortableLowLatency(shape, exchange)
+    return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:
@@ -379,10 +317,10 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _agreed(shape: Shape) -> list[int]:
+def _agreed(shape: Shape, transport: str | None) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize]
+    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)]
 
 
 def _agree(every: list[list[int]]) -> None:
@@ -390,7 +328,12 @@ def _agree(every: list[list[int]]) -> None:
     for name, values in zip(_AGREED, zip(*every, strict=True), strict=True):
         for rank, value in enumerate(values):
             if value != values[0]:
+                first, other = _shown(name, values[0]), _shown(name, value)
                 raise ValueError(
-                    f"Buffer: {name} is {values[0]} on rank 0 and {value} on rank {rank}, "
+                    f"Buffer: {name} is {first} on rank 0 and {other} on rank {rank}, "
                     "expected the same on all ranks"
                 )
+
+
+def _shown(name: str, value: int) -> object:
+    return repr(TRANSPORTS[value]) if name == "transport" else value

@@ -1,9 +1,14 @@
-"""The kernel transport within a node: csrc/kernels/dispatch.cuh and combine.cuh on memory that all ranks map.
+"""The kernels of a node, csrc/kernels/dispatch.cuh and combine.cuh: what a rank keeps, launches and returns.
 
-So far the ranks are those of an emulated cluster (`emulator.VirtualCluster.run`), whose memories are one
-address space.
+Transports differ in where ranks run and how they map each other's memory, and in nothing else here:
+  emulator  a rank of `emulator.VirtualCluster.run`; the memories are one address space
+  nvlink    a process with a GPU; memory by `nvlink.connect`
+  loopback  all ranks in one launch on one GPU, real or virtual (`loopback.LoopbackBuffer`)
+No call reads the device's memory on the host, but for a dispatch without max_recv_tokens, which has to know
+how many rows came. What kernels report lies in words that the host reads without asking the device.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,131 +16,87 @@ from torch import Tensor
 
 from .. import launch
 from ..by_value import Struct
-from ..device_error import DeviceValueError
 from ..jit import Kernel
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import kernels
 from .errors import Fault, TimeoutError
+from .streams import StreamTurn, Turn
 from .transport import CombineCall, DispatchCall, Shape
 from .types import CombineResult, DispatchResult, Event, Handle, Stall
 
 
-class IntranodeTransport:
-    """group: an `emulator.Group`."""
+class KernelRank:
+    """One rank: its memory and what it keeps between calls.
 
-    name = "emulator"
+    memory: uint8 zeros, `kernels.Workspace(shape).size` of them, that all ranks have mapped. addresses: of
+    each rank's, as this one sees it. kept: what must live as long. stream: of its launches, CUDA's only.
+    """
 
-    def __init__(self, group: Any, gpu: Any, shape: Shape, timeout: float) -> None:
-        self._shape, self._timeout, self._rank = shape, timeout, group.rank
-        if shape.topology.nodes > 1 or shape.topology.size > kernels.MAX_RANKS:
-            raise NotImplementedError(
-                f"Buffer: the kernels know one node of up to {kernels.MAX_RANKS} ranks, got {shape.topology}"
-            )
-        if shape.num_topk > kernels.MAX_TOPK:
-            raise ValueError(f"Buffer: num_topk is {shape.num_topk}, expected at most {kernels.MAX_TOPK}")
-        self._workspace = kernels.Workspace(shape)
-        self._failure: TimeoutError | None = None
-        self._sent = 0
-        memory = torch.zeros(self._workspace.size, dtype=torch.uint8)
-        every = group.all_gather_object((gpu.address_of(memory), memory))
-        # A peer's memory lives on while it is mapped: its last word to us comes late.
-        self._mapped = [theirs for _, theirs in every]
-        self._peers = kernels.empty_state(group.rank, torch.tensor([address for address, _ in every]))
+    def __init__(
+        self,
+        shape: Shape,
+        rank: int,
+        memory: Tensor,
+        addresses: Sequence[int],
+        timeout: float,
+        kept: object = None,
+        stream: "torch.cuda.Stream | None" = None,
+    ) -> None:
+        self.shape, self.rank, self.timeout = shape, rank, timeout
+        self.workspace = kernels.Workspace(shape)
+        self.peers = kernels.empty_state(rank, torch.tensor(addresses, device=memory.device))
+        self.error: TimeoutError | None = None
+        self._kept = memory, kept
+        if memory.is_cuda and stream is None:
+            stream = torch.cuda.Stream(memory.device)
+        self.stream = stream
 
-    def bytes_sent(self) -> int:
-        return self._sent
+    def turn(self, call: DispatchCall | CombineCall) -> Turn:
+        if self.stream is None:
+            return Turn(call.previous_event)
+        return StreamTurn(self.stream, call.previous_event, call.async_op)
 
-    def stalls(self) -> tuple[Stall, ...]:
-        return kernels.stalls(self._peers)
+    def reported(self) -> Exception | None:
+        """What the kernels have reported so far. A failure stays, a fault is told once."""
+        for op in kernels.OPS:
+            failure = kernels.failure_of(self.peers, op)
+            if failure is not None and self.error is None:
+                role, cause = kernels.ROLES[failure.role - 1], failure.cause(self.rank)
+                self.error = TimeoutError(
+                    op, self.rank, [failure.missing], role, failure.channel, self.timeout, cause
+                )
+        if self.error is not None:
+            return self.error
+        fault = kernels.take_fault(self.peers, self.stream)
+        return None if fault is None else Fault(fault.message(self.shape))
 
-    def failure(self) -> str | None:
-        return None if self._failure is None else str(self._failure)
+    def check(self) -> None:
+        check([self])
 
-    def _launch(self, kernel: Kernel, num_sms: int, call: Struct) -> None:
-        op = "combine" if kernel is kernels.COMBINE else "dispatch"
-        if self._failure is not None:
-            raise self._failure
-        if num_sms > 2 * kernels.MAX_CHANNELS:
-            raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
-        grid, block, shared_bytes = kernels.shape_of_launch(self._shape, num_sms)
-        arguments = (kernels.table([call]), num_sms)
-        try:
-            launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
-        except DeviceValueError as error:
-            if error.code not in kernels.FAULTS:
-                raise
-        self._raise_recorded(op)
+    def kernel(self, op: str, again: bool = False) -> Kernel:
+        if op == "combine":
+            return kernels.COMBINE
+        return kernels.DISPATCH_AGAIN if again else kernels.DISPATCH
 
-    def _raise_recorded(self, op: str) -> None:
-        failure = kernels.Failure(*self._peers.failure.tolist())
-        if failure.recorded:
-            cause = failure.cause(self._rank)
-            role = kernels.ROLES[failure.role - 1]
-            missing, seconds = [failure.missing], self._timeout
-            self._failure = TimeoutError(op, self._rank, missing, role, failure.channel, seconds, cause)
-            raise self._failure
-        fault = kernels.Fault(*self._peers.fault.tolist())
-        if fault.recorded:
-            self._peers.fault.zero_()
-            self._peers.sequence[:, -1] = 0
-            raise Fault(fault.message(self._shape))
+    def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
+        return kernels.shape_of_launch(self.shape, num_sms, launched)
 
-    def dispatch(self, call: DispatchCall) -> DispatchResult:
-        if call.handle is not None:
-            return self._dispatch_again(call, call.handle)
-        shape, idx = self._shape, call.topk_idx
-        if idx is None:
-            raise ValueError("dispatch: a call without a handle needs topk_idx")
-        rows = call.max_recv_tokens
-        worst = shape.topology.size * shape.max_tokens_per_rank
-        if call.expert_order:
-            worst *= min(shape.num_topk, shape.local_experts)
-        out = self._arrivals(call, idx, worst if rows is None else rows)
-        arguments = kernels.dispatch_call(
-            self._workspace,
-            self._peers,
-            launch.error_flag(idx),
-            call.x,
-            idx,
-            call.topk_weights,
-            out.x,
-            out,
-            not call.expert_order,
-            self._timeout,
-        )
-        self._launch(kernels.DISPATCH, call.num_sms, arguments)
-        self._count(out, call.x, 8 * shape.num_topk)
-        if rows is None:
-            _narrow(out, int(out.group_offsets[-1] if call.expert_order else out.ranges[:, :, 1].sum()))
-        offsets = out.group_offsets if call.expert_order else None
-        sizes = out.group_offsets.diff()
-        handle = Handle(self, idx.clone(), call.expert_order, out.topk_idx.shape[0], offsets, sizes, out)
-        return DispatchResult(out.x, out.topk_idx, out.topk_weights, offsets, sizes, handle, Event())
+    def dispatch_call(self, *arguments: Any) -> Struct:
+        return kernels.dispatch_call(self.workspace, self.peers, *arguments)
 
-    def _dispatch_again(self, call: DispatchCall, handle: Handle) -> DispatchResult:
-        """By the layout of an earlier dispatch: only rows and scales travel."""
-        came = _layout(handle)
-        x = _zeros(call.x, handle.rows)
-        error = launch.error_flag(handle.topk_idx)
-        token_order = not handle.expert_order
-        arguments = kernels.dispatch_call(
-            self._workspace, self._peers, error, call.x, None, None, x, came, token_order, self._timeout
-        )
-        self._launch(kernels.DISPATCH_AGAIN, call.num_sms, arguments)
-        self._count(came, call.x, 0)
-        idx, sizes = came.topk_idx.clone(), handle.tokens_per_expert
-        return DispatchResult(x, idx, None, handle.group_offsets, sizes, handle, Event())
+    def combine_call(self, *arguments: Any) -> Struct:
+        return kernels.combine_call(self.workspace, self.peers, *arguments)
 
-    def _arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
-        shape = self._shape
+    def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
+        shape = self.shape
         size, most = shape.topology.size, shape.max_tokens_per_rank
         shape_of_rows = (rows,) if call.expert_order else (rows, shape.num_topk)
 
         def integers(*sizes: int) -> Tensor:
-            return torch.zeros(sizes, dtype=torch.int32, device=idx.device)
+            return torch.empty(sizes, dtype=torch.int32, device=idx.device)
 
         return kernels.Arrivals(
-            _zeros(call.x, rows),
+            _rows_for(call.x, rows),
             idx.new_full(shape_of_rows, -1),
             None if call.topk_weights is None else call.topk_weights.new_zeros(shape_of_rows),
             integers(shape.local_experts + 1),
@@ -144,36 +105,185 @@ class IntranodeTransport:
             integers(size, call.num_sms // 2, 2),
         )
 
-    def _count(self, out: kernels.Arrivals, x: Tensor | QuantizedTensor, metadata: int) -> None:
-        row = 2 * self._shape.hidden
-        if isinstance(x, QuantizedTensor):
-            row = self._shape.hidden + 4 * x.scales.shape[1]
-        others = int((out.sent_slot >= 0).sum()) - int((out.sent_slot[:, self._rank] >= 0).sum())
-        self._sent += others * (row + metadata)
+
+class IntranodeTransport(KernelRank):
+    """A rank that launches alone."""
+
+    def __init__(self, name: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.name = name
+        launch.also_raise(self)
+
+    def dispatch(self, call: DispatchCall) -> DispatchResult:
+        return dispatch([self], [call])[0]
 
     def combine(self, call: CombineCall) -> CombineResult:
-        handle, came = call.handle, _layout(call.handle)
-        x = call.y.new_empty(handle.num_tokens, self._shape.hidden)
-        grad = call.weights_grad
-        weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
-        arguments = kernels.combine_call(
-            self._workspace,
-            self._peers,
+        return combine([self], [call])[0]
+
+    def bytes_sent(self) -> int:
+        return kernels.bytes_sent(self.peers)
+
+    def stalls(self) -> tuple[Stall, ...]:
+        return kernels.stalls(self.peers)
+
+    def failure(self) -> str | None:
+        self.reported()
+        return None if self.error is None else str(self.error)
+
+
+def refuse(shape: Shape, nodes: int = 1) -> str | None:
+    """Why the kernels, those for so many nodes, cannot serve this shape."""
+    if shape.topology.nodes > nodes or shape.topology.gpus_per_node > kernels.MAX_RANKS:
+        most = f"{nodes} node{'s' * (nodes > 1)} of at most {kernels.MAX_RANKS} ranks"
+        return f"got {shape.topology}, expected {most} by the kernels"
+    if shape.num_topk > kernels.MAX_TOPK:
+        return f"num_topk is {shape.num_topk}, expected at most {kernels.MAX_TOPK} by the kernels"
+    if shape.dtype != torch.bfloat16:
+        return f"dtype is {shape.dtype}, expected torch.bfloat16, the one dtype of the kernels"
+    return None
+
+
+def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> IntranodeTransport:
+    """group: an `emulator.Group`."""
+    memory = torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8)
+    every = group.all_gather_object((gpu.address_of(memory), memory))
+    addresses, memories = zip(*every, strict=True)
+    # A peer's memory lives on while it is mapped: its last word to us comes late.
+    return IntranodeTransport("emulator", shape, group.rank, memory, addresses, timeout, memories)
+
+
+def check(ranks: Sequence[KernelRank]) -> None:
+    """Raises what kernels of these ranks have reported so far: of several the first."""
+    found = [error for rank in ranks if (error := rank.reported()) is not None]
+    if found:
+        raise found[0]
+
+
+def dispatch(ranks: Sequence[KernelRank], calls: Sequence[DispatchCall]) -> list[DispatchResult]:
+    """One call of each rank, all in one launch."""
+    check(ranks)
+    turn, again = ranks[0].turn(calls[0]), calls[0].handle is not None
+    with turn.memory():
+        works = [_Dispatch(rank, call) for rank, call in zip(ranks, calls, strict=True)]
+    kernel = ranks[0].kernel("dispatch", again)
+    event = _run("dispatch", kernel, calls[0].num_sms, turn, ranks, works)
+    if not again and calls[0].max_recv_tokens is None:
+        check(ranks)  # the host has waited, and reads on
+    return [work.result(event) for work in works]
+
+
+def combine(ranks: Sequence[KernelRank], calls: Sequence[CombineCall]) -> list[CombineResult]:
+    check(ranks)
+    turn = ranks[0].turn(calls[0])
+    with turn.memory():
+        works = [_Combine(rank, call) for rank, call in zip(ranks, calls, strict=True)]
+    event = _run("combine", ranks[0].kernel("combine"), calls[0].num_sms, turn, ranks, works)
+    return [work.result(event) for work in works]
+
+
+def _run(
+    op: str,
+    kernel: Kernel,
+    num_sms: int,
+    turn: Turn,
+    ranks: Sequence[KernelRank],
+    works: "Sequence[_Dispatch | _Combine]",
+) -> Event:
+    if num_sms > 2 * kernels.MAX_CHANNELS:
+        raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
+    grid, block, shared_bytes = ranks[0].shape_of_launch(num_sms, len(ranks))
+    table = kernels.table([work.struct for work in works])
+    with turn.work():
+        arguments = (table, num_sms)
+        launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
+        for work in works:
+            work.launched()
+    inputs = [tensor for work in works for tensor in work.inputs]
+    outputs = [tensor for work in works for tensor in work.outputs]
+    return turn.event(inputs, outputs, lambda: check(ranks))
+
+
+class _Dispatch:
+    """A call of one rank: made where memory is allocated, then `launched`, then its `result`."""
+
+    def __init__(self, rank: KernelRank, call: DispatchCall) -> None:
+        self._rank, self._call, shape = rank, call, rank.shape
+        self._arrived: int | None = None
+        if call.handle is None:
+            if call.topk_idx is None:
+                raise ValueError("dispatch: a call without a handle needs topk_idx")
+            rows = call.max_recv_tokens
+            if rows is None:
+                rows = shape.topology.size * shape.max_tokens_per_rank
+                rows *= min(shape.num_topk, shape.local_experts) if call.expert_order else 1
+            self._came = rank.arrivals(call, call.topk_idx, rows)
+            self._x = self._came.x
+            self._idx = torch.empty_like(call.topk_idx)
+            self._sizes = self._came.group_offsets.new_empty(shape.local_experts)
+        else:
+            self._came, self._sizes = _layout(call.handle), call.handle.tokens_per_expert
+            self._x = _rows_for(call.x, call.handle.rows)
+            self._idx = torch.empty_like(self._came.topk_idx)
+        came, order = self._came, call.expert_order if call.handle is None else call.handle.expert_order
+        self.struct = rank.dispatch_call(
+            call.x, call.topk_idx, call.topk_weights, self._x, came, not order, rank.timeout
+        )
+        layout = came.tables()
+        self.inputs = [call.x, call.topk_idx, call.topk_weights, *(() if call.handle is None else layout)]
+        self.outputs = [self._x, self._idx, self._sizes, *(layout if call.handle is None else ())]
+
+    def launched(self) -> None:
+        """On the stream of the launch, behind it."""
+        call, offsets = self._call, self._came.group_offsets
+        if call.topk_idx is None:
+            self._idx.copy_(self._came.topk_idx)
+            return
+        self._idx.copy_(call.topk_idx)
+        torch.sub(offsets[1:], offsets[:-1], out=self._sizes)
+        if call.max_recv_tokens is None:
+            came = offsets[-1] if call.expert_order else self._came.ranges[:, :, 1].sum()
+            self._arrived = int(came)
+
+    def result(self, event: Event) -> DispatchResult:
+        call, came = self._call, self._came
+        if call.handle is not None:
+            handle = call.handle
+            return DispatchResult(
+                self._x, self._idx, None, handle.group_offsets, handle.tokens_per_expert, handle, event
+            )
+        if self._arrived is not None:
+            _narrow(came, self._arrived)
+        offsets = came.group_offsets if call.expert_order else None
+        rows = came.topk_idx.shape[0]
+        handle = Handle(self._rank, self._idx, call.expert_order, rows, offsets, self._sizes, came)
+        return DispatchResult(came.x, came.topk_idx, came.topk_weights, offsets, self._sizes, handle, event)
+
+
+class _Combine:
+    def __init__(self, rank: KernelRank, call: CombineCall) -> None:
+        handle, came, grad = call.handle, _layout(call.handle), call.weights_grad
+        self._x = call.y.new_empty(handle.num_tokens, rank.shape.hidden)
+        self._weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
+        self.struct = rank.combine_call(
             call.y,
             handle.topk_idx,
             came,
             call.topk_weights,
             grad,
             call.bias,
-            x,
-            weights_grad,
+            self._x,
+            self._weights_grad,
             not handle.expert_order,
-            self._timeout,
+            rank.timeout,
         )
-        self._launch(kernels.COMBINE, call.num_sms, arguments)
-        received = came.ranges[:, :, 1].sum(1)
-        self._sent += (int(received.sum()) - int(received[self._rank])) * 2 * self._shape.hidden
-        return CombineResult(x, weights_grad, Event())
+        self.inputs = [call.y, call.topk_weights, grad, call.bias, handle.topk_idx, *came.tables()]
+        self.outputs = [self._x, self._weights_grad]
+
+    def launched(self) -> None:
+        pass
+
+    def result(self, event: Event) -> CombineResult:
+        return CombineResult(self._x, self._weights_grad, event)
 
 
 def _layout(handle: Handle) -> kernels.Arrivals:
@@ -182,12 +292,12 @@ def _layout(handle: Handle) -> kernels.Arrivals:
     return handle.layout
 
 
-def _zeros(x: Tensor | QuantizedTensor, rows: int) -> Tensor | QuantizedTensor:
+def _rows_for(x: Tensor | QuantizedTensor, rows: int) -> Tensor | QuantizedTensor:
+    """Unwritten; the kernels write what comes."""
     if isinstance(x, Tensor):
-        return x.new_zeros(rows, x.shape[1])
-    scales = empty_mn_major((rows, x.scales.shape[1]), x.data.device).zero_()
-    data = torch.zeros(rows, x.data.shape[1], dtype=torch.uint8, device=x.data.device)
-    return QuantizedTensor(data.view(torch.float8_e4m3fn), scales, ROW)
+        return x.new_empty(rows, x.shape[1])
+    scales = empty_mn_major((rows, x.scales.shape[1]), x.data.device)
+    return QuantizedTensor(x.data.new_empty(rows, x.data.shape[1]), scales, ROW)
 
 
 def _narrow(out: kernels.Arrivals, rows: int) -> None:

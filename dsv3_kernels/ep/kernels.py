@@ -26,7 +26,7 @@ DISPATCH_AGAIN = Kernel("dispatch.cuh", "dispatch_again")
 COMBINE = Kernel("combine.cuh", "combine_tokens")
 
 OPS = ("dispatch", "combine")
-ROLES = ("send", "receive")
+ROLES = ("send", "receive", "forward")
 FAULTS = (ErrorCode.DISPATCH_EXPERTS, ErrorCode.DISPATCH_FORM, ErrorCode.DISPATCH_OVERFLOW)
 
 
@@ -51,7 +51,7 @@ class Workspace:
 
     @property
     def announcement_words(self) -> int:
-        return 7 + MAX_RANKS
+        return 7 + self.shape.topology.size
 
     @property
     def area_bytes(self) -> int:
@@ -64,11 +64,11 @@ class Workspace:
 
     def area(self, op: str) -> int:
         """Where that of dispatch or combine begins."""
-        return 8 * MAX_RANKS + OPS.index(op) * self.area_bytes
+        return round_up(8 * self.shape.topology.size, 16) + OPS.index(op) * self.area_bytes
 
     @property
     def size(self) -> int:
-        return 8 * MAX_RANKS + len(OPS) * self.area_bytes
+        return self.area(OPS[-1]) + self.area_bytes
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,46 @@ def _describe(form: int) -> str:
 
 @dataclass(eq=False)
 class Peers:
-    """What a rank keeps between calls: all ranks' memories, its place in the sequence of each op, records."""
+    """What a rank keeps between calls: all ranks' memories, its place in the sequence of each op, records.
+
+    Records, failure to error, are host memory, which on a GPU is pinned: kernels write them there, and the
+    host reads them without asking the device.
+    """
 
     rank: int
     table: Tensor  # int64 [R], addresses of the ranks' memories as this rank sees them
     sequence: Tensor  # int64 [2 ops, 4], csrc/kernels/channel.cuh
-    stalls: Tensor  # int64 [2 ops, 2 roles, MAX_CHANNELS, R, 2]
-    failure: Tensor  # int64 [7], words of Failure
+    counters: Tensor  # int64 [2 ops, 2 roles, MAX_CHANNELS, R, 3], the same
+    failure: Tensor  # int64 [2 ops, 7], words of Failure
     fault: Tensor  # int64 [6], words of Fault
+    error: Tensor  # int32 [1], as error.cuh; its code is in the fault too
+
+    def __post_init__(self) -> None:
+        """As the host reads them: no operator, no copy."""
+        self.failure_words, self.fault_words = self.failure.numpy(), self.fault.numpy()
+        self.error_word = self.error.numpy()
+
+    def record(self, words: Tensor) -> Tensor | int:
+        """As a launch on this rank's device takes it."""
+        return words.data_ptr() if self.table.is_cuda else words
+
+
+def failure_of(peers: Peers, op: str) -> Failure | None:
+    """What `recorded` says of it so far."""
+    words = peers.failure_words[OPS.index(op)]
+    return Failure(*words.tolist()) if words[-1] else None
+
+
+def take_fault(peers: Peers, stream: "torch.cuda.Stream | None") -> Fault | None:
+    """The same; it is told once, and the next one will be recorded again. stream: of this rank's launches."""
+    words = peers.fault_words
+    if not words[-1]:
+        return None
+    fault = Fault(*words.tolist())
+    words[:] = peers.error_word[:] = 0
+    with torch.cuda.stream(stream):  # on a CPU it does nothing
+        peers.sequence[:, -1] = 0
+    return fault
 
 
 @dataclass(eq=False)
@@ -153,20 +185,24 @@ class Arrivals:
     rows: Tensor  # int32 [R, max_tokens, K]
     ranges: Tensor  # int32 [R, channels, 2]
 
+    def tables(self) -> tuple[Tensor | None, ...]:
+        """All but x."""
+        return self.group_offsets, self.sent_slot, self.rows, self.ranges, self.topk_idx, self.topk_weights
+
 
 def table(calls: Sequence[Struct]) -> Struct:
     """What a kernel takes: the call of each rank of the launch."""
     return join(calls, MAX_RANKS)
 
 
-def _rank(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
+def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
     shape, number = workspace.shape, OPS.index(op)
     return Struct(
-        "PPPPQQQIIII",
+        "PPPPQQQIIIII",
         peers.table,
         peers.sequence[number],
-        peers.failure,
-        peers.stalls[number],
+        peers.record(peers.failure[number]),
+        peers.counters[number],
         workspace.area(op),
         workspace.slot_bytes,
         int(timeout * 1e9),
@@ -174,13 +210,13 @@ def _rank(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct
         shape.topology.size,
         shape.local_experts,
         shape.max_tokens_per_rank,
+        shape.topology.gpus_per_node,
     )
 
 
 def dispatch_call(
     workspace: Workspace,
     peers: Peers,
-    error: Tensor | int,
     x: Tensor | QuantizedTensor,
     topk_idx: Tensor | None,
     topk_weights: Tensor | None,
@@ -224,8 +260,9 @@ def dispatch_call(
         out_data.shape[0],
         came.ranges.shape[1],
     )
-    rank = _rank(workspace, peers, "dispatch", timeout)
-    return join([rank, tokens, received, Struct("PP", peers.fault, error)])
+    rank = rank_struct(workspace, peers, "dispatch", timeout)
+    records = Struct("PP", peers.record(peers.fault), peers.record(peers.error))
+    return join([rank, tokens, received, records])
 
 
 def combine_call(
@@ -247,29 +284,39 @@ def combine_call(
     rows = Struct("PPPPP", y, topk_weights, weights_grad, came.rows, came.ranges)
     home = Struct("PPPPP", topk_idx, came.sent_slot, bias, out, out_weights_grad)
     sizes = out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], token_order
-    return join([_rank(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
+    return join([rank_struct(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
 
 
 def stalls(peers: Peers) -> tuple[Stall, ...]:
     """Where this rank has waited."""
-    counters = peers.stalls.cpu()
+    counters = peers.counters.cpu()
     found = []
     for op, role, channel, peer in counters[..., 0].nonzero().tolist():
-        waits, nanoseconds = counters[op, role, channel, peer].tolist()
+        waits, nanoseconds, _ = counters[op, role, channel, peer].tolist()
         found.append(Stall(OPS[op], ROLES[role], channel, peer, waits, nanoseconds / 1e9))
     return tuple(found)
 
 
-def shape_of_launch(shape: Shape, num_sms: int) -> tuple[launch.Dim3, launch.Dim3, int]:
-    """Grid, block and bytes of shared memory of one rank."""
+def bytes_sent(peers: Peers) -> int:
+    """To other ranks."""
+    by_peer = peers.counters[..., 2].sum((0, 1, 2)).tolist()
+    return sum(by_peer) - by_peer[peers.rank]
+
+
+def shape_of_launch(shape: Shape, num_sms: int, launched: int = 1) -> tuple[launch.Dim3, launch.Dim3, int]:
+    """Grid, block and bytes of shared memory of as many ranks, num_sms blocks each."""
     ranks = shape.topology.size
     needed = 4 * (ranks * shape.local_experts + max(ranks, shape.local_experts))
-    return (num_sms, 1, 1), (32 * ranks, 1, 1), max(needed, OWN_SM)
+    return (num_sms * launched, 1, 1), (32 * ranks, 1, 1), max(needed, OWN_SM)
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(sizes, dtype=torch.int64, device=table.device)
+    def zeros(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(sizes, dtype=dtype, device=table.device)
 
-    stalls = zeros(len(OPS), len(ROLES), MAX_CHANNELS, table.numel(), 2)
-    return Peers(rank, table, zeros(len(OPS), 4), stalls, zeros(7), zeros(6))
+    def record(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.zeros(sizes, dtype=dtype, pin_memory=table.is_cuda)
+
+    counters = zeros(len(OPS), len(ROLES), MAX_CHANNELS, table.numel(), 3)
+    records = record(len(OPS), 7), record(6), record(1, dtype=torch.int32)
+    return Peers(rank, table, zeros(len(OPS), 4), counters, *records)

@@ -88,6 +88,8 @@ class PortableTransport:
 
     def dispatch(self, call: DispatchCall) -> DispatchResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         handle = self._plan(call) if call.handle is None else call.handle
         layout = _layout(handle)
         parts = _parts(call.x)
@@ -221,6 +223,8 @@ class PortableTransport:
 
     def combine(self, call: CombineCall) -> CombineResult:
         self._exchange.begin()
+        if call.previous_event is not None:
+            call.previous_event.wait()
         layout, handle = _layout(call.handle), call.handle
         sums = self._sum_experts(call) if handle.expert_order else call.y[: sum(layout.received)]
         parts = [sums]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from .types import CombineResult, DispatchResult, Handle, Stall, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Stall, Topology
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class DispatchCall:
     expert_order: bool
     max_recv_tokens: int | None
     num_sms: int
+    previous_event: Event | None
     async_op: bool
 
 
@@ -48,11 +49,12 @@ class CombineCall:
     bias: Tensor | None
     weights_grad: Tensor | None
     num_sms: int
+    previous_event: Event | None
     async_op: bool
 
 
 class Transport(Protocol):
-    """A call may return before its data is there: its event says when."""
+    """A call waits for its previous_event, and may return before its data is there: its event says when."""
 
     name: str
 

@@ -29,20 +29,49 @@ class Event:
     """The end of an asynchronous call: what the call returned may be read after `wait()`.
 
     On a GPU `wait()` makes the current stream wait and returns at once; on a CPU it returns when the data is
-    there. To wait twice is harmless. It raises `ep.TimeoutError` as the call would have.
+    there. To wait twice is harmless. It raises `ep.TimeoutError` as the call would have; on a GPU what the
+    kernels have reported until then, and `synchronize()`, which waits for the data itself, all of it.
     """
 
     def __init__(
-        self, finish: Callable[[], None] | None = None, cuda: "torch.cuda.Event | None" = None
+        self,
+        finish: Callable[[], None] | None = None,
+        cuda: "torch.cuda.Event | None" = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
-        self._finish, self._cuda = finish, cuda
+        self._finish, self._cuda, self._check = finish, cuda, check
+
+    @staticmethod
+    def here() -> "Event":
+        """The present end of the current CUDA stream; without CUDA, one that has come."""
+        if not torch.cuda.is_available():
+            return Event()
+        event = torch.cuda.Event()
+        event.record()
+        return Event(cuda=event)
 
     def wait(self) -> None:
+        self.wait_on(None)
+
+    def wait_on(self, stream: "torch.cuda.Stream | None") -> None:
+        """As `wait`, for a stream in place of the current one."""
         finish, self._finish = self._finish, None
         if finish is not None:
             finish()
+        if self._check is not None:
+            self._check()
         if self._cuda is not None:
-            torch.cuda.current_stream().wait_event(self._cuda)
+            (stream or torch.cuda.current_stream()).wait_event(self._cuda)
+        elif stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+    def synchronize(self) -> None:
+        """Return when the data is there."""
+        self.wait()
+        if self._cuda is not None:
+            self._cuda.synchronize()
+        if self._check is not None:
+            self._check()
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,9 +145,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Status:
-    """What a buffer has done so far on this rank."""
+    """What a buffer has done so far on this rank. reason: why its transport is no faster one, or empty."""
 
     transport: str
+    reason: str
     rank: int
     topology: Topology
     dispatches: int

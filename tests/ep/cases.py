@@ -8,6 +8,7 @@ from dsv3_kernels import quantize_1x128
 from dsv3_kernels.ep import Topology
 
 ROUTINGS = ("balanced", "skewed", "empty", "single expert", "holes", "some ranks empty", "no expert at all")
+BETWEEN_NODES = ("own node", "next node", "every node", "one node far", *ROUTINGS)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def route(case, gen, rank):
         idx = torch.full((count, k), -1)
         idx[:, int(torch.randint(k, (), generator=gen))] = experts - 1
         return idx
+    if case.routing in BETWEEN_NODES[:4]:
+        return _route_by_node(case, gen, rank, count)
     chances = torch.ones(experts)
     if case.routing == "skewed":
         chances = torch.rand(experts, generator=gen) ** 8 + 1e-6
@@ -79,6 +82,21 @@ def route(case, gen, rank):
     idx = idx[:count].long()
     if case.routing == "holes":
         idx[torch.rand(idx.shape, generator=gen) < 0.4] = -1
+    return idx
+
+
+def _route_by_node(case, gen, rank, count):
+    """On the token's own node, the next one, as many nodes as a token has experts, or mostly the first."""
+    nodes, width = case.topology.nodes, case.topology.gpus_per_node * case.local_experts
+    own = rank // case.topology.gpus_per_node
+    idx = torch.full((count, case.topk), -1)
+    for token in range(count):
+        order = torch.randperm(width, generator=gen)
+        for k in range(min(case.topk, width)):
+            node = {"own node": own, "next node": own + 1, "every node": own + k}.get(case.routing, 0)
+            if case.routing == "one node far" and token % 4 == 3:
+                node = nodes - 1
+            idx[token, k] = node % nodes * width + order[k]
     return idx
 
 

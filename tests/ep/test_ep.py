@@ -75,7 +75,8 @@ def exchange(buffer, case, round_, drift, num_sms=20):
     for result in (wide, again):
         for mine, padded in zip(out["x"], tensors(result.x), strict=True):
             assert padded.shape[0] == count + 3
-            assert torch.equal(bits(padded[:count]), bits(mine)) and not padded[count:].any()
+            assert torch.equal(bits(padded[:count]), bits(mine))
+            assert buffer.status().transport != "portable" or not padded[count:].any()
         assert (result.topk_idx[count:] == -1).all() and torch.equal(result.topk_idx[:count], got.topk_idx)
     if isinstance(x, tuple):
         assert wide.x.scales.stride() == (1, -(-(count + 3) // 4) * 4) or wide.x.scales.shape[1] == 1

@@ -10,10 +10,10 @@ from dsv3_kernels.ep import kernels
 # Rank 0 streams `tokens` a call to rank 1; the roles are those of dispatch.cuh, a lane each.
 KERNEL = """
 extern "C" __global__ void stream(dsv3::u8* const* mappings, dsv3::Sequence* sequence, dsv3::Failure* failure,
-                                  dsv3::Stall* stalls, dsv3::u64* out, dsv3::u32 rank, dsv3::u32 epochs,
+                                  dsv3::Counters* counters, dsv3::u64* out, dsv3::u32 rank, dsv3::u32 epochs,
                                   dsv3::u32 tokens, dsv3::u32 counted) {
     using namespace dsv3;
-    const Rank self{mappings, sequence, failure, stalls, 64, 16, 1000000, rank, 2, 1, 2};
+    const Rank self{mappings, sequence, failure, counters, 64, 16, 1000000, rank, 2, 1, 2};
     Rank sources = self;
     sources.ranks = 1;  // rank 0 alone waits for what is acknowledged
     const Workspace mine = self.mine(), theirs = self.workspace(1);
@@ -124,7 +124,8 @@ def explore(ptx, case, limit):
         out = [torch.full((epochs * tokens,), -1) for _ in range(2)]
         peers = [kernels.empty_state(rank, torch.tensor(table)) for rank in range(2)]
         args = [
-            [p.table, p.sequence, p.failure, p.stalls, out[rank], rank, *case] for rank, p in enumerate(peers)
+            [p.table, p.sequence, p.failure, p.counters, out[rank], rank, *case]
+            for rank, p in enumerate(peers)
         ]
         cluster.launch(ptx, "stream", grid=(1, 1, 1), block=(1, 1, 1), args=args)
         if any(p.failure.any() for p in peers):

@@ -1,0 +1,78 @@
+"""Combine among virtual ranks of one GPU: bit by bit; speed against a copy of as many bytes on those SMs."""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels.ep import Topology, reference
+
+from .. import loopback
+from . import Case, Tensors, Workload
+from .dispatch import HIDDEN, LOCAL_EXPERTS, ROWS, buffer_of, by_rank, routing
+
+NOTE = loopback.NOTE
+
+
+def _case(ranks: int, weighted: bool, num_sms: int) -> Case:
+    """Weighted: with a bias and gradients of the weights too."""
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        flat: list[Tensor] = []
+        for idx in routing(ranks, generator):
+            flat += [torch.randn(idx.shape[0], HIDDEN, generator=generator).bfloat16(), idx]
+            flat += [torch.rand(idx.shape, generator=generator)]
+            flat += [torch.randn(ROWS, HIDDEN, generator=generator).bfloat16()]  # of the experts
+            flat += [torch.randn(ROWS, generator=generator)]
+        return tuple(flat)
+
+    def run(*tensors: Tensor) -> Tensors:
+        x, idx, weights, y, grads = (list(t) for t in zip(*by_rank(tensors, ranks), strict=True))
+        buffer = buffer_of(ranks, tensors[0].device)
+        got = buffer.dispatch(x, idx, weights, num_sms=num_sms, max_recv_tokens=ROWS)
+        out = buffer.combine(
+            y,
+            [part.handle for part in got],
+            [part.topk_weights for part in got] if weighted else None,
+            x if weighted else None,
+            num_sms=2,
+            weights_grad=grads if weighted else None,
+        )
+        return tuple(t for part in out for t in (part.x, part.weights_grad) if t is not None)
+
+    def expected(*tensors: Tensor) -> Tensors:
+        x, idx, weights, y, grads = (list(t) for t in zip(*by_rank(tensors, ranks), strict=True))
+        came = reference.dispatch(x, idx, weights, ranks * LOCAL_EXPERTS)
+        counts = [t.shape[0] for t in idx]
+        sums = reference.combine(
+            [t[: len(part.origin)] for t, part in zip(y, came, strict=True)],
+            came,
+            counts,
+            Topology(1, ranks),
+            [part.topk_weights for part in came] if weighted else None,
+            x if weighted else None,
+        )
+        if not weighted:
+            return tuple(sums)
+        cut = [t[: len(part.origin)] for t, part in zip(grads, came, strict=True)]
+        home = reference.combine_weights_grad(cut, came, counts, idx[0].shape[1])
+        return tuple(t for pair in zip(sums, home, strict=True) for t in pair)
+
+    return Case(f"combine {ranks} ranks x {num_sms} SMs weighted={weighted}", inputs, run, expected)
+
+
+CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 4))]
+WORKLOADS = [
+    Workload(
+        "combine BF16",
+        str(setup),
+        0,
+        setup.combine_bytes,
+        functools.partial(loopback.candidates, setup, "combine"),
+        "none",
+        setup.arrivals * 2 * setup.hidden,
+        setup.ranks * setup.num_sms,
+    )
+    for setup in loopback.SETUPS
+]

@@ -1,0 +1,208 @@
+"""All ranks of a node on one GPU, in one launch: to test and to measure without a second GPU."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import launch
+from ..quantized import QuantizedTensor
+from . import intranode, kernels
+from .calls import Calls, integer, shape_of, timeout_of
+from .intranode import KernelRank
+from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+
+T = TypeVar("T")
+
+
+class LoopbackBuffer:
+    """`ep.Buffer` for every rank of a node at once; the ranks are virtual, and share one GPU.
+
+    The kernels are those of NVLink, and so are the results, bit for bit: a rank has its own memory, which the
+    others store into, and its own blocks, `num_sms` of them, all resident in one cooperative launch. A launch
+    ends when all its ranks have ended: only between those of one launch can a rank be ahead of another.
+
+    num_ranks: 1 to 8. device: a CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms
+    SMs or more. The other arguments are those of `ep.Buffer`; methods take and return a list with an entry a
+    rank wherever `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's number.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        num_experts: int,
+        hidden: int,
+        max_tokens_per_rank: int,
+        num_topk: int,
+        *,
+        device: torch.device | str = "cuda",
+        timeout: float | None = None,
+    ) -> None:
+        op = "LoopbackBuffer"
+        size, seconds = integer(op, "num_ranks", num_ranks, 1), timeout_of(timeout)
+        shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, size, torch.bfloat16)
+        refused = intranode.refuse(shape)
+        if refused:
+            raise ValueError(f"{op}: {refused}")
+        memories = [
+            torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8, device=device) for _ in range(size)
+        ]
+        first = memories[0]
+        if launch.world(first) == "reference":
+            raise ValueError(
+                f"{op}: device is {str(device)!r}, where no kernel runs; pass a CUDA device, or make and use "
+                "the buffer inside `with dsv3_kernels.emulator.virtual_gpu(num_sms=...):`"
+            )
+        addresses = [launch.address_of(memory) for memory in memories]
+        stream = torch.cuda.Stream(first.device) if first.is_cuda else None
+        self._shape, self._device = shape, first.device
+        self._ranks = [
+            KernelRank(shape, rank, memory, addresses, seconds, memories, stream)
+            for rank, memory in enumerate(memories)
+        ]
+        self._calls = [Calls(shape, rank) for rank in self._ranks]
+        self._num_sms = launch.num_sms(first)
+        self._dispatches = self._combines = 0
+        launch.also_raise(self)
+
+    @property
+    def topology(self) -> Topology:
+        return self._shape.topology
+
+    @property
+    def size(self) -> int:
+        return self._shape.topology.size
+
+    @property
+    def local_experts(self) -> int:
+        return self._shape.local_experts
+
+    def dispatch(
+        self,
+        x: Sequence[Tensor | QuantizedTensor | tuple[Tensor, Tensor]],
+        topk_idx: Sequence[Tensor] | None = None,
+        topk_weights: Sequence[Tensor] | None = None,
+        num_sms: int = 4,
+        *,
+        expert_order: bool = True,
+        max_recv_tokens: int | None = None,
+        previous_event: Event | None = None,
+        async_op: bool = False,
+        handle: Sequence[Handle] | None = None,
+    ) -> list[DispatchResult]:
+        """As `ep.Buffer.dispatch`; num_sms is that of each rank, max_recv_tokens the same for all."""
+        self._check_lists(
+            "dispatch", num_sms, x=x, topk_idx=topk_idx, topk_weights=topk_weights, handle=handle
+        )
+        calls = self._each(
+            lambda rank: self._calls[rank].dispatch(
+                x[rank],
+                _of(topk_idx, rank),
+                _of(topk_weights, rank),
+                num_sms,
+                expert_order=expert_order,
+                max_recv_tokens=max_recv_tokens,
+                previous_event=previous_event,
+                async_op=async_op,
+                handle=_of(handle, rank),
+            )
+        )
+        self._check_device("dispatch", [call.x for call in calls])
+        results = intranode.dispatch(self._ranks, calls)
+        self._dispatches += 1
+        return results
+
+    def combine(
+        self,
+        y: Sequence[Tensor],
+        handle: Sequence[Handle],
+        topk_weights: Sequence[Tensor] | None = None,
+        bias: Sequence[Tensor] | None = None,
+        num_sms: int = 4,
+        *,
+        weights_grad: Sequence[Tensor] | None = None,
+        previous_event: Event | None = None,
+        async_op: bool = False,
+    ) -> list[CombineResult]:
+        """As `ep.Buffer.combine`."""
+        lists = {"y": y, "handle": handle, "topk_weights": topk_weights, "bias": bias}
+        self._check_lists("combine", num_sms, **lists, weights_grad=weights_grad)
+        calls = self._each(
+            lambda rank: self._calls[rank].combine(
+                y[rank],
+                handle[rank],
+                _of(topk_weights, rank),
+                _of(bias, rank),
+                num_sms,
+                weights_grad=_of(weights_grad, rank),
+                previous_event=previous_event,
+                async_op=async_op,
+            )
+        )
+        self._check_device("combine", [call.y for call in calls])
+        results = intranode.combine(self._ranks, calls)
+        self._combines += 1
+        return results
+
+    def status(self) -> list[Status]:
+        self._reported()
+        return [
+            Status(
+                "loopback",
+                "",
+                rank.rank,
+                self.topology,
+                self._dispatches,
+                self._combines,
+                kernels.bytes_sent(rank.peers),
+                kernels.stalls(rank.peers),
+                None if rank.error is None else str(rank.error),
+            )
+            for rank in self._ranks
+        ]
+
+    def check(self) -> None:
+        """Raises what the kernels have reported so far; `dsv3_kernels.synchronize` does too."""
+        intranode.check(self._ranks)
+
+    def _reported(self) -> None:
+        for rank in self._ranks:
+            rank.reported()
+
+    def _check_lists(self, op: str, num_sms: object, **lists: object) -> None:
+        for name, value in lists.items():
+            if value is None:
+                continue
+            if not isinstance(value, Sequence) or len(value) != self.size:
+                what = f"{len(value)} of them" if isinstance(value, Sequence) else type(value).__name__
+                raise TypeError(
+                    f"{op}: {name} is {what}, expected a list with one for each of {self.size} ranks"
+                )
+        if isinstance(num_sms, int) and num_sms * self.size > self._num_sms:
+            raise ValueError(
+                f"{op}: num_sms is {num_sms}, which is {num_sms * self.size} SMs for {self.size} ranks, "
+                f"expected at most the GPU's {self._num_sms} for all together"
+            )
+
+    def _check_device(self, op: str, tokens: Sequence[Tensor | QuantizedTensor]) -> None:
+        for rank, value in enumerate(tokens):
+            device = value.device if isinstance(value, Tensor) else value.data.device
+            if device != self._device:
+                raise ValueError(
+                    f"rank {rank}: {op}: the tokens are on {device}, expected {self._device}, as the buffer"
+                )
+
+    def _each(self, make: Callable[[int], T]) -> list[T]:
+        """By rank; an error says which."""
+        made = []
+        for rank in range(self.size):
+            try:
+                made.append(make(rank))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rank {rank}: {error}") from None
+        return made
+
+
+def _of(values: Sequence[Any] | None, rank: int) -> Any:
+    return None if values is None else values[rank]
