@@ -13,27 +13,41 @@
 #pragma once
 
 #include "channel.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace combine {
 
-constexpr u32 kChunk = 4;    // tokens that a tail announces at a time
-constexpr u32 kColumns = 8;  // of a lane: one access of 16 bytes
+constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
 
-__device__ __forceinline__ void add(float (&sum)[kColumns], U32x4 row, float weight, bool weighted) {
-    const u32 words[4] = {row.x, row.y, row.z, row.w};
+// FP32 sums of the BF16 values of a piece.
+struct Sums {
+    float part[kAhead][8];
+
+    __device__ __forceinline__ Sums() : part{} {}
+
+    __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
 #pragma unroll
-    for (u32 i = 0; i < kColumns; ++i) {
-        float value = __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
-        if (weighted) value = __fmul_rn(value, weight);
-        sum[i] = __fadd_rn(sum[i], value);
+        for (u32 i = 0; i < kAhead; ++i) {
+            const u32 words[4] = {row.part[i].x, row.part[i].y, row.part[i].z, row.part[i].w};
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) {
+                float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+                if (weighted) value = __fmul_rn(value, weight);
+                part[i][j] = __fadd_rn(part[i][j], value);
+            }
+        }
     }
-}
 
-__device__ __forceinline__ U32x4 round(const float (&sum)[kColumns]) {
-    return U32x4{ptx::bf16x2(sum[0], sum[1]), ptx::bf16x2(sum[2], sum[3]), ptx::bf16x2(sum[4], sum[5]),
-                 ptx::bf16x2(sum[6], sum[7])};
-}
+    __device__ __forceinline__ Piece rounded() const {
+        Piece row;
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i)
+            row.part[i] = {ptx::bf16x2(part[i][0], part[i][1]), ptx::bf16x2(part[i][2], part[i][3]),
+                           ptx::bf16x2(part[i][4], part[i][5]), ptx::bf16x2(part[i][6], part[i][7])};
+        return row;
+    }
+};
 
 // What the experts of this rank returned.
 struct Rows {
@@ -65,7 +79,7 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
     const Rank& self = call.self;
     const Rows& from = call.from;
     const Workspace home = self.workspace(peer);
-    const u32 lane = threadIdx.x % 32, hidden = call.hidden, topk = call.topk;
+    const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden, topk = call.topk;
     const u32 first = from.ranges[2 * (peer * call.channels + channel)];
     const u32 total = from.ranges[2 * (peer * call.channels + channel) + 1];
     if (total == kNothing) return true;
@@ -79,24 +93,24 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
         const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
         const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
         u8* slot = home.slot(self.rank, first + i);
-        for (u32 column = lane * kColumns; column - lane * kColumns < hidden; column += 32 * kColumns) {
-            float sum[kColumns] = {};
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            Sums sums;
+            Piece piece;
             for (u32 k = 0; k < count; ++k) {
-                const i64 r = __shfl_sync(kFullWarp, row, k);
+                const u64 r = __shfl_sync(kFullWarp, row, k);
                 const float w = __shfl_sync(kFullWarp, weight, k);
-                if (column < hidden)
-                    add(sum, ptx::load_global_nc(from.y + 2 * (r * hidden + column)), w,
-                        from.weights != nullptr);
+                piece.load<true>(from.y + r * row_bytes + at, row_bytes - at);
+                sums.add(piece, w, from.weights != nullptr);
             }
-            if (column < hidden) ptx::store_global(slot + 2 * column, round(sum));
+            sums.rounded().store(slot + at, row_bytes - at);
         }
         if (from.gradients) {
             const i64 only = __shfl_sync(kFullWarp, row, 0);
             const i64 at = call.token_order && lane < topk ? only * topk + lane : row;
-            if (at >= 0) reinterpret_cast<float*>(slot + 2 * hidden)[lane] = from.gradients[at];
+            if (at >= 0) reinterpret_cast<float*>(slot + row_bytes)[lane] = from.gradients[at];
             bytes += 4 * __popc(__ballot_sync(kFullWarp, at >= 0));
         }
-        bytes += 2 * hidden;
+        bytes += row_bytes;
         if ((i + 1) % kChunk == 0 || i + 1 == total)
             publish(home.tail(self.rank, channel), epoch << 32 | (i + 1));
     }
@@ -132,7 +146,7 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
     const Rank& self = call.self;
     const Home& to = call.to;
     const Workspace mine = self.mine();
-    const u32 lane = threadIdx.x % 32, hidden = call.hidden;
+    const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden;
     const Share share(call.tokens, channel, call.channels);
     for (u32 token = share.first + offset; token < share.last; token += stride) {
         i32 slot = -1;  // lane r: at rank r
@@ -146,24 +160,25 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
         }
         if (!__all_sync(kFullWarp, arrived)) return false;
         __syncwarp();
-        for (u32 column = lane * kColumns; column - lane * kColumns < hidden; column += 32 * kColumns) {
-            float sum[kColumns] = {};
+        const u64 start = static_cast<u64>(token) * row_bytes;
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            Sums sums;
+            Piece piece;
             for (u32 left = ranks; left; left &= left - 1) {
                 const u32 rank = __ffs(left) - 1;
                 const u32 index = __shfl_sync(kFullWarp, slot, rank);
-                if (column < hidden)
-                    add(sum, ptx::load_global(mine.slot(rank, index) + 2 * column), 1.0f, false);
+                piece.load<false>(mine.slot(rank, index) + at, row_bytes - at);
+                sums.add(piece, 1.0f, false);
             }
-            if (column >= hidden) continue;
-            const u64 at = 2 * (static_cast<u64>(token) * hidden + column);
-            U32x4 result = round(sum);  // the sum of the node, which here is the only one
+            piece = sums.rounded();  // the sum of the node, which here is the only one
             if (to.bias) {
-                float total[kColumns] = {};
-                add(total, result, 1.0f, false);
-                add(total, ptx::load_global_nc(to.bias + at), 1.0f, false);
-                result = round(total);
+                Sums total;
+                total.add(piece, 1.0f, false);
+                piece.load<true>(to.bias + start + at, row_bytes - at);
+                total.add(piece, 1.0f, false);
+                piece = total.rounded();
             }
-            ptx::store_global(to.out + at, result);
+            piece.store(to.out + start + at, row_bytes - at);
         }
         if (to.gradients) bring_gradients(call, mine, token);
     }
@@ -186,7 +201,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
 
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads.
 // `channels` is that of the dispatch; blocks take them in turn. hidden is a multiple of 8, topk at most 32.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     combine_tokens(const __grid_constant__ PerRank<combine::Call> calls, u32 num_sms) {
     combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms);
 }

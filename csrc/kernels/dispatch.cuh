@@ -12,6 +12,7 @@
 
 #include "channel.cuh"
 #include "dispatch_layout.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace dispatch {
@@ -22,8 +23,11 @@ constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
 __device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
     const u32 lane = threadIdx.x % 32;
     const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
-    for (u32 i = lane * 16; i < tokens.row_bytes; i += 32 * 16)
-        ptx::store_global(slot + i, ptx::load_global_nc(row + i));
+    for (u32 at = 0; at < tokens.row_bytes; at += kPieceBytes) {
+        Piece piece;
+        piece.load<true>(row + at, tokens.row_bytes - at);
+        piece.store(slot + at, tokens.row_bytes - at);
+    }
     float* scales = reinterpret_cast<float*>(slot + tokens.row_bytes);
     for (u32 i = lane; i < tokens.tiles; i += 32)
         scales[i] = tokens.scales[token * tokens.scale_row_stride + i * tokens.scale_tile_stride];
@@ -45,13 +49,12 @@ __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32
 __device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, i32 row) {
     const u32 lane = threadIdx.x % 32;
     const u32 targets = __ballot_sync(kFullWarp, row >= 0);
-    for (u32 b = lane * 16; b - lane * 16 < shape.row_bytes; b += 32 * 16) {
-        U32x4 value{0, 0, 0, 0};
-        if (b < shape.row_bytes) value = ptx::load_global(slot + b);
+    for (u32 at = 0; at < shape.row_bytes; at += kPieceBytes) {
+        Piece piece;
+        piece.load<false>(slot + at, shape.row_bytes - at);
         for (u32 left = targets; left; left &= left - 1) {
-            const u32 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
-            if (b < shape.row_bytes)
-                ptx::store_global(out.data + static_cast<u64>(to) * shape.row_bytes + b, value);
+            const u64 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
+            piece.store(out.data + to * shape.row_bytes + at, shape.row_bytes - at);
         }
     }
     const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
@@ -182,7 +185,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads. Dynamic
 // shared memory: 4 * ((ranks + 1) * local_experts + ranks) bytes. row_bytes is a multiple of 16, topk at most
 // 32, channels num_sms / 2.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     dispatch_tokens(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     dispatch::run<false>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(256)
 
 // The same tokens' places, other rows. `channels` is that of the dispatch that left sent_slot, rows and
 // ranges; blocks take them in turn.
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, 1)
     dispatch_again(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     dispatch::run<true>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);

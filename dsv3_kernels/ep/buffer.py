@@ -128,7 +128,7 @@ class Buffer:
         topk_weights: float32 `[T, K]`, contiguous, or None.
         num_sms: even; SMs that the kernels take, two a channel. The portable transport has no use for it.
         expert_order: rows sorted by local expert, source rank, token, one a (token, expert); else by source
-            rank and token, one a token.
+            rank and token, one a token. Alike on all ranks, as are FP8 or BF16, and topk_weights or None.
         max_recv_tokens: the rows of the result; None is as many as arrive, which on a GPU takes a host
             synchronisation. If more arrive, every rank raises ValueError and nothing is written.
         previous_event: waited for before x is read. async_op: return at once; see `DispatchResult.event`.

@@ -8,7 +8,7 @@ import torch
 from fp8_helpers import fresh_generator
 from torch import nn
 
-from dsv3_kernels import dequantize, ep, quantize_1x128
+from dsv3_kernels import dequantize, emulator, ep, quantize_1x128
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.model.moe import Experts, MoE, swiglu
 from dsv3_kernels.nn import BF16, FP8, Fp8Recipe, MoECombine, MoEDispatch, set_recipe
@@ -34,12 +34,18 @@ def draw(seed, size):
     return parts, 2.0 ** whole(gen, EXPERTS, low=-1, high=2)
 
 
-def scaling_experts(rank, size, seed, recipe, padded):
+def on_the_kernels(size, seed, program, *arguments):
+    """What ranks.run gives, of emulated ranks."""
+    cluster = emulator.VirtualCluster(1, size, seed, num_sms=20)
+    return cluster.run(lambda rank, group: program(rank, size, seed, *arguments, group=group))
+
+
+def scaling_experts(rank, size, seed, recipe, padded, group=None):
     """Experts that multiply: output and gradients of this rank."""
     parts, factors = draw(seed, size)
     x, idx, weights, grad = parts[rank]
     x, weights = x.requires_grad_(), weights.requires_grad_()
-    buffer = ep.Buffer(None, EXPERTS, HIDDEN, TOKENS, TOPK, timeout=60)
+    buffer = ep.Buffer(group, EXPERTS, HIDDEN, TOKENS, TOPK, timeout=60)
     mine = factors[rank * buffer.local_experts : (rank + 1) * buffer.local_experts].requires_grad_()
     dispatch = MoEDispatch(buffer, recipe=recipe, max_recv_tokens=size * TOKENS * TOPK if padded else None)
     combine = MoECombine(buffer, recipe=recipe)
@@ -50,13 +56,18 @@ def scaling_experts(rank, size, seed, recipe, padded):
     return [y.detach(), x.grad, weights.grad, mine.grad]
 
 
-@pytest.mark.parametrize(("size", "padded"), [(1, False), (1, True), (4, False)])
+@pytest.mark.parametrize(
+    ("size", "padded", "kernels"),
+    [(1, False, False), (1, True, False), (4, False, False), (2, False, True), (4, True, True)],
+)
 @pytest.mark.parametrize("recipe", ["bf16", "fp8"])
-def test_exact_gradients(size, padded, recipe, tmp_path):
+def test_exact_gradients(size, padded, kernels, recipe, tmp_path):
     """Small integers also pass FP8 unchanged under scales that are powers of two."""
     recipe = BF16 if recipe == "bf16" else Fp8Recipe("fp8", power_of_2_scales=True)
     seed = fresh_generator().initial_seed() % (1 << 30)
-    if size == 1:
+    if kernels:
+        got = on_the_kernels(size, seed, scaling_experts, recipe, padded)
+    elif size == 1:
         got = [scaling_experts(0, 1, seed, recipe, padded)]
     else:
         got = ranks.run(tmp_path / "ranks", size, scaling_experts, seed, recipe, padded)
@@ -149,8 +160,9 @@ def routed(moe, x):
     return moe.experts(x, routing.experts, routing.weights)
 
 
-def parallel_moe(rank, size, seed):
-    buffer = ep.Buffer(None, EXPERTS, HIDDEN, 18, CONFIG.num_experts_per_tok, gpus_per_node=2, timeout=60)
+def parallel_moe(rank, size, seed, group=None):
+    node = 2 if group is None else size
+    buffer = ep.Buffer(group, EXPERTS, HIDDEN, 18, CONFIG.num_experts_per_tok, gpus_per_node=node, timeout=60)
     moe = moe_of(seed, buffer)
     x, grad = tokens_of(seed, rank)
     y = routed(moe, x.requires_grad_())
@@ -161,9 +173,13 @@ def parallel_moe(rank, size, seed):
 ROUTED = ("gate.weight", "experts.gate_up_proj.weight", "experts.down_proj.weight")
 
 
-def test_moe_against_one_process_in_float64(tmp_path):
+@pytest.mark.parametrize("kernels", [False, True], ids=["portable", "kernels"])
+def test_moe_against_one_process_in_float64(kernels, tmp_path):
     seed = fresh_generator().initial_seed() % (1 << 30)
-    got = ranks.run(tmp_path / "ranks", 4, parallel_moe, seed)
+    if kernels:
+        got = on_the_kernels(4, seed, parallel_moe)
+    else:
+        got = ranks.run(tmp_path / "ranks", 4, parallel_moe, seed)
     moe = moe_of(seed).double()
     for rank, (y, dx, _) in enumerate(got):
         x, grad = tokens_of(seed, rank)

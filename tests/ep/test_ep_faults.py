@@ -3,8 +3,11 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import ranks
@@ -151,6 +154,22 @@ def test_a_stalled_rank_is_named_in_time(tmp_path):
         assert error["rank"] == rank and error["seconds"] < TIMEOUT + 1, error
     assert {peer for error in seen.values() for peer in error["peers"]} - seen.keys() == {1}, seen
     assert max(error["seconds"] for error in seen.values()) >= TIMEOUT
+
+
+def test_a_process_ends_soon_after_a_timeout(tmp_path):
+    """With the peer alive, and by the interpreter's ordinary end."""
+    program = [sys.executable, str(Path(__file__).with_name("leave_after_timeout.py"))]
+    command = [[*program, str(rank), str(tmp_path / "rendezvous")] for rank in range(2)]
+    stalled = subprocess.Popen(command[1])
+    try:
+        done = subprocess.run(command[0], capture_output=True, text=True, timeout=120)
+        ended = time.time()
+        assert done.returncode == 0 and stalled.poll() is None, done.stderr
+        peers, at = done.stdout.rsplit(" ", 1)
+        assert peers == "(1,)" and ended - float(at) < 5
+    finally:
+        stalled.kill()
+        stalled.wait()
 
 
 def go_apart(rank, size):
