@@ -225,7 +225,9 @@ class _Dispatch:
             self._x = _rows_for(call.x, call.handle.rows)
             self._idx = torch.empty_like(self._came.topk_idx)
         came, order = self._came, call.expert_order if call.handle is None else call.handle.expert_order
-        self.struct = rank.dispatch_call(call.x, call.topk_idx, call.topk_weights, self._x, came, not order)
+        self.struct = rank.dispatch_call(
+            call.x, call.topk_idx, call.topk_weights, self._x, came, not order, rank.timeout
+        )
         layout = came.tables()
         self.inputs = [call.x, call.topk_idx, call.topk_weights, *(() if call.handle is None else layout)]
         self.outputs = [self._x, self._idx, self._sizes, *(layout if call.handle is None else ())]
