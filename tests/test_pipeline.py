@@ -13,7 +13,6 @@ from model_helpers import SMALL
 from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train import pipeline
 from dsv3_kernels.train.actions import label as name_of
 from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
@@ -72,11 +71,8 @@ def expert_parallel(rank, seed, results):
         )
         model = model_of(seed, config, ep_buffer=buffer)
         shares = {n: p for n, p in model.named_parameters() if ".experts." in n}
-        executor = PipelineExecutor(model, "dualpipe", pipelines[lane])
-        with pytest.MonkeyPatch.context() as patch:
-            if not overlapped:
-                patch.setattr(pipeline, "interleaved", lambda first, second: (first(), second()))
-            result = outcome(executor, windows[6 * lane : 6 * lane + 6])
+        executor = PipelineExecutor(model, "dualpipe", pipelines[lane], overlap=overlapped)
+        result = outcome(executor, windows[6 * lane : 6 * lane + 6])
         for name, share in shares.items():  # whole tensors, zero but for this rank's experts
             if (grad := result.get(f"grad/{name}")) is not None:
                 whole = torch.zeros(2 * share.shape[0], *share.shape[1:])

@@ -37,10 +37,8 @@ class Watch:
     """
 
     def __init__(self, store: "dist.Store", rank: int, size: int, timeout: float) -> None:
-        # A connection of its own: waits on the other must not stop the signs. torchrun's store outlives an
-        # attempt.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._store = dist.PrefixStore(f"watch{attempt}", store.clone())  # type: ignore[attr-defined]
+        # A connection of its own: waits on the other must not stop the signs.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._rank, self._size, self._timeout = rank, size, timeout
         self._done = threading.Event()
         self.verdict: str | None = None
@@ -167,9 +165,12 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         yield Processes.alone(device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    watch = Watch(dist.distributed_c10d._get_default_store(), rank, size, timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(rank)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+    watch = Watch(store, rank, size, timeout)
     try:
         dist.barrier()  # every rank has given its first sign
         yield Processes(rank, size, device, watch, timeout)
@@ -188,6 +189,16 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         watch.linger()
         raise
     dist.destroy_process_group()
+
+
+def _store(rank: int) -> "dist.Store":
+    """The one that torch.distributed would take, with room for each attempt: torch 2.13 reads what an attempt
+    before left in torchrun's, and connects to processes that are gone.
+    """
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not of_torchrun)
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def agree(settings: dict[str, Any], group: "dist.ProcessGroup | None") -> None:

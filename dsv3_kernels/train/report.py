@@ -104,6 +104,9 @@ class Summary:
             "validation loss before": self.validation_before,
             "validation loss after": self.validation_after,
         }
+        averages: dict[str, Any] = {p: log.of(p)[-1].get("validation_loss_ema") for p in precisions}
+        if None not in averages.values():
+            rows["validation loss of the average"] = averages
         for name, values in rows.items():
             cells = [f"{values[p]:.4f}" for p in precisions]
             if paired:

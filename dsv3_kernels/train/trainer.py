@@ -14,7 +14,7 @@ from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model import DeepSeekV3, Losses, ModelConfig
 from dsv3_kernels.nn import Fp8Recipe, set_recipe
 from dsv3_kernels.nn.gate import Gate
-from dsv3_kernels.nn.recipe import Precision
+from dsv3_kernels.nn.recipe import RECOMPUTE, Precision
 from dsv3_kernels.train import not_finite, schedule
 from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig, from_json, to_json
@@ -80,7 +80,8 @@ class Trainer:
         self.layout, self.device, self.dtype = self.groups.layout, torch.device(device), dtype
         for batch_size in {schedule.batch_size(step, train) for step in range(train.steps)}:
             self.layout.check(model, batch_size, self.parallel.micro_batches)
-        self.recipe = Fp8Recipe(precision, power_of_2_scales=train.power_of_2_scales)
+        recompute = RECOMPUTE if train.recompute else ()
+        self.recipe = Fp8Recipe(precision, train.power_of_2_scales, recompute=recompute)
         self.model = DeepSeekV3(model, self.recipe, self._buffer())
         self.model.initialize(train.seed)
         self.executor = _executor(self.model, self.parallel, self.groups)
@@ -231,6 +232,13 @@ class Trainer:
         self._set_recipe(self.recipe)
         return mean
 
+    def evaluate_average(self, windows: Tensor) -> float | None:
+        """As `evaluate`, of the average of the weights, if one is kept."""
+        if self.ema is None:
+            return None
+        with self.ema.in_place(self.optimizer.write_parameters):
+            return self.evaluate(windows)
+
     def _set_recipe(self, recipe: Fp8Recipe) -> None:
         for part in self.executor.modules:
             set_recipe(part, recipe)
@@ -298,6 +306,7 @@ class Trainer:
         from_json(ModelConfig, state["model"], f"{where}: model")
         train = asdict(from_json(TrainConfig, state["train"], f"{where}: train"))
         state["train"] = train | {"steps": self.config.steps, "on_not_finite": self.config.on_not_finite}
+        state["train"] |= {"recompute": self.config.recompute}
         for name in expected:
             if state[name] != expected[name]:
                 raise TrainError(f"{where}: {_difference(name, state[name], expected[name])}")
