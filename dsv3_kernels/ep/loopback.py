@@ -8,12 +8,15 @@ from torch import Tensor
 
 from .. import launch
 from ..quantized import QuantizedTensor
-from . import intranode, kernels
+from . import intranode, kernels, low_latency
 from .calls import Calls, integer, shape_of, timeout_of
 from .intranode import KernelRank
+from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
 from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
 
 T = TypeVar("T")
+Sent = TypeVar("Sent", LowLatencyDispatched, LowLatencyCombined)
 
 
 class LoopbackBuffer:
@@ -64,6 +67,7 @@ class LoopbackBuffer:
         self._calls = [Calls(shape, rank) for rank in self._ranks]
         self._num_sms = launch.num_sms(first)
         self._dispatches = self._combines = 0
+        self._timeout, self._low_latency = seconds, list[KernelLowLatency]()
         launch.also_raise(self)
 
     @property
@@ -145,6 +149,53 @@ class LoopbackBuffer:
         self._combines += 1
         return results
 
+    def low_latency_dispatch(
+        self,
+        x: Sequence[Tensor],
+        topk_idx: Sequence[Tensor],
+        num_sms: int = 16,
+        *,
+        fp8: bool = True,
+        power_of_2_scales: bool = False,
+    ) -> list[LowLatencyDispatched]:
+        """As `ep.Buffer.low_latency_dispatch`, in two launches: all ranks send, then all receive."""
+        self._check_lists("low_latency_dispatch", num_sms, x=x, topk_idx=topk_idx)
+        form = low_latency.Format(fp8, power_of_2_scales)
+        transports = self._fast()
+        sent = self._each(
+            lambda rank: low_latency.dispatch(
+                transports[rank], self._shape, x[rank], topk_idx[rank], form, num_sms, True
+            )
+        )
+        return _received(sent)
+
+    def low_latency_combine(
+        self,
+        y: Sequence[Tensor],
+        handle: Sequence[LowLatencyHandle],
+        topk_weights: Sequence[Tensor],
+        num_sms: int = 16,
+    ) -> list[LowLatencyCombined]:
+        """As `ep.Buffer.low_latency_combine`."""
+        self._check_lists("low_latency_combine", num_sms, y=y, handle=handle, topk_weights=topk_weights)
+        transports = self._fast()
+        sent = self._each(
+            lambda rank: low_latency.combine(
+                transports[rank], self._shape, y[rank], handle[rank], topk_weights[rank], num_sms, True
+            )
+        )
+        return _received(sent)
+
+    def _fast(self) -> list[KernelLowLatency]:
+        if not self._low_latency:
+            connections = connect_loopback(self._shape, self._device)
+            launcher = Launcher(connections[0].kernel, self._shape, self.size)
+            self._low_latency = [
+                KernelLowLatency(self._shape, connection, self._timeout, launcher)
+                for connection in connections
+            ]
+        return self._low_latency
+
     def status(self) -> list[Status]:
         self._reported()
         return [
@@ -202,6 +253,14 @@ class LoopbackBuffer:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank}: {error}") from None
         return made
+
+
+def _received(sent: list[Sent]) -> list[Sent]:
+    """The last rank's hook launches for all."""
+    for part in sent:
+        if part.hook is not None:
+            part.hook()
+    return sent
 
 
 def _of(values: Sequence[Any] | None, rank: int) -> Any:
