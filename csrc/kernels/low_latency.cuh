@@ -4,10 +4,9 @@
 // An op is two launches, of which only the second waits: between them a rank may compute. A rank's memory
 // holds, for each op and for the peers to write:
 //   ack[r]         epoch that rank r has finished reading, of what this rank sent
-//   flag[p][f]     epoch << 32 | first << 16 | count: what the slots of parity p hold stands. Dispatch has
-//   one
-//                  a (local expert, source): so many tokens, whose results go home to places from `first` on.
-//                  Combine has one an expert, of which the upper half counts
+//   flag[p][f]     epoch << 32 | first << 16 | count: the rows of parity p that it speaks of are there. Of
+//                  dispatch, one a (local expert, source): so many tokens, whose results go home to places
+//                  from `first` on. Of combine, one an expert: the epoch alone
 //   slots[p][i]    rows: of dispatch, token `i` of a (local expert, source), with its scales; of combine, the
 //                  result for place i of this rank's (token, expert) pairs, sorted by expert, then token
 //   staged[p][i]   rows on their way to far ranks, which only read memory that is symmetric
@@ -104,9 +103,9 @@ struct Failure {
 
 // Where things lie in a rank's memory, in bytes. python: dsv3_kernels.ep.low_latency_kernels.Area
 struct Area {
-    u64 start;
-    u32 ranks, flags, slots, parity;
-    u64 slot_bytes;
+    u64 start, slot_bytes;
+    u32 ranks, flags, slots;
+    u32 parity;  // of the epoch
 
     __device__ __forceinline__ u64 ack(u32 peer) const { return start + 8ull * peer; }
     __device__ __forceinline__ u64 flag(u32 i) const { return start + 8ull * (ranks + parity * flags + i); }
@@ -121,16 +120,41 @@ struct Area {
     }
 };
 
+// This block among those of its rank.
+struct Block {
+    u32 index, count;
+};
+
+struct Sizes {
+    u32 local_experts, max_tokens, topk, hidden, tokens;
+};
+
 // What all phases share.
-struct Call {
+struct Call : Sizes {
     Peers peers;
     Area area;
     Progress* progress;
     Failure* failure;
     u64 timeout;  // nanoseconds that a wait may last
     u64 epoch;
-    u32 local_experts, max_tokens, topk, hidden, tokens;
+    Block block;
 
+    __device__ __forceinline__ Call(const Peers& peers, const Area& area, Progress* progress,
+                                    Failure* failure, u64 timeout, u64 epoch, Block block, Sizes sizes)
+        : Sizes(sizes),
+          peers(peers),
+          area(area),
+          progress(progress),
+          failure(failure),
+          timeout(timeout),
+          epoch(epoch),
+          block(block) {
+        this->area.parity = epoch % 2;
+    }
+
+    // This warp among those of its rank.
+    __device__ __forceinline__ u32 warp() const { return block.index * (blockDim.x / 32) + threadIdx.x / 32; }
+    __device__ __forceinline__ u32 warps() const { return block.count * (blockDim.x / 32); }
     __device__ __forceinline__ u32 experts() const { return peers.ranks * local_experts; }
     __device__ __forceinline__ u32 places() const { return max_tokens * topk; }
     __device__ __forceinline__ u32 received_rows() const { return peers.ranks * max_tokens; }
@@ -179,14 +203,15 @@ __device__ __forceinline__ bool wait_for_readers(const Call& call, u32 lane) {
 // By all threads of a block that has kept the protocol, after a barrier.
 __device__ __forceinline__ void end_send(const Call& call) {
     if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&call.progress->ended_senders, 1) + 1 != gridDim.x) return;
+    if (ptx::fetch_add_device(&call.progress->ended_senders, 1) + 1 != call.block.count) return;
     call.progress->ended_senders = 0;
     call.progress->sent = call.epoch;
 }
 
 __device__ __forceinline__ void end_receive(const Call& call) {
     bool last = false;
-    if (threadIdx.x == 0) last = ptx::fetch_add_device(&call.progress->ended_receivers, 1) + 1 == gridDim.x;
+    if (threadIdx.x == 0)
+        last = ptx::fetch_add_device(&call.progress->ended_receivers, 1) + 1 == call.block.count;
     if (!__syncthreads_or(last)) return;
     for (u32 peer = threadIdx.x; peer < call.peers.ranks; peer += blockDim.x)
         call.peers.set(call.area.ack(call.peers.rank), call.epoch, peer, peer);
@@ -217,48 +242,53 @@ __device__ __forceinline__ void copy(u8* to, const u8* from, u32 bytes, u32 lane
 
 namespace dsv3 {
 
-// Grid: any number of blocks, which need not be resident together; threads: a multiple of 32 * kWarpsOfGroup.
-// What a phase takes of input, output and the lists is said at its function.
-__global__ void __launch_bounds__(512, 1)
-    low_latency_step(u8* const* mapped, const i32* queue_pairs, low_latency::Progress* progress,
-                     low_latency::Failure* failure, u32* error, u64* sent_rows, const u8* input,
-                     const i64* topk_idx, const float* topk_weights, u8* out, float* out_scales,
-                     i64 scale_group_stride, i64 scale_tile_stride, i32* counts, i32* segments, i32* places,
-                     u32 phase, u32 format, u32 rank, u32 ranks, u32 queue_pair_count, u32 local_experts,
-                     u32 max_tokens, u32 topk, u32 hidden, u32 tokens, u32 flags, u32 slots, u64 area_start,
-                     u64 slot_bytes, u64 timeout) {
-    using namespace low_latency;
-    const Phase step = static_cast<Phase>(phase);
-    const bool sends = step == Phase::kDispatchSend || step == Phase::kCombineSend;
-    Call call{{mapped, queue_pairs, rank, ranks, queue_pair_count},
-              {area_start, ranks, flags, slots, 0, slot_bytes},
-              progress,
-              failure,
-              timeout,
-              (sends ? progress->sent : progress->received) + 1,
-              local_experts,
-              max_tokens,
-              topk,
-              hidden,
-              tokens};
-    call.area.parity = call.epoch % 2;
+// What a rank of a launch does. Which of input, output and lists a phase takes is said at its function.
+// python: dsv3_kernels.ep.low_latency_kernels.KernelLowLatency
+struct LowLatencyStep {
+    low_latency::Peers peers;
+    low_latency::Area area;
+    low_latency::Progress* progress;
+    low_latency::Failure* failure;
+    u64 timeout;
+    low_latency::Routing routing;
+    u32* error;
+    const float* topk_weights;
+    const u8* input;
+    low_latency::Received received;
+    low_latency::Phase phase;
+    low_latency::Format format;
+    u32 local_experts, max_tokens, topk, hidden, tokens;
+};
 
+// One GPU runs a rank, or for tests several.
+struct LowLatencySteps {
+    LowLatencyStep of[8];
+};
+
+// Grid: num_sms blocks for each rank of the launch, any number, which need not be resident together; threads:
+// a multiple of 32 * kWarpsOfGroup.
+__global__ void __launch_bounds__(512, 1)
+    low_latency_step(const __grid_constant__ LowLatencySteps steps, u32 num_sms) {
+    using namespace low_latency;
+    const LowLatencyStep& step = steps.of[blockIdx.x / num_sms];
+    const bool sends = step.phase == Phase::kDispatchSend || step.phase == Phase::kCombineSend;
+    const Call call(step.peers, step.area, step.progress, step.failure, step.timeout,
+                    (sends ? step.progress->sent : step.progress->received) + 1,
+                    {blockIdx.x % num_sms, num_sms},
+                    {step.local_experts, step.max_tokens, step.topk, step.hidden, step.tokens});
     bool kept = true;
-    switch (step) {
+    switch (step.phase) {
         case Phase::kDispatchSend:
-            kept = dispatch_send(call, Routing{topk_idx, places, sent_rows}, error, input,
-                                 static_cast<Format>(format));
+            kept = dispatch_send(call, step.routing, step.error, step.input, step.format);
             break;
         case Phase::kDispatchReceive:
-            kept = dispatch_receive(
-                call, Received{out, out_scales, scale_group_stride, scale_tile_stride, counts, segments},
-                static_cast<Format>(format));
+            kept = dispatch_receive(call, step.received, step.format);
             break;
         case Phase::kCombineSend:
-            kept = combine_send(call, input, segments);
+            kept = combine_send(call, step.input, step.received.segments);
             break;
         case Phase::kCombineReceive:
-            kept = combine_receive(call, places, topk_weights, out);
+            kept = combine_receive(call, step.routing.places, step.topk_weights, step.received.out);
     }
     if (__syncthreads_or(!kept)) return;
     if (sends)

@@ -18,7 +18,8 @@ __device__ __forceinline__ bool combine_send(const Call& call, const u8* y, cons
     if (threadIdx.x < 32) kept = wait_for_readers(call, lane);
     if (__syncthreads_or(!kept)) return false;
 
-    for (u32 task = blockIdx.x * groups + group; task < call.experts(); task += gridDim.x * groups) {
+    for (u32 task = call.block.index * groups + group; task < call.experts();
+         task += call.block.count * groups) {
         const u32 local = task / ranks, expert = call.peers.rank * call.local_experts + local;
         const u32 home = (task + call.peers.rank) % ranks;  // ranks begin with different ones
         const i32* segment = segments + 3 * (local * ranks + home);
@@ -50,9 +51,7 @@ __device__ __forceinline__ bool combine_receive(const Call& call, const i32* pla
     constexpr u32 kColumnsOfWarp = 32 * kColumns;
     const u32 lane = threadIdx.x % 32;
     const u32 across = (call.hidden + kColumnsOfWarp - 1) / kColumnsOfWarp;
-    const u32 warps = gridDim.x * (blockDim.x / 32);
-    for (u32 task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; task < call.tokens * across;
-         task += warps) {
+    for (u32 task = call.warp(); task < call.tokens * across; task += call.warps()) {
         const u32 token = task / across, column = task % across * kColumnsOfWarp + lane * kColumns;
         i32 place = -1;  // lane k: of choice k
         float weight = 0.0f;

@@ -160,15 +160,15 @@ __device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& r
     const bool quantised = format != Format::kBf16;
     const u32 row_bytes = quantised ? call.hidden : 2 * call.hidden;
     const u32 tiles = quantised ? (call.hidden + quantize::kTile - 1) / quantize::kTile : 0;
-    const u32 share = (call.tokens + gridDim.x - 1) / gridDim.x;
-    const u32 first = min(blockIdx.x * share, call.tokens), last = min(first + share, call.tokens);
+    const u32 share = (call.tokens + call.block.count - 1) / call.block.count;
+    const u32 first = min(call.block.index * share, call.tokens), last = min(first + share, call.tokens);
 
     if (count(call, routing, plan, first)) report_error(error, ErrorCode::kDispatchExperts);
     bool kept = true;
     if (warp == warps - 1) kept = wait_for_readers(call, lane);
     if (__syncthreads_or(!kept)) return false;
 
-    for (u32 e = blockIdx.x * blockDim.x + threadIdx.x; e < call.experts(); e += gridDim.x * blockDim.x)
+    for (u32 e = 32 * call.warp() + lane; e < call.experts(); e += 32 * call.warps())
         if (plan.total[e] == 0) announce(call, plan, e);
 
     for (u32 token = first; token < last; ++token) {
@@ -214,9 +214,7 @@ __device__ __forceinline__ bool dispatch_receive(const Call& call, const Receive
     const u32 lane = threadIdx.x % 32, ranks = call.peers.ranks;
     const u32 row_bytes = format == Format::kBf16 ? 2 * call.hidden : call.hidden;
     const u32 tiles = (call.hidden + quantize::kTile - 1) / quantize::kTile;
-    const u32 warps = gridDim.x * (blockDim.x / 32);
-    for (u32 task = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32; task < call.experts() * kWarpsOfGroup;
-         task += warps) {
+    for (u32 task = call.warp(); task < call.experts() * kWarpsOfGroup; task += call.warps()) {
         const u32 segment = task / kWarpsOfGroup, part = task % kWarpsOfGroup;
         const u32 expert = segment / ranks, source = segment % ranks;
 

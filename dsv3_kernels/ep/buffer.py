@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from . import internode, internode_kernels, intranode, kernels, low_latency, nvlink
-from .calls import Calls, shape_of, timeout_of
+from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
+from .calls import Calls, Sized, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
-from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvshmem
+from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvlink, connect_nvshmem
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
-from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 if TYPE_CHECKING:
     from ..emulator import Group
@@ -30,7 +30,7 @@ _AGREED = (
 TRANSPORTS = (None, "nvlink", "portable")
 
 
-class Buffer:
+class Buffer(Sized):
     """Moves tokens to the ranks that hold their experts (`dispatch`) and their results back (`combine`).
 
     group: a torch.distributed group, whose ranks all make the buffer and then call the same ops in the same
@@ -91,32 +91,10 @@ class Buffer:
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
-            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, seconds)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, transport)
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
-
-    @property
-    def topology(self) -> Topology:
-        return self._shape.topology
-
-    @property
-    def size(self) -> int:
-        return self._shape.topology.size
-
-    @property
-    def num_experts(self) -> int:
-        return self._shape.num_experts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of rows that are not FP8."""
-        return self._shape.dtype
-
-    @property
-    def local_experts(self) -> int:
-        """How many experts each rank holds; this one's begin at rank · local_experts."""
-        return self._shape.local_experts
 
     def dispatch(
         self,
@@ -302,12 +280,21 @@ def _group(group: object) -> "dist.ProcessGroup | None":
     return group
 
 
-def _low_latency_of(shape: Shape, exchange: Exchange, seconds: float) -> low_latency.LowLatencyTransport:
-    """The kernels on GPUs, torch.distributed elsewhere."""
-    group = exchange.group
-    if group is None or _device(group).type == "cpu":
+def _low_latency_of(shape: Shape, exchange: Exchange, wanted: str | None) -> low_latency.LowLatencyTransport:
+    """On GPUs the kernels: over NVLink within a node, over NVSHMEM between nodes; else torch.distributed."""
+    group, seconds = exchange.group, exchange.timeout
+    if group is None or wanted == "portable" or _device(group).type == "cpu":
         return PortableLowLatency(shape, exchange)
-    return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
+    if shape.topology.nodes > 1:
+        return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
+    exchange.begin()
+    size = low_latency_kernels.areas(shape)[1].end
+    mapped = nvlink.connect(exchange, shape, _device(group), size)
+    if isinstance(mapped, nvlink.Mapped):
+        return KernelLowLatency(shape, connect_nvlink(mapped, shape, exchange.rank), seconds)
+    if wanted is not None:
+        raise RuntimeError(f"low_latency_dispatch: the buffer's transport is {wanted!r}, but {mapped}")
+    return PortableLowLatency(shape, exchange)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:

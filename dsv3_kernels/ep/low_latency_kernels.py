@@ -2,6 +2,7 @@
 
 import enum
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import launch, nvshmem
+from ..by_value import Struct, join
 from ..checks import ceil_div, round_up
 from ..device_error import DeviceValueError
 from ..jit import Kernel
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
+from . import nvlink
 from .errors import TimeoutError
 from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
 from .transport import Shape
@@ -24,6 +27,7 @@ OPS = ("low_latency_dispatch", "low_latency_combine")
 ROLES = ("send", "receive")
 GROUP = 128  # threads that share the rows of an (expert, rank)
 MOST_THREADS = 512
+MOST_RANKS = 8  # of a launch
 IN_FLIGHT = 2  # epochs of an op: slots have two parities
 
 
@@ -102,6 +106,24 @@ def connect_emulated(group: Any, gpu: Any, shape: Shape) -> Connection:
     return Connection(group.rank, memory, torch.tensor(mapped), queue_pairs, which, every)
 
 
+def connect_nvlink(mapped: nvlink.Mapped, shape: Shape, rank: int) -> Connection:
+    """Within a node, on memory that all have mapped."""
+    device = mapped.memory.device
+    table = torch.tensor(mapped.addresses, device=device)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    return Connection(rank, mapped.memory, table, none, kernel(1, emulated=False), mapped)
+
+
+def connect_loopback(shape: Shape, device: torch.device) -> list[Connection]:
+    """All ranks of a node on one GPU, real or virtual."""
+    size = areas(shape)[1].end
+    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(shape.topology.size)]
+    table = torch.tensor([launch.address_of(memory) for memory in memories], device=device)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    which = kernel(1, emulated=True)
+    return [Connection(rank, memory, table, none, which, memories) for rank, memory in enumerate(memories)]
+
+
 def connect_nvshmem(group: "dist.ProcessGroup", shape: Shape) -> Connection:
     """On GPUs; all ranks of the group call. Raises `nvshmem.NvshmemError` before any kernel runs."""
     size = areas(shape)[1].end
@@ -152,16 +174,46 @@ class _Op:
         self.outstanding: deque[object] = deque()  # calls whose receive has not been launched
 
 
+class Launcher:
+    """Launches what `ranks` ranks hand in, one after the other, as one grid when the last has."""
+
+    def __init__(self, kernel: Kernel, shape: Shape, ranks: int = 1) -> None:
+        self._kernel, self._shape, self._ranks = kernel, shape, ranks
+        self._steps: list[Struct] = []
+
+    def __call__(self, step: Struct, num_sms: int) -> None:
+        self._steps.append(step)
+        if len(self._steps) < self._ranks:
+            return
+        steps, self._steps = join(self._steps, MOST_RANKS), []
+        grid, block = (num_sms * self._ranks, 1, 1), (threads(self._shape.hidden), 1, 1)
+        shared = shared_bytes(self._shape)
+        try:
+            launch.launch(self._kernel, grid, block, (steps, num_sms), shared_bytes=shared)
+        except DeviceValueError:
+            if steps.tensors[0].is_cuda:  # an earlier kernel's, and in its place this one was not launched
+                launch.launch(self._kernel, grid, block, (steps, num_sms), shared_bytes=shared)
+            raise
+
+
 class KernelLowLatency:
-    def __init__(self, shape: Shape, connection: Connection, timeout: float) -> None:
+    """One rank. launcher: shared with the ranks of the same GPU, if there are any."""
+
+    def __init__(
+        self, shape: Shape, connection: Connection, timeout: float, launcher: Launcher | None = None
+    ) -> None:
         self._shape, self._connection, self._timeout = shape, connection, timeout
+        self._launcher = launcher or Launcher(connection.kernel, shape)
         device = connection.memory.device
         there, home = areas(shape)
         self._dispatch, self._combine = _Op(there, device), _Op(home, device)
         # The host reads it without asking the GPU.
         self._record = torch.zeros(6, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._record_words = self._record.numpy()
         self._sent_rows = torch.zeros(shape.num_experts, dtype=torch.int64, device=device)
         self._failure: TimeoutError | None = None
+        self._reported: DeviceValueError | None = None
+        launch.also_raise(self)
 
     def dispatch(
         self, x: Tensor, topk_idx: Tensor, form: Format, num_sms: int
@@ -181,7 +233,8 @@ class KernelLowLatency:
         format = int(form.fp8) + int(form.power_of_2_scales)
 
         def run(phase: Phase) -> None:
-            self._launch(phase, num_sms, x, topk_idx, None, data, scales, counts, layout, format)
+            step = self._step(self._dispatch, phase, layout, x, topk_idx, None, data, scales, counts, format)
+            self._launch(step, num_sms)
 
         receive = self._send(self._dispatch, run, Phase.DISPATCH_SEND)
         rows = data if scales is None else QuantizedTensor(data, scales, ROW)
@@ -197,11 +250,16 @@ class KernelLowLatency:
         out = y.new_empty(handle.num_tokens, self._shape.hidden)
 
         def run(phase: Phase) -> None:
-            self._launch(phase, num_sms, y, None, topk_weights, out, None, None, layout, 0)
+            step = self._step(self._combine, phase, layout, y, None, topk_weights, out)
+            self._launch(step, num_sms)
 
         return out, self._send(self._combine, run, Phase.COMBINE_SEND)
 
-    def _send(self, op: _Op, run: Any, send: Phase) -> Hook:
+    def check(self) -> None:
+        """Raises what the kernels have reported so far; `dsv3_kernels.synchronize` does too."""
+        self._raise_failed(OPS[0])
+
+    def _send(self, op: _Op, run: Callable[[Phase], None], send: Phase) -> Hook:
         """Launches what sends; what is returned launches what receives."""
         name = OPS[send // 2]
         self._raise_failed(name)
@@ -224,19 +282,23 @@ class KernelLowLatency:
             op.outstanding.popleft()
             run(Phase(send + 1))
             self._raise_failed(name)
+            reported, self._reported = self._reported, None
+            if reported is not None:
+                raise reported
 
-        try:
-            run(send)
-        except DeviceValueError:
-            # What was right is sent, and the others go on: so must this rank.
-            receive()
-            raise
-        self._raise_failed(name)
+        run(send)
         return receive
 
+    def _launch(self, step: Struct, num_sms: int) -> None:
+        try:
+            self._launcher(step, num_sms)
+        except DeviceValueError as error:
+            # What was right has been sent, and the others go on: so must this rank, until it has received.
+            self._reported = error
+
     def _raise_failed(self, name: str) -> None:
-        record = Failure(*self._record.tolist())
-        if self._failure is None and record.recorded:
+        if self._failure is None and self._record_words[-1]:
+            record = Failure(*self._record_words.tolist())
             cause = f"its word is {record.seen:#x}, expected at least {record.expected:#x}"
             role = ROLES[record.role - 1]
             self._failure = TimeoutError(
@@ -245,64 +307,38 @@ class KernelLowLatency:
         if self._failure is not None:
             raise self._failure
 
-    def _launch(
+    def _step(
         self,
+        op: _Op,
         phase: Phase,
-        num_sms: int,
+        layout: _Layout,
         source: Tensor,
         topk_idx: Tensor | None,
         topk_weights: Tensor | None,
         out: Tensor,
-        scales: Tensor | None,
-        counts: Tensor | None,
-        layout: _Layout,
-        format: int,
-    ) -> None:
-        shape, connection = self._shape, self._connection
-        op = self._dispatch if phase in (Phase.DISPATCH_SEND, Phase.DISPATCH_RECEIVE) else self._combine
-        area = op.area
-        record = self._record.data_ptr() if self._record.is_pinned() else self._record
-        arguments: tuple[launch.Argument, ...] = (
-            connection.mapped,
-            connection.queue_pairs,
-            op.progress,
-            record,
-            launch.error_flag(source),
-            self._sent_rows,
-            source,
-            0 if topk_idx is None else topk_idx,
-            0 if topk_weights is None else topk_weights,
-            out,
-            0 if scales is None else scales,
-            0 if scales is None else scales.stride(0),
-            0 if scales is None else scales.stride(2),
-            0 if counts is None else counts,
-            layout.segments,
-            layout.places,
-            int(phase),
-            format,
-            connection.rank,
-            area.ranks,
-            connection.queue_pairs.numel(),
-            shape.local_experts,
-            shape.max_tokens_per_rank,
-            shape.num_topk,
-            shape.hidden,
-            layout.places.shape[0],
-            area.flags,
-            area.slots,
-            area.start,
-            area.slot_bytes,
-            int(self._timeout * 1e9),
+        scales: Tensor | None = None,
+        counts: Tensor | None = None,
+        format: int = 0,
+    ) -> Struct:
+        """`LowLatencyStep` of csrc/kernels/low_latency.cuh."""
+        shape, connection, area = self._shape, self._connection, op.area
+        record = self._record.data_ptr() if source.is_cuda else self._record
+        strides = (0, 0) if scales is None else (scales.stride(0), scales.stride(2))
+        queue_pairs = connection.queue_pairs
+        peers = (connection.mapped, queue_pairs, connection.rank, area.ranks, queue_pairs.numel())
+        place = (area.start, area.slot_bytes, area.ranks, area.flags, area.slots, 0)
+        sizes = (shape.local_experts, shape.max_tokens_per_rank, shape.num_topk, shape.hidden)
+        return join(
+            [
+                Struct("PPIII", *peers),
+                Struct("QQIIII", *place),
+                Struct("PPQ", op.progress, record, int(self._timeout * 1e9)),
+                Struct("PPP", topk_idx, layout.places, self._sent_rows),
+                Struct("PPP", launch.error_flag(source), topk_weights, source),
+                Struct("PPqqPP", out, scales, *strides, counts, layout.segments),
+                Struct("IIIIIII", phase, format, *sizes, layout.places.shape[0]),
+            ]
         )
-        shared = shared_bytes(shape) if phase is Phase.DISPATCH_SEND else 0
-        grid, block = (num_sms, 1, 1), (threads(shape.hidden), 1, 1)
-        try:
-            launch.launch(connection.kernel, grid, block, arguments, shared_bytes=shared)
-        except DeviceValueError:
-            if source.is_cuda:  # it was an earlier kernel's, and in its place this one was not launched
-                launch.launch(connection.kernel, grid, block, arguments, shared_bytes=shared)
-            raise
 
 
 def threads(hidden: int) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
+from dsv3_kernels.nn import constant_weights
 
 
 class Executor(Protocol):
@@ -47,6 +48,7 @@ class LocalExecutor:
         self.replicated: frozenset[str] = frozenset()
         self._model = model
 
+    @constant_weights()
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         check_windows(windows)
         count = len(windows)

@@ -52,12 +52,12 @@ MUTATIONS = {
         {HAZARD, WRONG, TIMEOUT},
     ),
     "one parity for all": (
-        "call.area.parity = call.epoch % 2;",
-        "call.area.parity = 0;",
+        "this->area.parity = epoch % 2;",
+        "this->area.parity = 0;",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "the first block to end acknowledges": (
-        "&call.progress->ended_receivers, 1) + 1 == gridDim.x",
+        "&call.progress->ended_receivers, 1) + 1 == call.block.count",
         "&call.progress->ended_receivers, 1) == 0",
         {HAZARD, WRONG, TIMEOUT},
     ),
