@@ -176,18 +176,16 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         yield Processes(rank, size, device, watch, timeout)
         dist.barrier()
         watch.stop()
-    except (RuntimeError, TimeoutError) as error:  # as torch.distributed and ep.Buffer raise for a lost peer
-        why = watch.explain()
+    except Exception as error:
+        # A lost peer is a RuntimeError of torch.distributed, or a TimeoutError of ep.Buffer.
+        lost = any(isinstance(e, RuntimeError | TimeoutError) for e in (error, error.__cause__))
+        why = watch.explain() if lost else None
         if why is None:
             watch.fail(f"rank {rank} failed: {_one_line(error)}")
         watch.linger()
         if why is None:
             raise
         raise TrainError(why) from error
-    except Exception as error:
-        watch.fail(f"rank {rank} failed: {_one_line(error)}")
-        watch.linger()
-        raise
     dist.destroy_process_group()
 
 

@@ -160,10 +160,17 @@ class Run:
             f"in {' and '.join(self.config.precisions)} "
             f"for {train.steps} steps of {train.batch_size} x {train.seq_len} {corpus.unit}s\n"
             f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
-            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}",
+            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}"
+            f"{self._processes()}",
             highlight=False,
             soft_wrap=True,
         )
+
+    def _processes(self) -> str:
+        layout = self.groups.layout
+        if layout.world == 1:
+            return ""
+        return f"\n{layout.world} processes: pp {layout.pp} x ep {layout.ep} x dp {layout.dp}"
 
     def train(self, stop: StopRequest) -> bool:
         """True when the last step is reached, False when stopped before. Either way a checkpoint is there."""

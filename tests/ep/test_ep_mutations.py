@@ -126,7 +126,7 @@ MUTATIONS |= {
         "",
         {WRONG},
     ),
-    "room is refused where it is just enough": ("rows > said->limit", "rows >= said->limit", {WRONG}),
+    "room is refused where it is just enough": ("rows > at->limit", "rows >= at->limit", {WRONG}),
     "gradients of tokens come home by expert": (
         "call.token_order ? lane : place",
         "place",
