@@ -107,9 +107,13 @@ struct Rank {
     u32 rank, ranks, local_experts, max_tokens;
     u32 gpus;  // ranks of a node
 
-    // The first rank of this one's node, and the rank of this node that writes what comes from `source`.
     __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
-    __device__ __forceinline__ u32 writer(u32 source) const { return first_of_node() + source % gpus; }
+    // Whom this rank waits for, as a destination of `source`: the rank of this node that writes what comes
+    // from there; where that is this rank itself, the source.
+    __device__ __forceinline__ u32 writer(u32 source) const {
+        const u32 near = first_of_node() + source % gpus;
+        return near == rank ? source : near;
+    }
     __device__ __forceinline__ Workspace workspace(u32 of) const {
         return {mappings[of], area, slot_bytes, ranks, local_experts, max_tokens};
     }

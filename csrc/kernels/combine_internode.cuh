@@ -72,7 +72,7 @@ __device__ __forceinline__ void put_gradients(const Inbound& o, const Experts& f
 // One warp: the tokens of one rank's channel, to that rank's forwarder.
 __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 home) {
     const u32 lane = threadIdx.x % 32, stream = home * o.layout.channels + o.channel;
-    const u32 first = from.ranges[2 * stream], total = from.ranges[2 * stream + 1];
+    const u32 row_bytes = 2 * o.hidden, first = from.ranges[2 * stream], total = from.ranges[2 * stream + 1];
     const u32 to = home % o.self.gpus, source = home - to + o.place.gpu(), peer = o.place.near(to);
     const Workspace theirs = o.place.peer(to);
     if (o.self.wait_warp(o.self.mine().ack(peer), o.epoch - 1, Role::kSend, peer, o.channel) < o.epoch - 1)
@@ -85,16 +85,16 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
         const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
         const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
         u8* slot = theirs.slot(source, first + i);
-        for (u32 column = lane * kColumns; column - lane * kColumns < o.hidden; column += 32 * kColumns) {
-            float sum[kColumns] = {};
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            Sums sums;
+            Piece piece;
             for (u32 k = 0; k < count; ++k) {
                 const u64 r = __shfl_sync(kFullWarp, row, k);
                 const float w = __shfl_sync(kFullWarp, weight, k);
-                if (column < o.hidden)
-                    add(sum, ptx::load_global_nc(from.y + 2 * (r * o.hidden + column)), w,
-                        from.weights != nullptr);
+                piece.load<true>(from.y + r * row_bytes + at, row_bytes - at);
+                sums.add(piece, w, from.weights != nullptr);
             }
-            if (column < o.hidden) ptx::store_global(slot + 2 * column, round(sum));
+            sums.rounded().store(slot + at, row_bytes - at);
         }
         if (o.gradients) put_gradients(o, from, row, o.behind(slot));
         if ((i + 1) % kChunk == 0 || i + 1 == total)
@@ -119,16 +119,17 @@ __device__ __forceinline__ bool gather(const Inbound& o, u32 node, u32 message, 
     return all;
 }
 
-// One lane's columns of the sum over this node's ranks, rounded. All lanes call; `slot` as from gather.
-__device__ __forceinline__ U32x4 sum_of_node(const Inbound& o, u32 node, i32 slot, u32 column) {
-    float sum[kColumns] = {};
+// A piece, from byte `at` on, of the sum over this node's ranks, rounded; `slot` as from gather.
+__device__ __forceinline__ Piece sum_of_node(const Inbound& o, u32 node, i32 slot, u32 at) {
+    const Workspace mine = o.self.mine();
+    Sums sums;
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
         const u32 gpu = __ffs(left) - 1, index = __shfl_sync(kFullWarp, slot, gpu);
-        if (column < o.hidden)
-            add(sum, ptx::load_global(o.self.mine().slot(node * o.self.gpus + gpu, index) + 2 * column), 1.0f,
-                false);
+        Piece piece;
+        piece.load<false>(mine.slot(node * o.self.gpus + gpu, index) + at, 2 * o.hidden - at);
+        sums.add(piece, 1.0f, false);
     }
-    return round(sum);
+    return sums.rounded();
 }
 
 // The gradients of a message, one behind another by ascending expert, to `target`.
@@ -174,11 +175,8 @@ __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 w
             for (u32 i = begin; i < end; ++i, message += o.message_bytes) {
                 i32 slot;
                 if (!gather(o, n, o.layout.first(n, o.channel) + i, slot)) return false;
-                for (u32 column = lane * kColumns; column - lane * kColumns < o.hidden;
-                     column += 32 * kColumns) {
-                    const U32x4 sum = sum_of_node(o, n, slot, column);
-                    if (column < o.hidden) ptx::store_global(message + 2 * column, sum);
-                }
+                for (u32 at = 0; at < 2 * o.hidden; at += kPieceBytes)
+                    sum_of_node(o, n, slot, at).store(message + at, 2 * o.hidden - at);
                 if (o.gradients) join_gradients(o, n, slot, o.behind(message));
             }
             o.place.send_chunk(n, o.channel, position, (end - begin) * o.message_bytes);
@@ -227,7 +225,7 @@ __device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeToke
 // each slot of each node's ring have been read.
 __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, u32 warp, u32 warps,
                                         u32* readers) {
-    const u32 lane = threadIdx.x % 32, chunk = o.link.rings.chunk;
+    const u32 lane = threadIdx.x % 32, chunk = o.link.rings.chunk, row_bytes = 2 * o.hidden;
     const Share share(to.tokens, o.channel, o.layout.channels);
     const bool ring_of_lane = lane < o.link.nodes && lane != o.place.node();
     const u64 base = ring_of_lane ? *o.link.received_chunks(lane, o.channel) : 0;
@@ -251,23 +249,28 @@ __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, 
         i32 slot = -1;
         if (nodes >> o.place.node() & 1)
             if (!gather(o, o.place.node(), __shfl_sync(kFullWarp, index, o.place.node()), slot)) return false;
-        for (u32 column = lane * kColumns; column - lane * kColumns < o.hidden; column += 32 * kColumns) {
-            float total[kColumns] = {};
+        const u64 start = static_cast<u64>(token) * row_bytes;
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            const Piece here = sum_of_node(o, o.place.node(), slot, at);
+            Sums total;
+            Piece piece;
             for (u32 left = nodes; left; left &= left - 1) {
                 const u32 node = __ffs(left) - 1;
-                const u8* row =
-                    reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
-                U32x4 part{0, 0, 0, 0};
-                if (node == o.place.node())
-                    part = sum_of_node(o, node, slot, column);
-                else if (column < o.hidden)
-                    part = ptx::load_global(row + 2 * column);
-                add(total, part, 1.0f, false);
+                if (node == o.place.node()) {
+                    total.add(here, 1.0f, false);
+                    continue;
+                }
+                piece.load<false>(reinterpret_cast<const u8*>(
+                                      __shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node)) +
+                                      at,
+                                  row_bytes - at);
+                total.add(piece, 1.0f, false);
             }
-            if (column >= o.hidden) continue;
-            const u64 at = 2 * (static_cast<u64>(token) * o.hidden + column);
-            if (to.bias) add(total, ptx::load_global_nc(to.bias + at), 1.0f, false);
-            ptx::store_global(to.out + at, round(total));
+            if (to.bias) {
+                piece.load<true>(to.bias + start + at, row_bytes - at);
+                total.add(piece, 1.0f, false);
+            }
+            total.rounded().store(to.out + start + at, row_bytes - at);
         }
         if (to.gradients) bring_gradients(o, to, token, message, slot);
         __syncwarp();
@@ -337,9 +340,9 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
 }  // namespace combine
 
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; they take the channels of the
-// dispatch in turn. 64 to 512 threads. Dynamic shared memory, in words: nodes * depth. hidden is a multiple
+// dispatch in turn. 64 to 384 threads. Dynamic shared memory, in words: nodes * depth. hidden is a multiple
 // of 8, topk at most 32.
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(384, 1)
     combine_internode(const __grid_constant__ PerRank<combine::InternodeCall> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);

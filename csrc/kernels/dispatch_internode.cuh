@@ -223,8 +223,11 @@ __device__ __forceinline__ bool send_chunks(const Outbound& o, u32 warp, u32 war
 // A message's row and scales into a slot. Gives the end of them.
 __device__ __forceinline__ float* copy(const Tokens& shape, const u8* message, u8* slot) {
     const u32 lane = threadIdx.x % 32;
-    for (u32 i = lane * 16; i < shape.row_bytes; i += 32 * 16)
-        ptx::store_global(slot + i, ptx::load_global(message + i));
+    for (u32 at = 0; at < shape.row_bytes; at += kPieceBytes) {
+        Piece piece;
+        piece.load<false>(message + at, shape.row_bytes - at);
+        piece.store(slot + at, shape.row_bytes - at);
+    }
     const float* from = reinterpret_cast<const float*>(message + shape.row_bytes);
     float* to = reinterpret_cast<float*>(slot + shape.row_bytes);
     for (u32 i = lane; i < shape.tiles; i += 32) to[i] = from[i];
@@ -409,12 +412,12 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
 }  // namespace dispatch
 
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident, 2 * channels in the first
-// dispatch of a layout, which kAgain takes up at any number. 64 to 512 threads, at least 32 * (ranks / 32 +
+// dispatch of a layout, which kAgain takes up at any number. 64 to 384 threads, at least 32 * (ranks / 32 +
 // 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * depth,
 // of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
 // multiple of 16, topk at most 32.
 template <bool kAgain>
-__global__ void __launch_bounds__(512)
+__global__ void __launch_bounds__(384, 1)
     dispatch_internode(const __grid_constant__ PerRank<dispatch::InternodeCall> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);

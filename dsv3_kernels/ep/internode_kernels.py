@@ -15,7 +15,7 @@ from .kernels import MAX_CHANNELS, OPS, Arrivals, Peers, Workspace
 from .transport import Shape
 
 MAX_NODES = 16
-WARPS = 16  # of a block
+WARPS = 12  # of a block: as many as leave the threads the registers they need
 
 DISPATCH = Kernel("dispatch_internode.cuh", "dispatch_internode", (False,), nvshmem=True)
 DISPATCH_AGAIN = Kernel("dispatch_internode.cuh", "dispatch_internode", (True,), nvshmem=True)

@@ -1,0 +1,100 @@
+"""The kernels across nodes when a rank dies or a link fails: all others end in time, and somebody names who."""
+
+import random
+
+import pytest
+from cases import Case, draw
+from fp8_helpers import fresh_generator
+from internode_cluster import SECONDS, Cluster
+
+from dsv3_kernels import emulator, ep
+from dsv3_kernels.ep import Topology, kernels
+
+CASE = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=8, seed=2)
+TRIALS = [*range(6), *(pytest.param(trial, marks=pytest.mark.long) for trial in range(6, 50))]
+
+
+def a_cluster(seed):
+    return Cluster(CASE, seed, 2, chunk=2, depth=2, warps=4)
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """Three rounds without trouble, and what they took."""
+    rounds = [draw(CASE, round_) for round_ in range(3)]
+    cluster = a_cluster(0)
+    cluster.run(rounds)
+    return rounds, cluster.cluster.counters
+
+
+def records(cluster, rounds, survivors):
+    """What the survivors say. Those that neither finished nor say anything would have hung."""
+    cluster.run(rounds)
+    found = cluster.failures()
+    for rank, record in found.items():
+        assert record.role in (1, 2, 3) and record.channel == 0, record
+        assert record.peer != rank and record.seen < record.expected, record
+    for rank in survivors - found.keys():
+        assert cluster.links[rank].peers.sequence[:, 0].tolist() == [3, 3], rank
+    return found
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_killed_rank(trial, healthy):
+    rounds, spent = healthy
+    chance = random.Random(fresh_generator().initial_seed() + trial)
+    cluster, victim = a_cluster(trial), chance.randrange(4)
+    step = chance.randrange(spent["instructions"] * 3 // 4)
+    cluster.cluster.kill(victim, step)
+    found = records(cluster, rounds, {0, 1, 2, 3} - {victim})
+    assert victim in {record.missing for rank, record in found.items() if rank != victim}, (victim, step)
+    # Three ranks after another at most: each waits for one that has waited itself.
+    assert cluster.cluster.counters["nanoseconds"] - spent["nanoseconds"] < 5 * SECONDS * 1e9
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_lost_message(trial, healthy):
+    """Whoever misses it names the rank at the other end; the queue pair delivers nothing more."""
+    rounds, spent = healthy
+    chance = random.Random(fresh_generator().initial_seed() + trial)
+    cluster = a_cluster(trial)
+    source, node = chance.randrange(4), 2
+    target = (source + node) % 4
+    cluster.cluster.drop(source, target, chance.randrange(spent["links"][source, target]["messages"]))
+    found = records(cluster, rounds, {0, 1, 2, 3})
+    if found:  # the last credits of all are missed by nobody
+        assert {(rank, record.missing) for rank, record in found.items()} & {
+            (target, source),
+            (source, target),
+        }
+
+
+def test_a_stalled_link_that_comes_back(healthy):
+    rounds, _ = healthy
+    cluster = a_cluster(1)
+    cluster.cluster.stall(0, 2, until=int(SECONDS * 5e8))
+    assert not records(cluster, rounds, {0, 1, 2, 3})
+    waits = [stall for stall in kernels.stalls(cluster.links[2].peers) if stall.peer == 0]
+    assert max(stall.seconds for stall in waits) > SECONDS / 4
+
+
+def test_the_buffer_says_who_and_in_which_role():
+    inputs = draw(CASE)
+    cluster = emulator.VirtualCluster(2, 2, 0, num_sms=2)
+    cluster.kill(3)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, 8, 32, 8, 3, gpus_per_node=2, timeout=SECONDS)
+        if rank == 3:
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+            return
+        with pytest.raises(
+            ep.TimeoutError, match=rf"dispatch: rank {rank} \((send|receive|forward), channel 0\)"
+        ):
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+        with pytest.raises(ep.TimeoutError):
+            buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
+        return buffer.status().failure
+
+    said = cluster.run(program)[:3]
+    assert any("for rank 3" in text for text in said), said
