@@ -99,8 +99,8 @@ def over_nvshmem(world: World, shape: Shape, timeout: float) -> InternodeTranspo
     apart = [rank for rank in node if not mapped[rank]]
     if apart:
         raise NvshmemError(
-            f"the memory of ranks {apart} is not mapped by rank {world.rank}, though they are said to share a "
-            "node. Mend: pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers "
+            f"the memory of ranks {apart} is not mapped by rank {world.rank}, though they are said to share "
+            "a node. Mend: pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers "
             "(nvidia-smi topo -p2p r)"
         )
     addresses = [mapped[rank] for rank in node]

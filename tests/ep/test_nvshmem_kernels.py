@@ -95,6 +95,10 @@ def doorbells(kernel, calls):
     ]
 
 
-@pytest.mark.parametrize("kernel", [internode_kernels.DISPATCH, internode_kernels.COMBINE], ids=str)
+@pytest.mark.parametrize(
+    "kernel",
+    [internode_kernels.DISPATCH, pytest.param(internode_kernels.COMBINE, marks=pytest.mark.long)],
+    ids=str,
+)
 def test_the_kernels_between_nodes_link(kernel):
     assert all(doorbells(kernel, ["nvshmemi_transfer_put_signal", "nvshmemi_transfer_amo_nonfetch"]))
