@@ -48,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the GEMMs, and of a run which of its weights; by default what the run trained in first, FP8 "
         "for a released model",
     )
+    group.add_argument("--ema", action="store_true", help="of a run the average of its weights")
     return parser
 
 
@@ -58,13 +59,14 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
 
 
-def load(folder: Path, precision: Any) -> tuple[DeepSeekV3, Tokenizer, int]:
+def load(folder: Path, precision: Any, ema: bool = False) -> tuple[DeepSeekV3, Tokenizer, int]:
     """The model, its tokenizer, and how many positions it was trained on."""
     if (folder / "checkpoints").exists():
-        model, config = load_trained(folder, precision)
+        model, config = load_trained(folder, precision, ema=ema)
         if (precision or config.precisions[0]) == "fp8":
             store_fp8_weights(model, power_of_2_scales=config.train.power_of_2_scales)
-        return model, Bytes(), config.train.seq_len
+        path = folder / "tokenizer.json"
+        return model, FromFile(path) if path.exists() else Bytes(), config.train.seq_len
     model = from_pretrained(folder)
     set_recipe(model, Fp8Recipe(precision or "fp8"))
     if precision != "bf16":
@@ -82,7 +84,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--tokens is {arguments.tokens}, expected at least 1")
     sampling = Sampling(arguments.temperature, arguments.top_p)
     folder = arguments.folder or newest_run()
-    model, tokenizer, trained = load(folder, arguments.precision)
+    model, tokenizer, trained = load(folder, arguments.precision, arguments.ema)
     generator = Generator(model, sampling, seed=arguments.seed, speculative=arguments.speculative)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generator.tokens(prompt, arguments.tokens)

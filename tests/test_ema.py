@@ -86,17 +86,24 @@ def test_a_failure_is_raised_by_whoever_comes_next(generator, monkeypatch):
     ema.wait()
 
 
-def test_applied_and_taken_back(generator):
-    model = torch.nn.Linear(4, 3).bfloat16()
-    parameters = dict(model.named_parameters())
-    masters = {name: torch.randn(p.shape, generator=generator).view(-1) for name, p in parameters.items()}
-    before = {name: p.detach().clone() for name, p in parameters.items()}
-    ema = Ema(masters, 0.9)
-    with pytest.raises(KeyboardInterrupt), ema.applied_to(parameters):
-        for name, parameter in parameters.items():
-            assert torch.equal(parameter, masters[name].view(parameter.shape).bfloat16())
+def test_in_place_and_taken_back(generator):
+    masters, _ = walk(generator, 0)
+    ema, written = Ema(masters, 0.5), []
+    masters["one"] += 1
+    ema.update(100)
+    now = {name: t.clone() for name, t in masters.items()}
+    averages = {name: t.clone() for name, t in ema.tensors().items()}
+    assert not torch.equal(averages["one"], now["one"])
+
+    def write():
+        written.append({name: t.clone() for name, t in masters.items()})
+
+    with pytest.raises(KeyboardInterrupt), ema.in_place(write):
+        assert all(torch.equal(t, averages[name]) for name, t in masters.items())
         raise KeyboardInterrupt
-    assert all(torch.equal(p, before[name]) for name, p in parameters.items())
+    for values in (written[1], masters):
+        assert all(torch.equal(t, now[name]) for name, t in values.items())
+    assert len(written) == 2
 
 
 def test_small_steps_are_not_lost():

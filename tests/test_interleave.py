@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from dsv3_kernels.nn.interleave import filled, interleaved, pause
+from dsv3_kernels.ep import Event
+from dsv3_kernels.nn.interleave import await_event, filled, interleaved, observed, pause
 
 
 def steps(name, count, seen, result=None):
@@ -101,3 +102,21 @@ def test_pauses_are_filled():
         pause()
     pause()
     assert done == ["work", "work"]
+
+
+def test_an_event_is_awaited_after_the_pause():
+    order, seen = [], []
+
+    def communicate(name):
+        def run():
+            order.append(f"{name} starts")
+            await_event(Event(lambda: order.append(f"{name} ends")), name)
+
+        return run
+
+    with observed(lambda *what: seen.append(what)):
+        interleaved(communicate("a"), communicate("b"))
+    await_event(Event(lambda: order.append("alone")), "alone")
+    assert order == ["a starts", "b starts", "a ends", "b ends", "alone"]
+    assert [name for name, *_ in seen] == ["a", "b"]
+    assert all(started <= resumed <= over for _, started, resumed, over in seen)

@@ -13,12 +13,12 @@ from model_helpers import SMALL
 from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train import pipeline
 from dsv3_kernels.train.actions import label as name_of
 from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
 from dsv3_kernels.train.pipeline import PipelineExecutor
+from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 
 SIZE = 4
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05
@@ -48,6 +48,7 @@ def outcome(executor, windows):
     module = executor.modules[0]
     result = {f"loss/{k}": v for k, v in vars(losses).items()}
     result |= {f"grad/{name}": p.grad for name, p in module.named_parameters()}
+    result |= {f"evaluation/{n}": executor.window_losses(windows[0].repeat(n, 1)[:, :9]) for n in (1, 2)}
     return result | {f"load/{name}": b for name, b in module.named_buffers() if name.endswith("load")}
 
 
@@ -71,11 +72,8 @@ def expert_parallel(rank, seed, results):
         )
         model = model_of(seed, config, ep_buffer=buffer)
         shares = {n: p for n, p in model.named_parameters() if ".experts." in n}
-        executor = PipelineExecutor(model, "dualpipe", pipelines[lane])
-        with pytest.MonkeyPatch.context() as patch:
-            if not overlapped:
-                patch.setattr(pipeline, "interleaved", lambda first, second: (first(), second()))
-            result = outcome(executor, windows[6 * lane : 6 * lane + 6])
+        executor = PipelineExecutor(model, "dualpipe", pipelines[lane], overlap=overlapped)
+        result = outcome(executor, windows[6 * lane : 6 * lane + 6])
         for name, share in shares.items():  # whole tensors, zero but for this rank's experts
             if (grad := result.get(f"grad/{name}")) is not None:
                 whole = torch.zeros(2 * share.shape[0], *share.shape[1:])
@@ -97,6 +95,7 @@ def matrix(rank, size, seed):
             if rank < pp and (label == "fp32" or (pp == 4 and name != "1f1b")):
                 model = model_of(seed, recipe=recipe, dtype=dtype)
                 executor = PipelineExecutor(model, name, by_size[pp])
+                results[f"replicated/{pp}/{name}"] = sorted(executor.replicated)
                 results[f"{label}/{pp}/{name}"] = outcome(executor, windows_of(seed, micro_batches))
     # A step after a step, of another size, with gradients added up; and models with other ends.
     for label, config in (
@@ -117,7 +116,7 @@ def matrix(rank, size, seed):
 def results(tmp_path_factory):
     seed = int(torch.randint(1 << 30, ()))
     print(f"seed {seed}")
-    return ranks.run(tmp_path_factory.mktemp("pipeline") / "ranks", SIZE, matrix, seed)
+    return ranks.run(tmp_path_factory.mktemp("pipeline") / "ranks", SIZE, matrix, seed, seconds=600.0)
 
 
 def summed(results, case):
@@ -125,7 +124,7 @@ def summed(results, case):
     total = {}
     for of_rank in results:
         for key, tensor in of_rank.get(case, {}).items():
-            if key.startswith("loss/"):
+            if key.startswith(("loss/", "evaluation/")):
                 assert torch.equal(total.setdefault(key, tensor), tensor), "ranks report other losses"
             elif tensor is not None:
                 total[key] = total[key] + tensor if key in total else tensor
@@ -152,7 +151,8 @@ def test_fp8_is_bit_equal_where_sums_keep_their_order(results, name):
     got, expected = summed(results, f"fp8/4/{name}"), results[0]["fp8/local"]
     assert_close(got, expected)
     for key, tensor in expected.items():
-        if key not in ("grad/embedding.weight", "grad/head.weight", "loss/balance"):
+        shared = ("grad/embedding.weight", "grad/head.weight", "loss/balance")
+        if key not in shared and not key.startswith("evaluation/"):
             assert torch.equal(got[key], tensor), key
 
 
@@ -175,17 +175,48 @@ def test_overlapped_with_expert_parallel(results):
     total = {}
     for lane in (0, 1):
         for key, tensor in summed(results[lane::2], "ep/overlapped").items():
-            total[key] = total.get(key, 0) + (tensor if key.startswith("load/") else tensor / 2)
+            if key.startswith("evaluation/"):
+                total.setdefault(key, tensor)  # of the first windows, the first pipeline's
+            else:
+                total[key] = total.get(key, 0) + (tensor if key.startswith("load/") else tensor / 2)
     assert_close(total, expected)
 
 
 def test_each_parameter_is_where_it_should_be(results):
+    for case in ("4/1f1b", "4/dualpipe", "4/dualpipev"):
+        held = [{k for k in r[f"fp32/{case}"] if k.startswith("grad/")} for r in results]
+        for rank in range(4):
+            twice = {k.removeprefix("grad/") for k in held[rank] & held[3 - rank]}
+            assert results[rank][f"replicated/{case}"] == sorted(twice)
     held = [{k for k, v in r["fp32/4/dualpipe"].items() if k.startswith("grad/")} for r in results]
     assert held[0] == held[3] and held[1] == held[2] and not held[0] & held[1]
     tied = [r["fp32/4/1f1b"].get("grad/embedding.weight") is not None for r in results]
     assert tied == [True, False, False, True]
     folded = ["grad/embedding.weight" in r["fp32/4/dualpipev"] for r in results]
     assert folded == [True, False, False, False]
+
+
+def eight_ranks(rank, size, seed):
+    config = replace(CONFIG, num_hidden_layers=15)
+    results = {}
+    for micro_batches in (16, 22, 40):
+        windows = windows_of(seed, micro_batches, config)
+        if rank == 0:
+            results[f"local/{micro_batches}"] = outcome(LocalExecutor(model_of(seed, config)), windows)
+        for name in SCHEDULES:
+            executor = PipelineExecutor(model_of(seed, config), name, dist.group.WORLD)
+            results[f"{name}/{micro_batches}"] = outcome(executor, windows)
+    return results
+
+
+@pytest.mark.long
+def test_eight_ranks(tmp_path):
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"seed {seed}")
+    results = ranks.run(tmp_path / "ranks", 8, eight_ranks, seed, seconds=1800.0)
+    for micro_batches in (16, 22, 40):
+        for name in SCHEDULES:
+            assert_close(summed(results, f"{name}/{micro_batches}"), results[0][f"local/{micro_batches}"])
 
 
 # Traces and failures

@@ -174,11 +174,16 @@ def test_a_list_written_out():
 @pytest.mark.parametrize(
     ("name", "ranks", "micro_batches", "message"),
     [
-        ("dualpipe", 3, 12, "got 3 ranks, expected an even number"),
+        (
+            "dualpipe",
+            3,
+            12,
+            r"got 3 ranks, expected an even number.*Mend: --pp 4, or --pp-schedule dualpipev",
+        ),
         ("dualpipe", 0, 12, "got 0 ranks"),
-        ("dualpipe", 4, 9, "got 9 micro-batches, expected an even number"),
-        ("dualpipe", 4, 6, r"at least 2 x 4 ranks = 8"),
-        ("dualpipev", 4, 7, r"got 7 micro-batches, expected at least 2 x 4 ranks = 8"),
+        ("dualpipe", 4, 9, "got 9 micro-batches, expected an even number.*Mend: --micro-batches 10"),
+        ("dualpipe", 4, 6, r"at least 2 x 4 ranks = 8.*Mend: --micro-batches 8"),
+        ("dualpipev", 4, 7, r"expected at least 2 x 4 ranks = 8. Mend: --micro-batches 8"),
         ("dualpipev", 0, 7, "got 0 ranks"),
         ("1f1b", 0, 4, "got 0 ranks"),
         ("1f1b", 4, 0, "got 0 micro-batches"),

@@ -1,5 +1,6 @@
 """What the backward makes again: the same bits, no GEMM more than said, and less memory."""
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -27,7 +28,7 @@ def window():
     return torch.randint(256, (2, 40), generator=torch.Generator().manual_seed(seed))
 
 
-def step(window, recipe, config=CONFIG, ep_buffer=None, main_grad=False, deferred=False):
+def step(window, recipe, config=CONFIG, ep_buffer=None, main_grad=False, deferred=None):
     """(losses, gradients, loads) of one step, in BF16 weights."""
     model = DeepSeekV3(config, recipe, ep_buffer)
     model.initialize(1)
@@ -36,14 +37,17 @@ def step(window, recipe, config=CONFIG, ep_buffer=None, main_grad=False, deferre
         parameter.grad_dtype = torch.float32
         if main_grad:
             parameter.main_grad = torch.zeros(parameter.shape)
-    losses = model.losses(window)
-    loss = losses.main + 0.3 * losses.mtp + 0.01 * losses.balance
-    if deferred:
-        with nn.deferred_wgrad() as store:
+    with nn.deferred_wgrad() if deferred == "whole" else contextlib.nullcontext() as store:
+        losses = model.losses(window)
+        loss = losses.main + 0.3 * losses.mtp + 0.01 * losses.balance
+        if deferred == "backward":
+            with nn.deferred_wgrad() as store:
+                loss.backward()
+                store.run()
+        else:
             loss.backward()
-            store.run()
-    else:
-        loss.backward()
+            if store is not None:
+                store.run()
     grads = {}
     for name, p in model.named_parameters():
         grads[name] = [None if g is None else g.clone() for g in (p.grad, getattr(p, "main_grad", None))]
@@ -81,12 +85,17 @@ def test_the_same_bits_in_other_recipes(window, fields):
     assert_same(step(window, Fp8Recipe(**fields, recompute=RECOMPUTE)), expected)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("deferred", [None, "backward", "whole"])
 def test_the_same_bits_where_gradients_go_elsewhere(window, deferred):
     expected = step(window, Fp8Recipe(), main_grad=True, deferred=deferred)
     got = step(window, Fp8Recipe(recompute=RECOMPUTE), main_grad=True, deferred=deferred)
     assert_same(got, expected)
     assert got[1]["blocks.0.attention.o_proj.weight"][0] is None
+
+
+def test_the_same_bits_of_deferred_gradients_in_bf16(window):
+    expected = step(window, Fp8Recipe("bf16"), deferred="whole")
+    assert_same(step(window, Fp8Recipe("bf16", recompute=RECOMPUTE), deferred="whole"), expected)
 
 
 def test_the_same_bits_through_the_all_to_all(window):

@@ -23,18 +23,18 @@ from dsv3_kernels.train.trainer import StepMetrics
 LOADS = {"expert_loads": (1.25, 2.0, 1.5)}
 
 
-def step_metrics(precision, step):
+def step_row(precision, step):
     values = {f.name: 1.5 for f in dataclasses.fields(StepMetrics) if f.default is dataclasses.MISSING}
     values |= {"precision": precision, "step": step, "loss": 5.0 - step / 10}
-    values |= {k: v for k, v in LOADS.items() if k in {f.name for f in dataclasses.fields(StepMetrics)}}
-    return StepMetrics(**values)
+    row = dataclasses.asdict(StepMetrics(**values | LOADS))
+    return row | {"validation_loss": 4.0 if step % 10 == 0 else None}
 
 
 def filled(path, steps=30, meter=None):
     log = MetricsLog(path, {"fp8": 0, "bf16": 0}, meter)
     for step in range(1, steps + 1):
         for precision in ("fp8", "bf16"):
-            log.append(step_metrics(precision, step), 4.0 if step % 10 == 0 else None)
+            log.append(step_row(precision, step))
     return log
 
 
@@ -77,7 +77,7 @@ def test_rows_go_on_where_the_checkpoint_stands(tmp_path):
     with open(path, "a") as file:
         file.write('{"step": 31, "prec')  # killed while it wrote
     again = MetricsLog(path, {"fp8": 20, "bf16": 10})
-    again.append(step_metrics("bf16", 11), None)
+    again.append(step_row("bf16", 11))
     again.close()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted((r["precision"], r["step"]) for r in rows) == sorted(

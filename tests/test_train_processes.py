@@ -1,4 +1,4 @@
-"""Runs of several processes from end to end: ranks that die or stall, ranks that disagree, torchrun's restarts."""
+"""Runs of several processes from end to end: ranks that die, stall or disagree, torchrun's restarts."""
 
 import json
 import multiprocessing
@@ -18,6 +18,7 @@ import torch
 from dsv3_kernels.train import cli, processes, trainer
 from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.config import ParallelConfig
+from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.parallel import Layout, require_same
 from dsv3_kernels.train.trained import load_trained
@@ -179,7 +180,7 @@ DYING = textwrap.dedent(
 
 
 def test_torchrun_restarts_from_the_checkpoint(text, tmp_path):
-    """kill -9 at step 8, from step 5 on again: bit for bit as one process without a stop, with micro-batches."""
+    """kill -9 at step 8, again from step 5: bit for bit one process without a stop, with micro-batches."""
     script = tmp_path / "train.py"
     script.write_text(DYING)
     common = [*FAST, "--data", text, "--steps", 10, "--checkpoint-every", 5]
@@ -236,6 +237,8 @@ def test_what_cannot_be_split_is_refused(text, tmp_path, capsys):
         ),
         (["--ep", 2], "--pp 1 x --ep 2 = 2 does not divide the 1 processes"),
         (["--ep", 0], "ep is 0, expected at least 1"),
+        (["--trace-step", 1], "--trace-step: --pp is 1, expected 2 or more"),
+        (["--trace-step", 0], "trace_step is 0, expected a step from 1 up"),
         (["--timeout", "nan"], "timeout is nan, expected seconds"),
         (["--resume", "auto"], "--resume auto needs --out"),
         (["--ema", 1], "ema is 1.0, expected a number from 0"),
@@ -247,6 +250,28 @@ def test_what_cannot_be_split_is_refused(text, tmp_path, capsys):
 
     with pytest.raises(TrainError, match="--ep is 3, expected a divisor of the 8 routed experts: 1, 2, 4, 8"):
         Layout(ep=3).check(PRESETS["tiny"], 6, 1)
+
+
+def test_a_pipeline_from_the_command_line(text, tmp_path):
+    """DualPipe with MTP on two ranks; the timeline of the second step has what the schedule says."""
+    common = [*FAST, "--data", text, "--steps", 2]
+    pipeline = [*common, "--pp", 2, "--micro-batches", 4, "--trace-step", 2, "--out", tmp_path / "run"]
+    assert [code for code, _ in end(tmp_path / "two", start(tmp_path / "two", [pipeline] * 2))] == [0, 0]
+    assert cli.main([str(a) for a in [*common, "--micro-batches", 4, "--out", tmp_path / "one"]]) == 0
+    runs = [
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("run", "one")
+    ]
+    for ours, theirs in zip(*runs, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-2)
+    events = json.loads((tmp_path / "run" / "trace-bf16.json").read_text())["traceEvents"]
+    actions = [e for e in events if e["ph"] == "X" and " stage " in e["name"] and " of " not in e["name"]]
+    assert len(actions) == sum(map(len, dualpipe(2, 4).ranks))
+
+    refused = [*common, "--pp", 2, "--micro-batches", 2]
+    for code, error in end(tmp_path / "refused", start(tmp_path / "refused", [refused] * 2)):
+        assert code == 1 and "at least 2 x 2 ranks = 4" in error and "Mend: --micro-batches 4" in error
 
 
 def test_resume_auto(text, tmp_path, capsys):
@@ -269,11 +294,13 @@ def test_same_everywhere_needs_no_second_rank():
 
 def test_export(text, tmp_path, capsys):
     from dsv3_kernels.model import from_pretrained
+    from dsv3_kernels.nn import BF16, set_recipe
     from dsv3_kernels.train import export
 
     assert cli.main([str(a) for a in [*FAST, "--data", text, "--steps", 2, "--out", tmp_path / "run"]]) == 0
     assert export.main([str(tmp_path / "run"), str(tmp_path / "model")]) == 0
     got, expected = from_pretrained(tmp_path / "model"), load_trained(tmp_path / "run")[0]
+    set_recipe(got, BF16)
     window = torch.arange(10).view(1, 10)
     with torch.no_grad():
         assert torch.equal(got(window), expected(window))

@@ -12,7 +12,7 @@ from .. import nvshmem
 from ..jit import ToolchainError
 from ..quantized import QuantizedTensor
 from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
-from .calls import Calls, shape_of, timeout_of
+from .calls import Calls, Sized, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
@@ -20,7 +20,7 @@ from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvl
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
-from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 if TYPE_CHECKING:
     from ..emulator import Group
@@ -32,7 +32,7 @@ _AGREED = (
 TRANSPORTS = (None, "nvlink", "portable", "nvshmem")
 
 
-class Buffer:
+class Buffer(Sized):
     """Moves tokens to the ranks that hold their experts (`dispatch`) and their results back (`combine`).
 
     group: a torch.distributed group, whose ranks all make the buffer and then call the same ops in the same
@@ -98,28 +98,6 @@ class Buffer:
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
-
-    @property
-    def topology(self) -> Topology:
-        return self._shape.topology
-
-    @property
-    def size(self) -> int:
-        return self._shape.topology.size
-
-    @property
-    def num_experts(self) -> int:
-        return self._shape.num_experts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of rows that are not FP8."""
-        return self._shape.dtype
-
-    @property
-    def local_experts(self) -> int:
-        """How many experts each rank holds; this one's begin at rank · local_experts."""
-        return self._shape.local_experts
 
     def dispatch(
         self,

@@ -9,17 +9,17 @@ from torch import Tensor
 from .. import launch
 from ..quantized import QuantizedTensor
 from . import intranode, kernels, low_latency
-from .calls import Calls, integer, shape_of, timeout_of
+from .calls import Calls, Sized, integer, shape_of, timeout_of
 from .intranode import KernelRank
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
-from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
 Sent = TypeVar("Sent", LowLatencyDispatched, LowLatencyCombined)
 
 
-class LoopbackBuffer:
+class LoopbackBuffer(Sized):
     """`ep.Buffer` for every rank of a node at once; the ranks are virtual, and share one GPU.
 
     The kernels are those of NVLink, and so are the results, bit for bit: a rank has its own memory, which the
@@ -69,18 +69,6 @@ class LoopbackBuffer:
         self._dispatches = self._combines = 0
         self._timeout, self._low_latency = seconds, list[KernelLowLatency]()
         launch.also_raise(self)
-
-    @property
-    def topology(self) -> Topology:
-        return self._shape.topology
-
-    @property
-    def size(self) -> int:
-        return self._shape.topology.size
-
-    @property
-    def local_experts(self) -> int:
-        return self._shape.local_experts
 
     def dispatch(
         self,

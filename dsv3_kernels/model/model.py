@@ -219,7 +219,7 @@ class DeepSeekV3(nn.Module):
         """tokens: int64 [B, S]. Returns FP32 logits [B, S, vocab_size] of the next token at each position."""
         cos, sin = self.rope(0, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin)
-        return self._logits(self.norm(hidden))
+        return self.logits(self.norm(hidden))
 
     def new_cache(self, batch: int, capacity: int) -> LatentCache:
         """For `decode` of `batch` sequences of up to `capacity` positions."""
@@ -242,7 +242,7 @@ class DeepSeekV3(nn.Module):
         start, cos, sin = self._extend(cache, tokens.shape[1])
         hidden, _ = self._trunk(tokens, cos, sin, cache, start)
         normed = self.norm(hidden)
-        return self._logits(normed), normed if self.config.mtp_post_norm else hidden
+        return self.logits(normed), normed if self.config.mtp_post_norm else hidden
 
     def decode_mtp(self, tokens: Tensor, state: Tensor, cache: LatentCache) -> Tensor:
         """The first MTP module's FP32 logits [B, S, vocab_size] of the token after `tokens`.
@@ -252,7 +252,7 @@ class DeepSeekV3(nn.Module):
         start, cos, sin = self._extend(cache, tokens.shape[1])
         module = self.mtp[0]
         _, normed, _ = module(self.embedding(tokens), state, cos, sin, cache.layer(0), start)
-        return self._logits(normed)
+        return self.logits(normed)
 
     def _extend(self, cache: LatentCache, count: int) -> tuple[int, Tensor, Tensor]:
         start, capacity = cache.length, cache.rows.shape[2]
@@ -325,13 +325,14 @@ class DeepSeekV3(nn.Module):
         positions = torch.arange(start, start + count, device=next(self.parameters()).device)
         return rope_table(positions, config.qk_rope_head_dim, config.rope_theta, config.rope_scaling)
 
-    def _logits(self, normed: Tensor) -> Tensor:
+    def logits(self, normed: Tensor) -> Tensor:
+        """Of states after the final norm: FP32 or wider."""
         logits = self.head(normed)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _cross_entropy(self, normed: Tensor, targets: Tensor) -> Tensor:
         def loss(normed: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(normed).flatten(0, 1), targets.flatten())
+            return F.cross_entropy(self.logits(normed).flatten(0, 1), targets.flatten())
 
         return keep_inputs(loss, normed) if "head" in self.recipe.recompute else loss(normed)
 

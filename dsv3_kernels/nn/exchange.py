@@ -2,8 +2,8 @@
 
 As in section 3.2.3 and 3.3.3 of the DeepSeek-V3 report: with an FP8 recipe tokens are dispatched in FP8, and
 so are the gradients that enter combine's backward; combine and dispatch's backward move the buffer's dtype,
-BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is. torch.compile breaks
-its graph at both.
+BF16 but in checks. What arrives in FP8 stays so (`Fp8Rows`): the experts' GEMMs take it as it is.
+torch.compile breaks its graph at both.
 """
 
 from dataclasses import replace

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from dsv3_kernels.nn.deferred import active_store, as_with
+
 Remake = Callable[[], Tensor]
 
 _NAME = "_dsv3_remake"
@@ -53,7 +55,18 @@ def _again(make: Callable[..., Tensor], *sources: Tensor) -> Remake:
 
 def keep_inputs(make: Callable[..., Any], *inputs: Tensor) -> Any:
     """make(*inputs), keeping the inputs only: the backward runs it again."""
-    return checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(_as_now(make), *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def _as_now(make: Callable[..., Any]) -> Callable[..., Any]:
+    """make, with the store of weight gradients that is active now: layers keep other tensors with one."""
+    store = active_store()
+
+    def run(*inputs: Tensor) -> Any:
+        with as_with(store):
+            return make(*inputs)
+
+    return run
 
 
 def keep_remake(make: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -79,4 +92,6 @@ def keep_attention(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     The backward runs all but that again.
     """
     context = partial(create_selective_checkpoint_contexts, _attention_policy)
-    return checkpoint(make, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context)
+    return checkpoint(
+        _as_now(make), *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context
+    )

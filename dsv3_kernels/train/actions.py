@@ -1,6 +1,6 @@
 """Pipeline schedules as data: what each rank computes, in order. Nothing here runs anything."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -116,6 +116,14 @@ def zero_bubble(ranks: int, micro_batches: int) -> Schedule:
         split += [Work("W", rank, i) for i in range(max(micro_batches - rank, 0), micro_batches)]
         lists.append(tuple(split))
     return Schedule("zb1p", ranks, micro_batches, tuple(lists))
+
+
+def forward_only(places: Sequence[int], micro_batches: int) -> Schedule:
+    """For evaluation: stage s of every micro-batch on rank places[s], a rank's stages one after the other."""
+    lists: list[list[Action]] = [[] for _ in range(max(places) + 1)]
+    for stage, rank in enumerate(places):
+        lists[rank] += [Work("F", stage, i) for i in range(micro_batches)]
+    return Schedule("forward only", len(places), micro_batches, tuple(map(tuple, lists)))
 
 
 def _require(holds: bool, name: str, message: str) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +12,7 @@ import torch
 from rich.console import Console
 
 from dsv3_kernels.model import PRESETS, ModelConfig
+from dsv3_kernels.train import memory
 from dsv3_kernels.train.config import ParallelConfig, PipelineSchedule, RunConfig, TrainConfig, to_json
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.processes import choose_device, processes, report
@@ -27,6 +30,7 @@ _PARALLEL_FIELDS = {f.name for f in dataclasses.fields(ParallelConfig)}
 _RESUMABLE = {
     "steps",
     "on_not_finite",
+    "recompute",
     "checkpoint_every",
     "validate_every",
     "validation_windows",
@@ -64,6 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
         "a new run",
     )
     option(group, "--threads", int, "CPU threads.", "as torch chooses")
+    group.add_argument(
+        "--recompute",
+        action="store_true",
+        help="Let the backward make activations again rather than keep them; same bits (default: off)",
+    )
+    group.add_argument(
+        "--memory-report",
+        action="store_true",
+        help="Only measure what each saving of memory saves; more with --help after it (default: off)",
+    )
     option(
         group,
         "--device",
@@ -90,17 +104,24 @@ def build_parser() -> argparse.ArgumentParser:
         group, "--pp-schedule", str, "Order of a pipeline's work.", parallel.pp_schedule, choices=schedules
     )
     option(group, "--timeout", float, "Seconds of a rank's silence that end the run.", parallel.timeout)
+    option(
+        group,
+        "--trace-step",
+        int,
+        "Write the pipeline's timeline of this step, for ui.perfetto.dev, to trace-<precision>.json.",
+        "none",
+    )
 
     group = parser.add_argument_group("text")
     option(
         group,
         "--data",
         str,
-        "A text file, or a folder of them.",
+        "A text file, a folder of them, or what python -m dsv3_kernels.train.prepare wrote.",
         "the .py files of Python's standard library",
     )
     option(group, "--batch-size", int, "Sequences a step.", train.batch_size)
-    option(group, "--seq-len", int, "Bytes a sequence.", train.seq_len)
+    option(group, "--seq-len", int, "Bytes, or tokens, a sequence.", train.seq_len)
 
     group = parser.add_argument_group("optimisation")
     option(group, "--lr", float, "The highest learning rate.", train.lr)
@@ -224,6 +245,9 @@ def _only(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if "--memory-report" in arguments:
+        return memory.main([argument for argument in arguments if argument != "--memory-report"])
     given = vars(build_parser().parse_args(arguments))
     try:
         if given.get("threads", 1) < 1 or given.get("sample_bytes", 0) < 0:
@@ -232,6 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             torch.set_num_threads(given["threads"])
         goes_on = given.get("resume", AUTO) != AUTO
         config, folder = resumed_run(given) if goes_on else new_run(given)
+        if "trace_step" in given and config.parallel.pp == 1:
+            raise TrainError("--trace-step: --pp is 1, expected 2 or more: one rank has no pipeline to trace")
         prompt, length = given.get("prompt", "def "), given.get("sample_bytes", SAMPLE_BYTES)
         limit = config.model.max_position_embeddings
         if len(prompt.encode()) + length > limit:
@@ -241,4 +267,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return execute(config, folder, console, prompt, length, process)
     except (TrainError, OSError) as error:
         report(error)
+        if torch.distributed.is_initialized():
+            os._exit(1)  # at once: threads of torch.distributed would wait for peers that are gone
         return 1

@@ -39,6 +39,8 @@ class TrainConfig:
     """None: a cosine right after the warm-up, and one batch size."""
     ema: float | None = None
     """The decay of an average of the weights that is kept in CPU memory; None keeps none."""
+    recompute: bool | None = None
+    """Whether the backward makes again what it can (`Fp8Recipe.recompute`); no weight depends on it."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):
@@ -65,11 +67,15 @@ class ParallelConfig:
     pp_schedule: PipelineSchedule = "dualpipe"
     timeout: float = 120.0
     """Seconds after which a rank that gives no sign of life ends the run."""
+    trace_step: int | None = None
+    """The step whose timeline the first pipeline writes, to trace-<precision>.json in the run's folder."""
 
     def __post_init__(self) -> None:
         for name in ("pp", "ep", "micro_batches"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.trace_step is not None and self.trace_step < 1:
+            raise TrainError(f"trace_step is {self.trace_step}, expected a step from 1 up")
         if not 1 <= self.timeout <= 86400:
             raise TrainError(f"timeout is {self.timeout}, expected seconds from 1 to a day")
 

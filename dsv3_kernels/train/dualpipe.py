@@ -27,12 +27,14 @@ def dualpipe(ranks: int, micro_batches: int) -> Schedule:
     """
     if ranks < 2 or ranks % 2:
         raise ValueError(
-            f"dualpipe: got {ranks} ranks, expected an even number: stages are mirrored in pairs"
+            f"dualpipe: got {ranks} ranks, expected an even number: stages are mirrored in pairs. "
+            f"Mend: --pp {max(ranks + 1, 2)}, or --pp-schedule dualpipev"
         )
     if micro_batches % 2 or micro_batches < 2 * ranks:
         raise ValueError(
             f"dualpipe: got {micro_batches} micro-batches, expected an even number, at least 2 x {ranks} "
-            f"ranks = {2 * ranks}: half of them enter at either end"
+            f"ranks = {2 * ranks}: half of them enter at either end. "
+            f"Mend: --micro-batches {max(micro_batches + micro_batches % 2, 2 * ranks)}"
         )
     half, chunks = ranks // 2, micro_batches // 2
     lists = []
@@ -52,7 +54,8 @@ def dualpipev(ranks: int, micro_batches: int) -> Schedule:
         raise ValueError(f"dualpipev: got {ranks} ranks, expected 1 or more")
     if micro_batches < 2 * ranks:
         raise ValueError(
-            f"dualpipev: got {micro_batches} micro-batches, expected at least 2 x {ranks} ranks = {2 * ranks}"
+            f"dualpipev: got {micro_batches} micro-batches, expected at least 2 x {ranks} ranks = "
+            f"{2 * ranks}. Mend: --micro-batches {2 * ranks}"
         )
     lists = [_Rank(r, 2 * ranks - 1 - r, 0, 0).steps(ranks, micro_batches) for r in range(ranks)]
     return Schedule("dualpipev", 2 * ranks, micro_batches, tuple(lists))

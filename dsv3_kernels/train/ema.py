@@ -3,7 +3,7 @@
 As in section 3.2.3 of the DeepSeek-V3 report: the average costs the GPU no memory and the step no time.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ class Ema:
 
     After each optimizer step `update` copies the masters to CPU memory; a thread of its own averages them
     while the next step runs. On GPUs the copy runs on a stream of its own: call `before_write` before the
-    masters change. Whoever reads the averages calls `wait` first (`tensors` and `applied_to` do).
+    masters change. Whoever reads the averages calls `wait` first (`tensors` and `in_place` do).
     """
 
     def __init__(self, masters: Mapping[str, Tensor], decay: float) -> None:
@@ -86,19 +86,21 @@ class Ema:
         return dict(self._average)
 
     @contextmanager
-    def applied_to(self, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the parameters of these names hold the averages, rounded to their dtype."""
+    def in_place(self, write: Callable[[], None]) -> Iterator[None]:
+        """Inside, the masters hold the averages. write: brings the masters into the model; called twice."""
         averages = self.tensors()
-        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(averages[name].view(parameter.shape))
+        kept = {name: master.clone() for name, master in self._masters.items()}
         try:
+            self._write(averages, write)
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(kept[name])
+            self._write(kept, write)
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor], write: Callable[[], None]) -> None:
+        for name, master in self._masters.items():
+            master.copy_(values[name])
+        write()
 
 
 def _chunks(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
+from dsv3_kernels.nn import constant_weights
 
 
 class Executor(Protocol):
@@ -16,10 +17,14 @@ class Executor(Protocol):
     modules: the parts of the model that this rank holds, their parameters under the whole model's names
         ("blocks.3.attention..."). Where several ranks of a pipeline hold one, each gets a part of its
         gradient, which is the sum; so it is with the loads that the gates count.
+    replicated: names of the parameters that rank P - 1 - r of the pipeline holds too, this one being r.
     """
 
     @property
     def modules(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def replicated(self) -> Collection[str]: ...
 
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         """Adds to `grad` the gradient of the mean over the micro-batches, and returns their mean losses.
@@ -40,8 +45,10 @@ class LocalExecutor:
 
     def __init__(self, model: DeepSeekV3) -> None:
         self.modules: list[nn.Module] = [model]
+        self.replicated: frozenset[str] = frozenset()
         self._model = model
 
+    @constant_weights()
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         check_windows(windows)
         count = len(windows)
@@ -56,9 +63,13 @@ class LocalExecutor:
 
     @torch.no_grad()
     def window_losses(self, windows: Tensor) -> Tensor:
-        logits = self._model(windows[:, :-1])
-        losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
-        return losses.view(len(windows), -1).mean(1)
+        return window_losses(self._model(windows[:, :-1]), windows)
+
+
+def window_losses(logits: Tensor, windows: Tensor) -> Tensor:
+    """logits: [B, S, vocab_size], of windows, int64 [B, S + 1]. Returns the mean loss of each, [B]."""
+    losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).mean(1)
 
 
 def check_windows(windows: Tensor) -> None:

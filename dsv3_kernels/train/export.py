@@ -27,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="linear layers in e4m3 with 128x128 scales, as released (default: BF16)",
     )
+    parser.add_argument("--ema", action="store_true", help="the average of the weights (default: the last)")
     options = parser.parse_args(arguments)
     try:
-        model, _ = load_trained(options.run, options.precision)
+        model, _ = load_trained(options.run, options.precision, ema=options.ema)
         save_pretrained(model, options.folder, fp8=options.fp8)
     except (TrainError, PretrainedError, OSError) as error:
         print(f"dsv3_kernels.train.export: {error}", file=sys.stderr)

@@ -48,8 +48,8 @@ class Schedule:
     """When what changes; None leaves a thing as it is without a schedule. Moments are written as in `Point`.
 
     The learning rate rises over warmup_steps, rests at its highest until constant_until, falls along a
-    cosine to final_lr of the highest at decay_until, rests there, and is last_lr of the highest from
-    last_lr_from on.
+    cosine to final_lr of the highest at decay_until (by default the last step), rests there, and is last_lr
+    of the highest from last_lr_from on.
     """
 
     constant_until: str | None = None
@@ -135,8 +135,8 @@ def resolve(schedule: Schedule | None, steps: int, batch_size: int, seq_len: int
         return default if point is None else point.step(steps, seq_len, batch_size, ramp)
 
     constant = step_of("constant_until", warmup_steps)
-    decay = step_of("decay_until", max(steps - 1, constant + 1))
     last = step_of("last_lr_from", math.inf)
+    decay = step_of("decay_until", min(max(steps - 1, constant + 1), last))
     order = [
         ("warmup_steps", warmup_steps),
         ("constant_until", constant),

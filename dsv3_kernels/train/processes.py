@@ -37,7 +37,8 @@ class Watch:
     """
 
     def __init__(self, store: "dist.Store", rank: int, size: int, timeout: float) -> None:
-        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: waits on the other must not stop the signs
+        # A connection of its own: waits on the other must not stop the signs.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._rank, self._size, self._timeout = rank, size, timeout
         self._done = threading.Event()
         self.verdict: str | None = None
@@ -56,6 +57,11 @@ class Watch:
             why = self._store.compare_set("ended", "", why).decode()
         self.verdict = why
         return why
+
+    def linger(self) -> None:
+        """Rank 0 may be the store's host: the others get time to read why before it goes."""
+        if self._rank == 0:
+            time.sleep(3 * BEAT)
 
     def explain(self) -> str | None:
         """Why a collective failed here, once somebody knows or a rank is found silent; None if none is."""
@@ -159,24 +165,38 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
         yield Processes.alone(device)
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    rank, size = dist.get_rank(), dist.get_world_size()
-    watch = Watch(dist.distributed_c10d._get_default_store(), rank, size, timeout)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(rank)
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+    )
+    watch = Watch(store, rank, size, timeout)
     try:
         dist.barrier()  # every rank has given its first sign
         yield Processes(rank, size, device, watch, timeout)
         dist.barrier()
         watch.stop()
-    except (RuntimeError, TimeoutError) as error:  # as torch.distributed and ep.Buffer raise for a lost peer
-        why = watch.explain()
+    except Exception as error:
+        # A lost peer is a RuntimeError of torch.distributed, or a TimeoutError of ep.Buffer.
+        lost = any(isinstance(e, RuntimeError | TimeoutError) for e in (error, error.__cause__))
+        why = watch.explain() if lost else None
         if why is None:
             watch.fail(f"rank {rank} failed: {_one_line(error)}")
+        watch.linger()
+        if why is None:
             raise
         raise TrainError(why) from error
-    except Exception as error:
-        watch.fail(f"rank {rank} failed: {_one_line(error)}")
-        raise
     dist.destroy_process_group()
+
+
+def _store(rank: int) -> "dist.Store":
+    """The one that torch.distributed would take, with room for each attempt: torch 2.13 reads what an attempt
+    before left in torchrun's, and connects to processes that are gone.
+    """
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, is_master=rank == 0 and not of_torchrun)
+    return dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def agree(settings: dict[str, Any], group: "dist.ProcessGroup | None") -> None:

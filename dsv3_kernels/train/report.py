@@ -104,15 +104,17 @@ class Summary:
             "validation loss before": self.validation_before,
             "validation loss after": self.validation_after,
         }
+        averages: dict[str, Any] = {p: log.of(p)[-1].get("validation_loss_ema") for p in precisions}
+        if None not in averages.values():
+            rows["validation loss of the average"] = averages
         for name, values in rows.items():
             cells = [f"{values[p]:.4f}" for p in precisions]
             if paired:
                 cells.append(_percent(values[precisions[0]] / values[precisions[1]] - 1))
             table.add_row(name, *cells)
         speeds = [_speed(log, p) for p in precisions]
-        table.add_row(
-            "tokens/s", *(f"{s:,.0f}" for s in speeds), *([f"{speeds[0] / speeds[1]:.2f}x"] * paired)
-        )
+        ratio = [f"{speeds[0] / speeds[1]:.2f}x"] if paired else []
+        table.add_row("tokens/s", *(f"{s:,.0f}" for s in speeds), *ratio)
         console.print(table)
         same = Table(title="the same weights computed both ways, validation loss", title_justify="left")
         for column in ("weights", "in FP8", "in BF16", "difference"):

@@ -23,9 +23,11 @@ from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.metrics import Meter, MetricsLog
 from dsv3_kernels.train.page import write_page
 from dsv3_kernels.train.parallel import Layout, gather
+from dsv3_kernels.train.pipeline import PipelineExecutor
 from dsv3_kernels.train.processes import Processes, agree
 from dsv3_kernels.train.saver import Saver
-from dsv3_kernels.train.trainer import Trainer
+from dsv3_kernels.train.tokenizer import FromFile
+from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
 TEMPERATURE = 0.7
 
@@ -116,6 +118,8 @@ class Run:
         if self.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_file(self.folder / "config.json", (json.dumps(to_json(config), indent=1) + "\n").encode())
+            if isinstance(self.corpus.tokenizer, FromFile):  # the data may move away
+                self.corpus.tokenizer.save(self.folder / "tokenizer.json")
             steps: dict[str, int] = {t.precision: t.step for t in self.trainers}
             meter = Meter(config.model, config.train.seq_len, process.device, devices=process.size)
             self.log = MetricsLog(self.folder / "metrics.jsonl", steps, meter)
@@ -156,10 +160,17 @@ class Run:
             f"in {' and '.join(self.config.precisions)} "
             f"for {train.steps} steps of {train.batch_size} x {train.seq_len} {corpus.unit}s\n"
             f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
-            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}",
+            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}"
+            f"{self._processes()}",
             highlight=False,
             soft_wrap=True,
         )
+
+    def _processes(self) -> str:
+        layout = self.groups.layout
+        if layout.world == 1:
+            return ""
+        return f"\n{layout.world} processes: pp {layout.pp} x ep {layout.ep} x dp {layout.dp}"
 
     def train(self, stop: StopRequest) -> bool:
         """True when the last step is reached, False when stopped before. Either way a checkpoint is there."""
@@ -182,13 +193,27 @@ class Run:
         return step == steps
 
     def _step(self, trainer: Trainer) -> dict:
-        metrics = trainer.train_step()
+        traced = trainer.step + 1 == self.config.parallel.trace_step
+        metrics = self._traced_step(trainer) if traced else trainer.train_step()
         due = trainer.step % self.config.validate_every == 0 or trainer.step == self.config.train.steps
         validation = trainer.evaluate(self.validation) if due else None
-        row = asdict(metrics) | {"validation_loss": validation}
+        averaged = trainer.evaluate_average(self.validation) if due else None
+        row = asdict(metrics) | {"validation_loss": validation, "validation_loss_ema": averaged}
         if self.log is not None:
             self.log.append(row)
         return row
+
+    def _traced_step(self, trainer: Trainer) -> StepMetrics:
+        """A step whose timeline the first of the pipelines writes."""
+        executor = trainer.executor
+        if not isinstance(executor, PipelineExecutor):
+            return trainer.train_step()
+        executor.trace = []
+        metrics = trainer.train_step()
+        first = self.groups.layout.share(self.groups.rank) == 0
+        executor.write_trace(self.folder / f"trace-{trainer.precision}.json" if first else None)
+        executor.trace = None
+        return metrics
 
     def finish(self, seconds: float, prompt: str, sample_bytes: int) -> None:
         """Prints the tables and a sample, writes summary.json, loss.png and report.html."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, ModelConfig
+from dsv3_kernels.train.executor import window_losses
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,35 @@ def split(config: ModelConfig, count: int) -> list[Stage]:
     return [Stage(i, count, range(a, a + n)) for i, (a, n) in enumerate(zip(starts, sizes, strict=True))]
 
 
-class Absent(nn.Module):
-    """Where a block that another rank holds would be."""
-
-
-def cut(model: DeepSeekV3, stages: Sequence[Stage]) -> DeepSeekV3:
-    """Leaves the model, in place, with what these stages need; names stay, parameters of others are freed.
+def layers_of(config: ModelConfig, stages: Sequence[Stage]) -> set[str]:
+    """What these stages need of the model, by name.
 
     With MTP modules the last stage needs the embedding too: on a rank that has the first stage as well it is
     the same one, elsewhere a copy.
     """
-    kept = {i for stage in stages for i in stage.blocks}
+    layers = {f"blocks.{i}" for stage in stages for i in stage.blocks}
+    last = any(stage.last for stage in stages)
+    if last:
+        layers |= {"norm", "head", "mtp"}
+    if any(stage.first for stage in stages) or (last and config.num_nextn_predict_layers):
+        layers.add("embedding")
+    return layers
+
+
+class Absent(nn.Module):
+    """Where a layer that another rank holds would be."""
+
+
+def cut(model: DeepSeekV3, stages: Sequence[Stage]) -> DeepSeekV3:
+    """Leaves the model, in place, with what these stages need; names stay, parameters of others are freed."""
+    kept = layers_of(model.config, stages)
     for i in range(len(model.blocks)):
-        if i not in kept:
+        if f"blocks.{i}" not in kept:
             model.blocks[i] = Absent()
-    first, last = any(s.first for s in stages), any(s.last for s in stages)
-    if not (first or (last and len(model.mtp))):
-        model.add_module("embedding", Absent())
-    if not last:
+    for name in {"embedding", "norm", "head"} - kept:
+        model.add_module(name, Absent())
+    if "mtp" not in kept:
         model.mtp = nn.ModuleList()
-        for name in ("norm", "head"):
-            model.add_module(name, Absent())
     return model
 
 
@@ -94,22 +103,8 @@ class StageRunner:
 
     def forward(self, stage: Stage, window: Tensor, hidden: Tensor | None) -> Output:
         """window: int64 [B, S + 1 + D]. hidden: what the stage before returned, None for the first."""
-        model = self._model
-        length = window.shape[1] - 1 - self._depth
-        cos, sin = model.rope(0, length)
-        if hidden is None:
-            hidden = model.embedding(window[:, :length])
-        balances: list[Tensor] = []
-        for i in stage.blocks:
-            hidden, balance = model.blocks[i](hidden, cos, sin)
-            if balance is not None:
-                balances.append(balance)
-        return self.end(stage, window, hidden, balances, cos, sin)
-
-    def end(
-        self, stage: Stage, window: Tensor, hidden: Tensor, balances: list[Tensor], cos: Tensor, sin: Tensor
-    ) -> Output:
-        """What comes of the state after the stage's blocks."""
+        cos, sin = self._model.rope(0, window.shape[1] - 1 - self._depth)
+        hidden, balances = self._blocks(stage, window, hidden, cos, sin)
         zero = torch.zeros((), device=hidden.device)
         if not stage.last:
             balance = torch.stack(balances).sum() / self._balanced if balances else None
@@ -121,6 +116,27 @@ class StageRunner:
         balance = torch.stack(balances).sum() / self._balanced if balances else zero
         loss = main + self._mtp_weight * mtp + self._balance_weight * balance
         return Output(None, loss, _detached((main, mtp, balance)))
+
+    def evaluate(self, stage: Stage, windows: Tensor, hidden: Tensor | None) -> Tensor:
+        """windows: int64 [B, S + 1]. Returns the next stage's input, the last stage each loss, [B]."""
+        model = self._model
+        cos, sin = model.rope(0, windows.shape[1] - 1)
+        hidden, _ = self._blocks(stage, windows, hidden, cos, sin)
+        return window_losses(model.logits(model.norm(hidden)), windows) if stage.last else hidden
+
+    def _blocks(
+        self, stage: Stage, window: Tensor, hidden: Tensor | None, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The state after the stage's blocks, and their balance losses."""
+        model = self._model
+        if hidden is None:
+            hidden = model.embedding(window[:, : len(cos)])
+        balances: list[Tensor] = []
+        for i in stage.blocks:
+            hidden, balance = model.blocks[i](hidden, cos, sin)
+            if balance is not None:
+                balances.append(balance)
+        return hidden, balances
 
 
 def _detached(shares: Sequence[Tensor]) -> Tensor:

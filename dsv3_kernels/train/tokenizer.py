@@ -83,6 +83,9 @@ class FromFile:
             raise ValueError(f"cannot read {path}: {error}") from error
         self.tokenizer.encode_special_tokens = not special_tokens
 
+    def save(self, path: Path) -> None:
+        self.tokenizer.save(str(path))
+
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.get_vocab_size()

@@ -14,7 +14,7 @@ from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model import DeepSeekV3, Losses, ModelConfig
 from dsv3_kernels.nn import Fp8Recipe, set_recipe
 from dsv3_kernels.nn.gate import Gate
-from dsv3_kernels.nn.recipe import Precision
+from dsv3_kernels.nn.recipe import RECOMPUTE, Precision
 from dsv3_kernels.train import not_finite, schedule
 from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig, from_json, to_json
@@ -24,6 +24,8 @@ from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor, LocalExecutor
 from dsv3_kernels.train.optimizer import AdamW, Piece
 from dsv3_kernels.train.parallel import Groups, Layout, add_up, gather, named_parameters, rank_in
+from dsv3_kernels.train.pipeline import PipelineExecutor
+from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 from dsv3_kernels.train.saver import Saver
 
 
@@ -78,11 +80,12 @@ class Trainer:
         self.layout, self.device, self.dtype = self.groups.layout, torch.device(device), dtype
         for batch_size in {schedule.batch_size(step, train) for step in range(train.steps)}:
             self.layout.check(model, batch_size, self.parallel.micro_batches)
-        self.recipe = Fp8Recipe(precision, power_of_2_scales=train.power_of_2_scales)
+        recompute = RECOMPUTE if train.recompute else ()
+        self.recipe = Fp8Recipe(precision, train.power_of_2_scales, recompute=recompute)
         self.model = DeepSeekV3(model, self.recipe, self._buffer())
         self.model.initialize(train.seed)
+        self.executor = _executor(self.model, self.parallel, self.groups)
         self.model.to(self.device)
-        self.executor: Executor = LocalExecutor(self.model)
         self.optimizer = AdamW(
             named_parameters(self.executor),
             weight_decay=train.weight_decay,
@@ -187,6 +190,7 @@ class Trainer:
         reason = f"the {what} of step {self.step + 1} is {value}; first not finite: {where}"
         if self.config.on_not_finite == "skip":
             return reason
+        self.saver.wait()
         raise TrainError(
             f"{self.precision}: {reason}; stopped before its update. "
             "Mend: a smaller --lr or more --warmup-steps, or --on-not-finite skip"
@@ -227,6 +231,13 @@ class Trainer:
         mean = self._evaluate_alone(windows) if self.layout.world == 1 else self._evaluate_share(windows)
         self._set_recipe(self.recipe)
         return mean
+
+    def evaluate_average(self, windows: Tensor) -> float | None:
+        """As `evaluate`, of the average of the weights, if one is kept."""
+        if self.ema is None:
+            return None
+        with self.ema.in_place(self.optimizer.write_parameters):
+            return self.evaluate(windows)
 
     def _set_recipe(self, recipe: Fp8Recipe) -> None:
         for part in self.executor.modules:
@@ -295,6 +306,7 @@ class Trainer:
         from_json(ModelConfig, state["model"], f"{where}: model")
         train = asdict(from_json(TrainConfig, state["train"], f"{where}: train"))
         state["train"] = train | {"steps": self.config.steps, "on_not_finite": self.config.on_not_finite}
+        state["train"] |= {"recompute": self.config.recompute}
         for name in expected:
             if state[name] != expected[name]:
                 raise TrainError(f"{where}: {_difference(name, state[name], expected[name])}")
@@ -303,6 +315,17 @@ class Trainer:
         found.read(pieces, names)
         self.optimizer.steps, self.step = state["updates"], state["step"]
         self.optimizer.write_parameters()
+
+
+def _executor(model: DeepSeekV3, parallel: ParallelConfig, groups: Groups) -> Executor:
+    """What runs a step. A pipeline's removes from the model what other ranks hold."""
+    if parallel.pp == 1:
+        return LocalExecutor(model)
+    try:
+        SCHEDULES[parallel.pp_schedule](parallel.pp, parallel.micro_batches)
+        return PipelineExecutor(model, parallel.pp_schedule, groups.pipeline)
+    except ValueError as error:
+        raise TrainError(f"--pp {parallel.pp} --pp-schedule {parallel.pp_schedule}: {error}") from error
 
 
 def _layer(name: str) -> tuple[bool, int]:

@@ -126,7 +126,7 @@ MUTATIONS |= {
         "",
         {WRONG},
     ),
-    "room is refused where it is just enough": ("rows > said->limit", "rows >= said->limit", {WRONG}),
+    "room is refused where it is just enough": ("rows > at->limit", "rows >= at->limit", {WRONG}),
     "gradients of tokens come home by expert": (
         "call.token_order ? lane : place",
         "place",
@@ -195,7 +195,7 @@ def outcome(text, seed, case):
 @pytest.mark.parametrize("case", [ROUNDS, AGAIN, TOKENS, STREAM], ids=["rounds", "again", "tokens", "stream"])
 def test_the_protocol_as_it_is(case):
     text = source()
-    assert {outcome(text, seed, case) for seed in range(SEEDS // 5)} == {"nothing"}
+    assert {outcome(text, seed, case) for seed in range(SEEDS // 10)} == {"nothing"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
