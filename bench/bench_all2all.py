@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 8 -m bench.bench_all2all   # on GPUs over NVLink, or on CPUs over gloo
     python -m bench.bench_all2all                        # one GPU: its virtual ranks; none: --ranks processes
 
-Between processes it is timed against `all_to_all_single` of the same bytes, in the same run, on --sms SMs where
-kernels run. On one GPU it is the table of the GPU report (bench/cases/dispatch.py, combine.py: virtual ranks
-against a copy of as many bytes on the same SMs) and bench_overlap. Between processes, routing is node-limited as in DeepSeek-V3: a token's experts are on at most --nodes-per-token nodes. The bytes
-are those that this rank sends to others, payload only; the peer sends as many to each. A rank's clock starts
-after a barrier, and the slowest rank of a round counts.
+Between processes it is timed against `all_to_all_single` of the same bytes, in the same run, on --sms SMs
+where kernels run. On one GPU it is the table of the GPU report (bench/cases/dispatch.py, combine.py: virtual
+ranks against a copy of as many bytes on the same SMs), then bench_overlap.
+
+Between processes routing is node-limited as in DeepSeek-V3: a token's experts are on at most so many nodes as
+--nodes-per-token says. The bytes are those that this rank sends to others, payload only; the peer sends as
+many to each. A rank's clock starts after a barrier, and the slowest rank of a round counts.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench import bench_overlap, gpu_bench, loopback
+from bench import bench_overlap, loopback
 from bench.report import Report
 from dsv3_kernels import ep, quantize_1x128
 
@@ -169,8 +171,7 @@ def main() -> None:
         dist.destroy_process_group()
         return
     if torch.cuda.is_available() and not options.cpu:
-        for op in ("dispatch", "combine"):
-            gpu_bench.main([op, "--seconds", str(options.seconds)])
+        loopback.tables(options.seconds)
         bench_overlap.main([])
         print(loopback.NOTE)
         return

@@ -48,6 +48,9 @@ def page(content: Content) -> str:
             lines += ["", "## Host time", ""]
             rows = [row for row in part["findings"]["results"] if "median" in row]
             lines += [f"- {row['name']}: {1e6 * row['median']:.1f} us" for row in rows]
+        if part["part"] == "model" and part["findings"]:
+            lines += ["", "## Training steps", ""]
+            lines += [_step(row) for row in part["findings"]["results"]]
         if part["part"] == "overlap" and part["findings"]:
             lines += ["", *_overlap(part["findings"])]
     for op, report in benches(content):
@@ -59,6 +62,14 @@ def _tests(findings: Content) -> list[str]:
     passed, failed, skipped = findings["passed"], findings["failed"], findings["skipped"]
     lines = ["## Tests", "", f"{passed} passed, {len(failed)} failed, {skipped} skipped"]
     return [*lines, *(f"- failed: {name}" for name in failed), *(f"- {text}" for text in findings["reasons"])]
+
+
+def _step(row: Row) -> str:
+    text = f"- {row['name']}: {1e3 * row['median']:.1f} ms, {row['tokens_per_s']:.0f} tokens/s"
+    text += f", at most {row['peak_gib']:.2f} GiB"
+    if "speed_against_peer" in row:
+        text += f", {row['speed_against_peer']:.2f} of BF16's speed"
+    return text
 
 
 def _overlap(findings: Content) -> list[str]:

@@ -67,13 +67,16 @@ def parts(folder: Path, dry: bool) -> list[Part]:
         op: max(15.0, BENCH_SECONDS * count / sum(rows.values())) for op, count in rows.items() if count
     }
     host = [*python, "bench.bench_launch", "--out", f"{folder}/host.json", *(["--fake"] if dry else [])]
+    model = [*python, "bench.bench_model", "--gpu", "--seconds", "15", "--out", f"{folder}/model.json"]
+    of_model = "a dry run trains nothing" if dry else ""
     return [
         Part("machine", 60, [*python, "dsv3_kernels.doctor"]),
         Part("build", 150, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]),
         Part("tests", 150, tests, {"OMP_NUM_THREADS": "2"}, read=_read_tests),
         *(_bench(op, folder, dry, limit) for op, limit in seconds.items()),
         _overlap(folder, dry),
-        Part("host", 40, host, read=_read_host),
+        Part("host", 40, host, read=lambda folder: _read_json(folder / "host.json")),
+        Part("model", 60, model, read=lambda folder: _read_json(folder / "model.json"), skip=of_model),
         *(_sanitizer(tool, dry) for tool in SANITIZERS),
     ]
 
@@ -102,7 +105,7 @@ def _bench(op: str, folder: Path, dry: bool, seconds: float) -> Part:
         f"bench-{op}",
         seconds + 40,
         [*command, "--synthetic"] if dry else command,
-        read=lambda folder: json.loads(out.read_text()) if out.is_file() else {},
+        read=lambda folder: _read_json(out),
     )
 
 
@@ -167,8 +170,7 @@ def _read_tests(folder: Path) -> dict[str, object]:
     }
 
 
-def _read_host(folder: Path) -> dict[str, object]:
-    file = folder / "host.json"
+def _read_json(file: Path) -> dict[str, object]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench import gpu_bench
 from bench.cases import Call, Candidates
 from bench.copy_kernel import copy
 from dsv3_kernels import ep, quantize_1x128
@@ -136,3 +137,9 @@ def candidates(setup: Setup, op: str) -> Candidates:
         return lambda: copy(source, target, setup.ranks * setup.num_sms)
 
     return Candidates(ours, {PEER: peer}, frozenset({PEER}))
+
+
+def tables(seconds: float) -> None:
+    """Measures SETUPS of both ops, within so many seconds each."""
+    for op in ("dispatch", "combine"):
+        gpu_bench.main([op, "--seconds", str(seconds)])

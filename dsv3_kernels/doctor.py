@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -25,6 +26,9 @@ from .jit.compile import compile_source, source_options
 Status = Literal["ok", "missing", "broken"]
 
 _INFINIBAND = Path("/sys/class/infiniband")
+_PEER_MODULES = (Path("/sys/module/nvidia_peermem"), Path("/sys/module/nv_peer_mem"))
+_DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 _BUILD = "pip install -e . (in the checkout; needs a C++17 compiler)"
 
 
@@ -168,6 +172,7 @@ def _peer_access() -> str:
 
 def _nvshmem() -> str:
     nvshmem = toolchain.nvshmem()
+    nvshmem.check_versions()
     return f"device {nvshmem.version}, host {nvshmem.host_version()} ({nvshmem.include.parent})"
 
 
@@ -192,6 +197,42 @@ def _nic() -> str:
     if not any("ACTIVE" in read(port, "state") for port in ports):
         raise Missing(f"{found}: no port is active", "check the cable and the subnet manager (ibstat)")
     return found
+
+
+def _peer_memory() -> str:
+    """How a NIC reaches the GPU's memory."""
+    for module in _PEER_MODULES:
+        if module.is_dir():
+            return f"kernel module {module.name}"
+    if not _DRIVER_VERSION.is_file():
+        raise Missing("no NVIDIA kernel driver is loaded", "first mend the driver")
+    kernel = platform.release()
+    recent = tuple(int(n) for n in re.findall(r"\d+", kernel)[:2]) >= (5, 12)
+    if recent and "Open Kernel Module" in _DRIVER_VERSION.read_text():
+        return f"dma-buf (Linux {kernel}, open kernel modules)"
+    raise Missing(
+        f"neither nvidia_peermem nor dma-buf (Linux {kernel}; that takes 5.12 and the open kernel modules)",
+        "modprobe nvidia_peermem",
+    )
+
+
+def _driver_keys() -> str:
+    """Whether kernels may ring a NIC's doorbell themselves."""
+    if not _DRIVER_PARAMETERS.is_file():
+        raise Missing("no NVIDIA kernel driver is loaded", "first mend the driver")
+    text = _DRIVER_PARAMETERS.read_text()
+    lacking = []
+    if not re.search(r"EnableStreamMemOPs: *1", text):
+        lacking.append("NVreg_EnableStreamMemOPs=1")
+    if "PeerMappingOverride=1" not in text:
+        lacking.append('NVreg_RegistryDwords="PeerMappingOverride=1;"')
+    if lacking:
+        raise Missing(
+            f"not set: {', '.join(lacking)}. Without, NVSHMEM_IBGDA_NIC_HANDLER=auto lets the CPU ring the "
+            "NIC's doorbell, which costs latency",
+            f"options nvidia {' '.join(lacking)} in /etc/modprobe.d/nvidia.conf, update-initramfs -u, reboot",
+        )
+    return "NVreg_EnableStreamMemOPs and PeerMappingOverride are set"
 
 
 def _compiler() -> str:
@@ -243,6 +284,8 @@ CHECKS = (
     Check("NVSHMEM", _NODES, _nvshmem, toolchain.MEND["nvshmem"]),
     Check("headers", "kernels that call NVSHMEM", _nvshmem_headers, toolchain.MEND["cudart"]),
     Check("NIC", _NODES, _nic, "check the NIC's driver"),
+    Check("peer memory", _NODES, _peer_memory, "modprobe nvidia_peermem"),
+    Check("driver keys", "doorbells from the GPU", _driver_keys, "see docs/cluster.md"),
     Check("C++ compiler", "building from source", _compiler, "apt install g++, or set CXX"),
 )
 
@@ -262,7 +305,7 @@ def summary(findings: Iterable[Finding]) -> list[str]:
         line("emulator (CPU)", "Python", "torch", "emulator", "NVRTC", "compile"),
         line("one GPU", *gpu),
         line("one node, over NVLink", *gpu, "peer access"),
-        line("several nodes", *gpu, *linked, "NIC"),
+        line("several nodes", *gpu, *linked, "NIC", "peer memory"),
     ]
 
 

@@ -1,66 +1,17 @@
 """python -m dsv3_kernels.generate: text from a trained model, as it is made."""
 
 import argparse
-import codecs
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dsv3_kernels.model import DeepSeekV3, Generator, Sampling, from_pretrained
 from dsv3_kernels.nn import Fp8Recipe, set_recipe, store_fp8_weights
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.tokenizer import Bytes, FromFile, Tokenizer
 from dsv3_kernels.train.trained import load_trained
-
-
-class Tokenizer(Protocol):
-    def encode(self, text: str) -> list[int]: ...
-
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text, in pieces of whole characters."""
-        ...
-
-
-class Bytes:
-    """A token is a byte of UTF-8."""
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        for token in tokens:
-            yield decoder.decode(bytes([token]))
-        yield decoder.decode(b"", final=True)
-
-
-class FromFile:
-    """tokenizer.json of a released model, read by the `tokenizers` package."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            from tokenizers import Tokenizer as Library
-        except ImportError as error:
-            raise ValueError(f"{path} needs the tokenizers package. Mend: pip install tokenizers") from error
-        try:
-            self.tokenizer = Library.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"cannot read {path}: {error}") from error
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text).ids
-
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        ids: list[int] = []
-        shown = ""
-        for token in tokens:
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is not whole yet
-                yield text[len(shown) :]
-                shown = text
-        yield self.tokenizer.decode(ids)[len(shown) :]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -97,6 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of the GEMMs, and of a run which of its weights; by default what the run trained in first, FP8 "
         "for a released model",
     )
+    group.add_argument("--ema", action="store_true", help="of a run the average of its weights")
     return parser
 
 
@@ -107,13 +59,14 @@ def newest_run() -> Path:
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
 
 
-def load(folder: Path, precision: Any) -> tuple[DeepSeekV3, Tokenizer, int]:
+def load(folder: Path, precision: Any, ema: bool = False) -> tuple[DeepSeekV3, Tokenizer, int]:
     """The model, its tokenizer, and how many positions it was trained on."""
     if (folder / "checkpoints").exists():
-        model, config = load_trained(folder, precision)
+        model, config = load_trained(folder, precision, ema=ema)
         if (precision or config.precisions[0]) == "fp8":
             store_fp8_weights(model, power_of_2_scales=config.train.power_of_2_scales)
-        return model, Bytes(), config.train.seq_len
+        path = folder / "tokenizer.json"
+        return model, FromFile(path) if path.exists() else Bytes(), config.train.seq_len
     model = from_pretrained(folder)
     set_recipe(model, Fp8Recipe(precision or "fp8"))
     if precision != "bf16":
@@ -131,7 +84,7 @@ def generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--tokens is {arguments.tokens}, expected at least 1")
     sampling = Sampling(arguments.temperature, arguments.top_p)
     folder = arguments.folder or newest_run()
-    model, tokenizer, trained = load(folder, arguments.precision)
+    model, tokenizer, trained = load(folder, arguments.precision, arguments.ema)
     generator = Generator(model, sampling, seed=arguments.seed, speculative=arguments.speculative)
     prompt = tokenizer.encode(arguments.prompt)
     tokens = generator.tokens(prompt, arguments.tokens)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from . import nvshmem
 from .by_value import Struct
 from .device_error import DeviceValueError
 from .jit import Kernel, toolchain
@@ -332,7 +333,10 @@ def _loaded(kernel: Kernel, device: int) -> Any:
 @functools.cache
 def _load(kernel: Kernel) -> Any:
     cubin = kernel.cubin()
-    return _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    loaded = _runtime().Kernel(cubin.image, cubin.name, list(cubin.parameters), str(kernel))
+    if kernel.nvshmem:
+        nvshmem.current().initialise(loaded.library)
+    return loaded
 
 
 @functools.cache

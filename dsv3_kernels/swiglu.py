@@ -276,9 +276,10 @@ def _run_backward(
             reference.quantize_1x128_both, power_of_2_scales=power_of_2_scales, op=op
         )
         values = reference.dequantize(QuantizedTensor(x, x_scales, ROW))
-        d, y = reference.swiglu_backward(dy, values, weights)
+        sigmoid = reference.sigmoid(values[:, : dy.shape[1]])  # once for both
+        d, y = reference.swiglu_backward(dy, values, weights, sigmoid=lambda _: sigmoid)
         if weights is not None:
-            sums.copy_(reference.swiglu_weight_gradients(dy, values))
+            sums.copy_(reference.swiglu_weight_gradients(dy, values, sigmoid=lambda _: sigmoid))
         dx, dx_t = quantise(d, group_offsets)
         return dx, dx_t, quantise(y, group_offsets)[1] if recompute else dx_t, sums
     tokens, width = dy.shape

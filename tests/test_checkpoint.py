@@ -1,5 +1,8 @@
 """Checkpoints: exact, refused when a byte is wrong, and whole whatever moment the process dies."""
 
+import copy
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -15,7 +18,11 @@ import safetensors.torch
 import torch
 
 from dsv3_kernels.train import checkpoint
+from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.optimizer import Piece
+
+SHARD = "rank-00000.safetensors"
 
 
 def tensors_of(step):
@@ -27,18 +34,27 @@ def tensors_of(step):
     }
 
 
+def pieces_of(tensors):
+    return {name: Piece(tensor.view(-1), 0, tensor.shape) for name, tensor in tensors.items()}
+
+
 def save(folder, step, keep=2):
-    return checkpoint.save(folder, step, tensors_of(step), {"step": step}, keep)
+    return checkpoint.save(folder, step, pieces_of(tensors_of(step)), {"step": step}, keep)
+
+
+def load(folder, like):
+    """The state, and all tensors, which must be as many as in `like` and of its shapes and dtypes."""
+    found = Checkpoint(folder)
+    tensors = {name: torch.full_like(tensor, 77) for name, tensor in like.items()}
+    found.read(pieces_of(tensors), set(like))
+    return tensors, found.state
 
 
 def assert_holds(folder, step):
-    tensors, state = checkpoint.load(folder)
-    assert state == {"step": step}
     expected = tensors_of(step)
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert tensor.dtype == expected[name].dtype
-        assert torch.equal(tensor, expected[name])
+    tensors, state = load(folder, expected)
+    assert state == {"step": step}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
 
 
 def test_round_trip_and_pruning(tmp_path):
@@ -54,9 +70,9 @@ def test_round_trip_and_pruning(tmp_path):
 
 def test_saving_a_step_again_keeps_it(tmp_path):
     first = save(tmp_path, 5)
-    before = (first / "tensors.safetensors").stat()
+    before = (first / SHARD).stat()
     assert save(tmp_path, 5) == first
-    assert (first / "tensors.safetensors").stat().st_ino == before.st_ino
+    assert (first / SHARD).stat().st_ino == before.st_ino
     assert_holds(tmp_path, 5)
 
 
@@ -64,7 +80,7 @@ def test_a_checkpoint_that_latest_never_named_is_replaced(tmp_path):
     save(tmp_path, 5)
     save(tmp_path, 6)
     (tmp_path / "latest").write_text("step-000005\n")  # as if killed between the rename and `latest`
-    (tmp_path / "step-000006" / "tensors.safetensors").write_bytes(b"old")
+    (tmp_path / "step-000006" / SHARD).write_bytes(b"old")
     save(tmp_path, 6)
     assert_holds(tmp_path, 6)
 
@@ -75,50 +91,87 @@ def test_every_flipped_byte_is_noticed(tmp_path):
     rng = random.Random(seed)
     folder = save(tmp_path, 3)
     for _ in range(300):
-        path = folder / rng.choice(["state.json", "tensors.safetensors", "SHA256SUMS"])
+        path = folder / rng.choice(["manifest.json", SHARD, "SHA256SUMS"])
         content = path.read_bytes()
         position = rng.randrange(len(content))
         damaged = bytearray(content)
         damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         with pytest.raises(TrainError, match="is damaged"):
-            checkpoint.load(tmp_path)
+            Checkpoint(tmp_path)
         path.write_bytes(content)
     assert_holds(tmp_path, 3)
 
 
 def test_truncated_files_and_missing_files_are_noticed(tmp_path):
     folder = save(tmp_path, 3)
-    for name in ("state.json", "tensors.safetensors", "SHA256SUMS"):
+    for name in ("manifest.json", SHARD, "SHA256SUMS"):
         content = (folder / name).read_bytes()
         for length in {0, 1, len(content) // 2, len(content) - 1}:
             (folder / name).write_bytes(content[:length])
             with pytest.raises(TrainError, match="is damaged"):
-                checkpoint.load(tmp_path)
+                Checkpoint(tmp_path)
         (folder / name).unlink()
-        with pytest.raises(TrainError, match="cannot load"):
-            checkpoint.load(tmp_path)
+        with pytest.raises(TrainError, match="is damaged|cannot load"):
+            Checkpoint(tmp_path)
         (folder / name).write_bytes(content)
 
 
 def with_sums(folder):
-    (folder / "SHA256SUMS").write_bytes(checkpoint._checksums(folder))
+    names = sorted(path.name for path in folder.iterdir() if path.name != "SHA256SUMS")
+    sums = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in names]
+    (folder / "SHA256SUMS").write_text("".join(sums))
 
 
 def test_forged_checkpoints_with_right_checksums_are_refused(tmp_path):
+    """Whoever wrote them: an error, nothing executed, no tensor half read."""
     folder = save(tmp_path, 3)
-    tensors = (folder / "tensors.safetensors").read_bytes()
-    for content in (b"", b"\xff" * 64, (1 << 60).to_bytes(8, "little") + tensors[8:], tensors[:-4]):
-        (folder / "tensors.safetensors").write_bytes(content)
+    shard, manifest = (folder / SHARD).read_bytes(), json.loads((folder / "manifest.json").read_text())
+    for content in (b"", b"\xff" * 64, (1 << 60).to_bytes(8, "little") + shard[8:], shard[:-4]):
+        (folder / SHARD).write_bytes(content)
         with_sums(folder)
         with pytest.raises(TrainError, match="cannot load"):
-            checkpoint.load(tmp_path)
-    (folder / "tensors.safetensors").write_bytes(tensors)
-    for state in (b"__import__('os')", b"[1]", b"[" * 100_000, b"\xff"):
-        (folder / "state.json").write_bytes(state)
+            load(tmp_path, tensors_of(3))
+    (folder / SHARD).write_bytes(shard)
+    for content in (b"__import__('os')", b"[1]", b"[" * 100_000, b"\xff"):
+        (folder / "manifest.json").write_bytes(content)
+        with_sums(folder)
+        with pytest.raises(TrainError, match="cannot load"):
+            Checkpoint(tmp_path)
+    changes = [
+        lambda m: m.update(format=3),
+        lambda m: m.update(more=1),
+        lambda m: m.update(state=[]),
+        lambda m: m["tensors"].update(a=3),
+        lambda m: m["tensors"]["a"].update(dtype="torch.complex64"),
+        lambda m: m["tensors"]["a"].update(dtype=["x"]),
+        lambda m: m["tensors"]["a"].update(shape=[7, -5]),
+        lambda m: m["tensors"]["a"].update(shape=[7, 6]),
+        lambda m: m["tensors"]["a"].update(pieces=[]),
+        lambda m: m["tensors"]["a"].update(pieces=[["../x", 0, 35]]),
+        lambda m: m["tensors"]["a"].update(pieces=[[SHARD, 0, 30]]),
+        lambda m: m["tensors"]["a"].update(pieces=[[SHARD, 0, 20], [SHARD, 10, 25]]),
+        lambda m: m["tensors"]["a"].update(pieces=[[SHARD, 0.0, 35]]),
+        lambda m: m["tensors"]["a"].update(
+            pieces=[[SHARD, 0, 20], [SHARD, 20, 15]]
+        ),  # the file has one of 35
+        lambda m: m["tensors"].update(d=m["tensors"]["a"]),  # which the file does not have
+    ]
+    for change in changes:
+        forged = copy.deepcopy(manifest)
+        change(forged)
+        (folder / "manifest.json").write_text(json.dumps(forged))
         with_sums(folder)
         with pytest.raises(TrainError):
-            checkpoint.load(tmp_path)
+            load(tmp_path, tensors_of(3) | ({"d": torch.zeros(7, 5)} if "d" in forged["tensors"] else {}))
+
+
+def test_the_first_format_is_refused_by_name(tmp_path):
+    (tmp_path / "step-000003").mkdir()
+    (tmp_path / "step-000003" / "state.json").write_text("{}")
+    (tmp_path / "latest").write_text("step-000003\n")
+    with pytest.raises(TrainError, match="is of format 1, an earlier version's, expected 2"):
+        Checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"step-", b"../../etc", b"step-000003/../x", b"\xff\xfe", None])
@@ -128,34 +181,36 @@ def test_a_damaged_pointer(tmp_path, content):
     if content is not None:
         (tmp_path / "latest").write_bytes(content)
     with pytest.raises(TrainError, match="latest is missing or damaged"):
-        checkpoint.load(tmp_path)
+        Checkpoint(tmp_path)
 
 
 def test_error_names_the_checkpoint_to_fall_back_to(tmp_path):
     save(tmp_path, 3)
     newest = save(tmp_path, 4)
-    (newest / "state.json").write_bytes(b"{}")
+    (newest / "manifest.json").write_bytes(b"{}")
     with pytest.raises(TrainError, match=r"step-000004 is damaged.*Mend: write step-000003 into .*latest"):
-        checkpoint.load(tmp_path)
+        Checkpoint(tmp_path)
     (tmp_path / "latest").write_text("step-000003\n")
     assert_holds(tmp_path, 3)
 
 
-def test_copy_checked_changes_nothing_unless_all_fit():
-    target = {"a": torch.zeros(3), "b": torch.zeros(2, 2)}
-    good = {"a": torch.ones(3), "b": torch.ones(2, 2)}
+def test_reading_changes_nothing_unless_all_fit(tmp_path):
+    save(tmp_path, 3)
+    found, good = Checkpoint(tmp_path), tensors_of(3)
     bad = [
-        ({"a": torch.ones(3)}, "missing tensors .'b'."),
-        (good | {"c": torch.ones(1)}, "unknown tensors .'c'."),
-        (good | {"b": torch.ones(4)}, "tensor b is"),
-        (good | {"b": torch.ones(2, 2).bfloat16()}, "tensor b is"),
+        (good | {"d": torch.ones(1)}, r"missing tensors \['d'\]"),
+        ({"a": good["a"]}, r"unknown tensors \['b/c', 'empty'\]"),
+        (good | {"b/c": torch.ones(34).bfloat16()}, "tensor b/c is"),
+        (good | {"a": torch.ones(7, 5).bfloat16()}, "tensor a is"),
     ]
-    for source, message in bad:
+    for tensors, message in bad:
+        target = {name: torch.full_like(tensor, 77) for name, tensor in tensors.items()}
         with pytest.raises(TrainError, match=message):
-            checkpoint.copy_checked(source, target, "here")
-        assert (target["a"] == 0).all()
-    checkpoint.copy_checked(good, target, "here")
-    assert all((t == 1).all() for t in target.values())
+            found.read(pieces_of(target), set(target))
+        assert all((t == 77).all() for t in target.values())
+    part = Piece(torch.zeros(9), 20, good["a"].shape)
+    found.read({"a": part}, None)
+    assert torch.equal(part.values, good["a"].flatten()[20:29])
 
 
 class Died(BaseException):
@@ -217,7 +272,7 @@ def test_every_point_of_failure_leaves_the_old_or_the_new(tmp_path, monkeypatch,
                 pass
             except (TrainError, OSError) as error:
                 assert "No space left on device" in str(error)
-        newest = checkpoint.load(folder)[1]["step"]
+        newest = Checkpoint(folder).state["step"]
         assert_holds(folder, newest)
         if kind == "full disk":
             assert not list(folder.glob(".writing-*"))
@@ -231,11 +286,13 @@ SAVE_FOREVER = textwrap.dedent(
     import sys, torch
     from pathlib import Path
     from dsv3_kernels.train import checkpoint
+    from dsv3_kernels.train.optimizer import Piece
     folder, step = Path(sys.argv[1]), int(sys.argv[2])
     while True:
         step += 1
         tensors = {"a": torch.full((20_000,), float(step)), "b": torch.full((5,), float(step))}
-        checkpoint.save(folder, step, tensors, {"step": step}, keep=2)
+        pieces = {name: Piece(tensor, 0, tensor.shape) for name, tensor in tensors.items()}
+        checkpoint.save(folder, step, pieces, {"step": step}, keep=2)
         print(step, flush=True)
     """
 )
@@ -255,7 +312,7 @@ def test_kill_9_while_saving(tmp_path):
         finally:
             process.send_signal(signal.SIGKILL)
             printed = process.communicate()[0].split()
-        tensors, state = checkpoint.load(tmp_path)
+        tensors, state = load(tmp_path, {"a": torch.empty(20_000), "b": torch.empty(5)})
         assert state["step"] >= int(printed[-1] if printed else first)
         step = state["step"]
         assert all((t == step).all() for t in tensors.values())

@@ -7,7 +7,7 @@ import torch
 from fp8_helpers import fresh_generator
 from torch import nn
 
-from dsv3_kernels.nn import Fp8Linear, GroupedFp8Linear, deferred_wgrad, fp8_linear
+from dsv3_kernels.nn import BF16, Fp8Linear, GroupedFp8Linear, deferred_wgrad, fp8_linear, plain, set_recipe
 from dsv3_kernels.nn.deferred import active_store
 
 OFFSETS = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
@@ -96,6 +96,45 @@ def test_runners_of_micro_batches(main_grad):
             assert len(store) == left
         runners[0]()  # nothing is left to do
     assert_same(model, deferred)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("slow", [False, True])
+def test_plain_layers_defer_bit_for_bit(dtype, slow, monkeypatch):
+    monkeypatch.setattr(plain, "_slow_bf16_cpu", lambda: slow)
+    model = Model()
+    set_recipe(model, BF16)
+    model.to(dtype)
+    deferred = copy.deepcopy(model)
+    for parameter in (*model.parameters(), *deferred.parameters()):
+        parameter.grad_dtype = torch.float32
+    data = [x.to(dtype).unflatten(0, (8, 5)) for x in batches()]
+
+    def loss_of(model, x):
+        y = model.experts(model.first(x).flatten(0, 1), OFFSETS).relu()
+        return model.last(y.unflatten(0, (8, 5))).float().square().mean()
+
+    inputs = [x.clone().requires_grad_() for x in data]
+    for x in inputs:
+        loss_of(model, x).backward()
+    with deferred_wgrad() as store:
+        for x, plain_x in zip(data, inputs, strict=True):
+            x.requires_grad_()
+            loss_of(deferred, x).backward()
+            assert torch.equal(x.grad, plain_x.grad) and x.grad.abs().max() > 0
+        assert len(store) == 9 and all(p.grad is None for p in deferred.parameters())
+        store.run()
+    assert_same(model, deferred)
+
+
+def test_plain_layers_without_a_store_in_the_backward():
+    weight, again = (torch.ones(16, 64, requires_grad=True) for _ in range(2))
+    x = torch.randn(4, 64)
+    plain.linear(x, weight).square().sum().backward()
+    with deferred_wgrad():
+        loss = plain.linear(x, again).square().sum()
+    loss.backward()
+    assert torch.equal(weight.grad, again.grad)
 
 
 def test_input_gradients_are_there_at_once():

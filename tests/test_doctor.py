@@ -154,6 +154,29 @@ def test_nics(tmp_path, monkeypatch):
     assert check.run().status == "ok"
 
 
+def test_how_a_nic_reaches_the_gpu(tmp_path, monkeypatch):
+    peer, keys = (next(c for c in doctor.CHECKS if c.name == name) for name in ("peer memory", "driver keys"))
+    module, version, parameters = (tmp_path / name for name in ("nvidia_peermem", "version", "params"))
+    monkeypatch.setattr(doctor, "_PEER_MODULES", (module,))
+    monkeypatch.setattr(doctor, "_DRIVER_VERSION", version)
+    monkeypatch.setattr(doctor, "_DRIVER_PARAMETERS", parameters)
+    for check in (peer, keys):
+        assert (check.run().status, check.run().found) == ("missing", "no NVIDIA kernel driver is loaded")
+    version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07\n")
+    monkeypatch.setattr(doctor.platform, "release", lambda: "5.4.0-100-generic")
+    assert "neither nvidia_peermem nor dma-buf" in peer.run().found
+    assert peer.run().mend == "modprobe nvidia_peermem"
+    monkeypatch.setattr(doctor.platform, "release", lambda: "6.8.0-45-generic")
+    assert peer.run().found == "dma-buf (Linux 6.8.0-45-generic, open kernel modules)"
+    module.mkdir()
+    assert peer.run().found == "kernel module nvidia_peermem"
+    parameters.write_text('EnableStreamMemOPs: 0\nRegistryDwords: ""\n')
+    assert "not set: NVreg_EnableStreamMemOPs=1, NVreg_RegistryDwords" in keys.run().found
+    assert "options nvidia NVreg_EnableStreamMemOPs=1 NVreg_Reg" in keys.run().mend
+    parameters.write_text('EnableStreamMemOPs: 1\nRegistryDwords: "PeerMappingOverride=1;"\n')
+    assert keys.run().status == "ok"
+
+
 def test_a_check_that_fails_in_an_unforeseen_way_is_a_line_too(monkeypatch):
     def trouble():
         raise ZeroDivisionError("unforeseen\n trouble " + "x" * 1000)

@@ -10,8 +10,9 @@ from commit_seed import seeds
 from torch import nn
 
 from dsv3_kernels import emulator, reference
-from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, GroupedFp8Linear, deferred_wgrad
+from dsv3_kernels.nn import Fp8Linear, Fp8Recipe, GroupedFp8Linear, MoE, deferred_wgrad
 
+NAMES = r"(quantize_1x128_t|quantize_\d+x128|fp8_\w+?|swiglu_\w+?|permute_\w+?|unpermute|route)(?=I|E)"
 SIZES = [0, 128, 1, 71, 0]
 TOKENS = sum(SIZES)
 
@@ -73,7 +74,7 @@ def launched(monkeypatch):
     launch = emulator.VirtualGPU.launch
 
     def counting(gpu, ptx, kernel, **rest):
-        counter[re.search(r"(quantize_1x128_t|quantize_\d+x128|fp8_\w+?)(?=I|E)", kernel)[1]] += 1
+        counter[re.search(NAMES, kernel)[1]] += 1
         launch(gpu, ptx, kernel, **rest)
 
     monkeypatch.setattr(emulator.VirtualGPU, "launch", counting)
@@ -95,6 +96,44 @@ def test_two_steps_in_the_emulator_equal_the_reference(power_of_2, main_grad, de
     quantisers, gemms = {"quantize_1x128_t": 2, "quantize_128x128": 1}, {"fp8_gemm": 2, "fp8_wgrad": 1}
     assert launched == {name: count * layers * steps for name, count in (quantisers | gemms).items()}
     expected = train(seed, power_of_2, main_grad, deferred)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == b.dtype and b.float().abs().max() > 0
+        assert torch.equal(a, b), f"tensor {i} differs in {int((a != b).sum())} of {a.numel()} elements"
+
+
+def moe_step(seed):
+    """Output and gradients of a whole MoE layer: gate, routed and shared experts."""
+    torch.manual_seed(seed)
+    moe = MoE(
+        160, 128, num_experts=4, top_k=2, n_group=2, topk_group=2, shared_experts=1, dtype=torch.bfloat16
+    )
+    for parameter in moe.parameters():
+        parameter.grad_dtype = torch.float32
+    x = torch.randn(70, 160).bfloat16().requires_grad_()
+    y = moe(x)
+    y.backward(torch.randn(70, 160).bfloat16())
+    return [y.detach(), x.grad, *(p.grad for p in moe.parameters())]
+
+
+def test_an_moe_layer_in_the_emulator_equals_the_reference(hopper, launched):
+    """A kernel a pass: what the fused ops save shows in the count."""
+    (seed,) = seeds("moe step", 1)
+    print("seed", seed)
+    with emulator.virtual_gpu(num_sms=3, seed=seed):
+        got = moe_step(seed)
+    assert launched == {
+        "route": 1,
+        "permute_quantize": 2,  # tokens, and the gradient of their sums
+        "unpermute": 2,
+        "quantize_1x128_t": 2,  # of the shared expert: x and dy, both orientations each
+        "quantize_1x128": 2,  # SwiGLU's input, kept
+        "quantize_128x128": 4,
+        "swiglu_quantize": 2,
+        "swiglu_backward_quantize": 2,
+        "fp8_gemm": 8,
+        "fp8_wgrad": 4,
+    }
+    expected = moe_step(seed)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == b.dtype and b.float().abs().max() > 0
         assert torch.equal(a, b), f"tensor {i} differs in {int((a != b).sum())} of {a.numel()} elements"

@@ -285,6 +285,23 @@ def test_a_dry_run_writes_page_json_log_and_plots(tmp_path, capsys):
         gpu_results.keep(out / "report.json", tmp_path / "results")
 
 
+def test_the_page_says_what_a_training_step_took():
+    rows = [
+        {
+            "name": "mini step, FP8",
+            "median": 0.1,
+            "tokens_per_s": 8e4,
+            "peak_gib": 9.5,
+            "speed_against_peer": 1.5,
+        },
+        {"name": "mini step, BF16", "median": 0.15, "tokens_per_s": 5e4, "peak_gib": 14.0},
+    ]
+    part = {"part": "model", "status": "passed", "seconds": 1.0, "detail": "", "findings": {"results": rows}}
+    page = gpu_page.page({"synthetic": False, "machine": {"started": "2026-11-22"}, "parts": [part]})
+    assert "- mini step, FP8: 100.0 ms, 80000 tokens/s, at most 9.50 GiB, 1.50 of BF16's speed" in page
+    assert "- mini step, BF16: 150.0 ms, 50000 tokens/s, at most 14.00 GiB\n" in page
+
+
 # ---- Results and README
 
 

@@ -33,6 +33,7 @@ class OnCuda(torch.Tensor):  # looks like a CUDA tensor to the launcher
     def data_ptr(self): return 0x7000
 
 class Stub:  # a kernel whose image the fake driver understands
+    nvshmem = False
     def __init__(self, *types, sizes): self.types, self.sizes = types, sizes
     def __str__(self): return "dsv3::stub"
     def cubin(self): return jit.Cubin(self.sizes.encode() + b"\\0", "stub", self.types, None)
@@ -114,6 +115,24 @@ def test_a_launch_carries_every_argument_and_attribute(run):
         f"attribute 2=01{'00' * 11} attribute 6=01{'00' * 11} "
         f"parameters {' '.join(value.hex() for value in values)} extra 0"
     )
+
+
+def test_a_module_that_uses_nvshmem_learns_its_world_before_a_launch(run):
+    log = run("""
+        from dsv3_kernels import nvshmem
+        kernel, tensor = Stub("u64", sizes="8"), on_cuda()
+        kernel.nvshmem = True
+        arguments = kernel, (1, 1, 1), (32, 1, 1), (tensor,)
+        expect(nvshmem.NvshmemError, "make an ep.Buffer first", launch.launch, *arguments)
+        heard = []
+        class Library:
+            def nvshmemx_culibrary_init(self, library): return heard.append(library.value)
+        nvshmem._world = nvshmem.World(Library(), 0, [0], 0)
+        for _ in range(2):
+            launch.launch(*arguments)
+        assert len(heard) == 1 and heard[0], heard
+    """)
+    assert [line.split()[0] for line in log] == ["load", "kernel", "load", "kernel", "launch", "launch"]
 
 
 def test_one_image_serves_several_devices_and_the_stream_can_be_given(run):

@@ -1,12 +1,11 @@
 """The linear layers: against float64 with dequantised operands, and against the ops called by hand."""
 
-from collections import Counter
-
 import pytest
 import torch
+from op_calls import counting
 from torch import nn
 
-import dsv3_kernels.nn.linear as linear_layers
+import dsv3_kernels.nn.plain as plain_layers
 from dsv3_kernels import (
     dequantize,
     fp8_gemm,
@@ -136,24 +135,7 @@ def test_grouped_bit_equal_to_the_ops_by_hand():
 
 @pytest.fixture
 def calls(monkeypatch):
-    counter = Counter()
-    names = (
-        "quantize_1x128",
-        "quantize_1x128_t",
-        "quantize_128x128",
-        "fp8_gemm",
-        "grouped_fp8_gemm",
-        "fp8_wgrad",
-    )
-    for name in names:
-        original = getattr(linear_layers, name)
-
-        def counted(*args, _name=name, _original=original, **kwargs):
-            counter[_name] += 1
-            return _original(*args, **kwargs)
-
-        monkeypatch.setattr(linear_layers, name, counted)
-    return counter
+    return counting(monkeypatch)
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -254,8 +236,8 @@ def test_grouped_bf16_recipe_against_float64(sizes, dtype):
 
 def test_slow_bf16_cpus_compute_the_same(monkeypatch):
     x, w, _ = operands(33, 64, 32)
-    monkeypatch.setattr(linear_layers, "_slow_bf16_cpu", lambda: True)
-    y = linear_layers.linear(x, w)
+    monkeypatch.setattr(plain_layers, "_slow_bf16_cpu", lambda: True)
+    y = plain_layers.linear(x, w)
     assert y.dtype == torch.bfloat16
     assert_product(y, x.detach().double(), w.detach().double(), BF16_STEP)
 

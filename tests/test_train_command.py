@@ -53,7 +53,9 @@ def rows_of(folder):
 
 def final_tensors(folder, precision):
     checkpoints = folder / "checkpoints" / precision
-    return (checkpoints / (checkpoints / "latest").read_text().strip() / "tensors.safetensors").read_bytes()
+    return (
+        checkpoints / (checkpoints / "latest").read_text().strip() / "rank-00000.safetensors"
+    ).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ def test_a_run_from_end_to_end(whole_run):
     assert [(r["step"], r["precision"]) for r in rows] == [
         (s, p) for s in range(1, 9) for p in ("fp8", "bf16")
     ]
-    fields = {f.name for f in dataclasses.fields(StepMetrics)} | {"validation_loss"}
+    fields = {f.name for f in dataclasses.fields(StepMetrics)} | {"validation_loss", "mfu", "memory"}
     for row in rows:
         assert row.keys() == fields
         assert row["loss"] > 0
@@ -105,6 +107,7 @@ def test_a_run_from_end_to_end(whole_run):
         "config.json",
         "loss.png",
         "metrics.jsonl",
+        "report.html",
         "summary.json",
     }
 
@@ -129,7 +132,8 @@ def wait_for_rows(process, folder, count):
 
 
 def without_times(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+    taken = ("seconds", "tokens_per_second", "memory")
+    return [{k: v for k, v in row.items() if k not in taken} for row in rows]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
@@ -185,7 +189,7 @@ def assert_one_line(done, *words):
 
 def test_damaged_checkpoint(whole_run, tmp_path, inside):
     folder = copy_of(whole_run, tmp_path)
-    path = folder / "checkpoints" / "bf16" / "step-000008" / "tensors.safetensors"
+    path = folder / "checkpoints" / "bf16" / "step-000008" / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)

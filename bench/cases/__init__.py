@@ -87,6 +87,8 @@ def workloads(op: str) -> Sequence[Workload]:
 
 def note(op: str) -> str:
     """What a reader of its figures has to know, from `NOTE` of the op's file; mostly nothing."""
+    if op not in ops():
+        return ""
     return getattr(importlib.import_module(f"{__name__}.{op}"), "NOTE", "")
 
 

@@ -51,9 +51,14 @@ def by_rank(tensors: Sequence[Tensor], ranks: int) -> list[tuple[Tensor, ...]]:
 
 
 def written(x: Tensor, offsets: Tensor) -> Tensor:
-    """Rows that came; those past them are zeros here."""
-    there = torch.arange(x.shape[0], device=x.device) < offsets[-1]
-    return x * there.view(-1, *[1] * (x.dim() - 1)).to(x.dtype)
+    """Rows that came, and zeros for those past them, which nobody wrote.
+
+    A sanitizer objects to a look at those; a capture, to asking how many they are.
+    """
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        there = torch.arange(x.shape[0], device=x.device) < offsets[-1]
+        return torch.where(there.unsqueeze(1), x, torch.zeros_like(x))
+    return padded(x[: int(offsets[-1])])
 
 
 def padded(x: Tensor, filler: float = 0) -> Tensor:

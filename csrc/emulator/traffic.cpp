@@ -62,9 +62,11 @@ Context::Arrival Context::access(const Target* t, uint32_t bytes, bool reads, bo
     if (reads) n.global_read += total;
     if (writes) n.global_write += total;
     int device = w.cta->launch->device, owner = first.region->rank;
-    if (owner != device) {
-        if (reads) m.network->count_direct(owner, device, total);
-        if (writes) m.network->count_direct(device, owner, total);
+    for (uint32_t rest = mask; rest; rest &= rest - 1) {  // lanes may go to several ranks
+        const Region* region = t[__builtin_ctz(rest)].region;
+        if (!region || region->rank == device) continue;
+        if (reads) m.network->count_direct(region->rank, device, bytes);
+        if (writes) m.network->count_direct(device, region->rank, bytes);
     }
     uint64_t touched[most_sectors], moved = sectors(t, mask, bytes, touched), found = now + timing::l1_latency;
     n.sectors += moved;

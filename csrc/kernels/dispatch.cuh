@@ -19,19 +19,38 @@ namespace dispatch {
 
 constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
 
+// The scales of a row, of which a lane reads several at once. `get(t)` and `set(t, scale)` are of tile t.
+template <class Get, class Set>
+__device__ __forceinline__ void copy_scales(u32 tiles, Get get, Set set) {
+    constexpr u32 kAtOnce = 2;
+    const u32 lane = threadIdx.x % 32;
+    for (u32 first = 0; first < tiles; first += 32 * kAtOnce) {
+        float scales[kAtOnce] = {};
+#pragma unroll
+        for (u32 i = 0; i < kAtOnce; ++i)
+            if (first + 32 * i + lane < tiles) scales[i] = get(first + 32 * i + lane);
+#pragma unroll
+        for (u32 i = 0; i < kAtOnce; ++i) set(first + 32 * i + lane, scales[i]);
+    }
+}
+
 // A token's row and scales into its slot. Gives the end of them.
 __device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
-    const u32 lane = threadIdx.x % 32;
     const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
+    float* to = reinterpret_cast<float*>(slot + tokens.row_bytes);
+    const float* from = tokens.scales + token * tokens.scale_row_stride;
+    Piece piece;
+    piece.load<true>(row, tokens.row_bytes);
+    copy_scales(
+        tokens.tiles, [&](u32 t) { return from[t * tokens.scale_tile_stride]; },
+        [&](u32 t, float scale) {
+            if (t < tokens.tiles) to[t] = scale;
+        });
     for (u32 at = 0; at < tokens.row_bytes; at += kPieceBytes) {
-        Piece piece;
-        piece.load<true>(row + at, tokens.row_bytes - at);
+        if (at) piece.load<true>(row + at, tokens.row_bytes - at);
         piece.store(slot + at, tokens.row_bytes - at);
     }
-    float* scales = reinterpret_cast<float*>(slot + tokens.row_bytes);
-    for (u32 i = lane; i < tokens.tiles; i += 32)
-        scales[i] = tokens.scales[token * tokens.scale_row_stride + i * tokens.scale_tile_stride];
-    return scales + tokens.tiles;
+    return to + tokens.tiles;
 }
 
 // A token's experts at one rank, and their weights.
@@ -45,22 +64,25 @@ __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32
     routing[2 * lane + 1] = tokens.topk_weights ? tokens.topk_weights[at] : 0.0f;
 }
 
-// A slot's row and scales into the rows of all lanes that have one.
-__device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, i32 row) {
-    const u32 lane = threadIdx.x % 32;
+// A slot's row and scales into the rows of all lanes that have one. piece: the row's first.
+__device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, i32 row,
+                                       Piece& piece) {
     const u32 targets = __ballot_sync(kFullWarp, row >= 0);
+    const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
+    copy_scales(
+        shape.tiles, [&](u32 t) { return scales[t]; },
+        [&](u32 t, float scale) {
+            for (u32 left = targets; left; left &= left - 1) {
+                const u32 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
+                if (t < shape.tiles) out.scales[t * out.scale_stride + to] = scale;
+            }
+        });
     for (u32 at = 0; at < shape.row_bytes; at += kPieceBytes) {
-        Piece piece;
-        piece.load<false>(slot + at, shape.row_bytes - at);
+        if (at) piece.load<false>(slot + at, shape.row_bytes - at);
         for (u32 left = targets; left; left &= left - 1) {
             const u64 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
             piece.store(out.data + to * shape.row_bytes + at, shape.row_bytes - at);
         }
-    }
-    const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
-    for (u32 left = targets; left; left &= left - 1) {
-        const u32 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
-        for (u32 t = lane; t < shape.tiles; t += 32) out.scales[t * out.scale_stride + to] = scales[t];
     }
 }
 
@@ -70,14 +92,19 @@ __device__ __forceinline__ void send(const Call& call, const Workspace& theirs, 
                                      Share share, u64 epoch) {
     const Tokens& tokens = call.from;
     const Rank& self = call.self;
+    const u32 lane = threadIdx.x % 32;
     u64* tail = theirs.tail(self.rank, channel);
     u32 sent = 0;
-    for (u32 token = share.first; token < share.last; ++token) {
-        const i32 slot = tokens.sent_slot[static_cast<u64>(token) * self.ranks + peer];
-        if (slot < 0) continue;
-        float* routing = put(tokens, token, theirs.slot(self.rank, slot));
-        if (!kAgain) put_routing(tokens, token, peer * self.local_experts, self.local_experts, routing);
-        if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);
+    for (u32 next = share.first; next < share.last; next += 32) {
+        i32 slots = -1;  // lane i: of token next + i
+        if (next + lane < share.last)
+            slots = tokens.sent_slot[static_cast<u64>(next + lane) * self.ranks + peer];
+        for (u32 left = __ballot_sync(kFullWarp, slots >= 0); left; left &= left - 1) {
+            const u32 i = __ffs(left) - 1, token = next + i;
+            float* routing = put(tokens, token, theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i)));
+            if (!kAgain) put_routing(tokens, token, peer * self.local_experts, self.local_experts, routing);
+            if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);
+        }
     }
     if (sent % kChunk) publish(tail, epoch << 32 | sent);
     const u32 routing = kAgain ? 0 : 8 * tokens.topk;
@@ -136,6 +163,8 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
         if (seen < expected) return false;
         const u8* slot = mine.slot(source, first + i);
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
+        Piece piece;  // on its way while the rows are looked up
+        piece.load<false>(slot, call.from.row_bytes);
         i32 row = -1;
         if (!kAgain) {
             const float* scales = reinterpret_cast<const float*>(slot + call.from.row_bytes);
@@ -147,7 +176,7 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
                 return true;  // nothing of this source is read
             }
         }
-        spread(call.from, out, slot, row);
+        spread(call.from, out, slot, row, piece);
     }
     return true;
 }

@@ -11,6 +11,8 @@
 namespace dsv3 {
 namespace dispatch {
 
+constexpr u32 kBatch = 4;  // tokens whose experts are read at once
+
 // What is dispatched and how; all ranks pass the same. python: dsv3_kernels.ep.kernels.Form
 enum Form : u32 { kFp8 = 1, kWeights = 2, kTokenOrder = 4 };
 
@@ -72,29 +74,40 @@ __device__ __forceinline__ void record(const Call& call, ErrorCode code, u32 ran
 __device__ __forceinline__ u32 lay_out(const Tokens& tokens, const Rank& self, Share share, u32 peer,
                                        u32* counts, u32& rows, u32& bad) {
     const u32 lane = threadIdx.x % 32, local_experts = self.local_experts;
-    const i64 experts = self.ranks * local_experts;
+    const i64 num_experts = self.ranks * local_experts;
     for (u32 e = lane; e < local_experts; e += 32) counts[e] = 0;
     __syncwarp();
     u32 total = 0;
     rows = bad = 0;
-    for (u32 token = share.first; token < share.last; ++token) {
-        const u64 at = static_cast<u64>(token) * tokens.topk + lane;
-        const i64 expert = lane < tokens.topk ? tokens.topk_idx[at] : -1;
-        bool wrong = expert < -1 || expert >= experts;
-        for (u32 k = 0; k + 1 < tokens.topk; ++k) {
-            const i64 earlier = __shfl_sync(kFullWarp, expert, k);
-            wrong |= lane > k && expert >= 0 && expert == earlier;
+    for (u32 first = share.first; first < share.last; first += kBatch) {
+        i64 experts[kBatch];
+#pragma unroll
+        for (u32 i = 0; i < kBatch; ++i) {
+            const u64 at = static_cast<u64>(first + i) * tokens.topk + lane;
+            experts[i] = lane < tokens.topk && first + i < share.last ? tokens.topk_idx[at] : -1;
         }
-        if (wrong && !bad) bad = static_cast<u32>(at) + 1;
-        const u64 local = static_cast<u64>(expert) - peer * local_experts;
-        const bool here = !wrong && local < local_experts;
-        if (here) ++counts[local];  // a token's experts differ, so no two lanes meet
-        const u32 copies = __popc(__ballot_sync(kFullWarp, here));
-        if (lane == 0)
-            tokens.sent_slot[static_cast<u64>(token) * self.ranks + peer] = copies ? share.first + total : -1;
-        total += copies != 0;
-        rows += copies;
-        __syncwarp();
+#pragma unroll
+        for (u32 i = 0; i < kBatch; ++i) {
+            const u32 token = first + i;
+            if (token >= share.last) break;
+            const i64 expert = experts[i];
+            bool wrong = expert < -1 || expert >= num_experts;
+            for (u32 k = 0; k + 1 < tokens.topk; ++k) {
+                const i64 earlier = __shfl_sync(kFullWarp, expert, k);
+                wrong |= lane > k && expert >= 0 && expert == earlier;
+            }
+            if (wrong && !bad) bad = token * tokens.topk + lane + 1;
+            const u64 local = static_cast<u64>(expert) - peer * local_experts;
+            const bool here = !wrong && local < local_experts;
+            if (here) ++counts[local];  // a token's experts differ, so no two lanes meet
+            const u32 copies = __popc(__ballot_sync(kFullWarp, here));
+            if (lane == 0)
+                tokens.sent_slot[static_cast<u64>(token) * self.ranks + peer] =
+                    copies ? share.first + total : -1;
+            total += copies != 0;
+            rows += copies;
+            __syncwarp();
+        }
     }
     if (tokens.form & kTokenOrder) rows = total;
     return total;

@@ -119,6 +119,25 @@ __device__ __forceinline__ u32 e4m3x4(float a, float b, float c, float d) {
     return ptx::e4m3x2(a, b) | static_cast<u32>(ptx::e4m3x2(c, d)) << 16;
 }
 
+constexpr u32 kValuesOfLane = 16;  // one 16-byte store of e4m3
+constexpr u32 kLanesOfTile = kTile / kValuesOfLane;
+
+// The codes of a lane's 16 values of a tile of 1x128 that 8 neighbouring lanes hold, and the tile's scale. By
+// whole warps.
+template <bool kPowerOf2, u32 kCorrections>
+__device__ __forceinline__ U32x4 encode_across_lanes(float (&v)[kValuesOfLane], float& scale) {
+    float amax = 0.0f;
+#pragma unroll
+    for (u32 i = 0; i < kValuesOfLane; ++i) amax = ptx::max_nan(amax, ptx::abs(v[i]));
+#pragma unroll
+    for (u32 mask = 1; mask < kLanesOfTile; mask *= 2)
+        amax = ptx::max_nan(amax, ptx::shuffle_xor(amax, mask));
+    scale = tile_scale<kPowerOf2>(amax);
+    divide<kPowerOf2, kCorrections>(v, scale);
+    return {e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]), e4m3x4(v[8], v[9], v[10], v[11]),
+            e4m3x4(v[12], v[13], v[14], v[15])};
+}
+
 // The scale of a tile to memory.
 __device__ __forceinline__ void store_scale(float* address, float scale) {
     ptx::store_global(address, scale);

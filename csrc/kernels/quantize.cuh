@@ -12,11 +12,9 @@ namespace dsv3 {
 namespace quantize {
 
 constexpr u32 kThreads = 256;         // a block
-constexpr u32 kElementsPerLane = 16;  // one 16-byte store of e4m3
-constexpr u32 kLanesPerTile = kTile / kElementsPerLane;
-constexpr u32 kRowsPerWarp = 32;       // one scale a lane: a warp's scales fill one 128-byte line
-constexpr u32 kSteps = kLanesPerTile;  // a step takes one row from each of the warp's 4 lane groups
-constexpr u32 kLoadsInFlight = 4;      // 16-byte loads a lane issues before it waits
+constexpr u32 kRowsPerWarp = 32;      // one scale a lane: a warp's scales fill one 128-byte line
+constexpr u32 kSteps = kLanesOfTile;  // a step takes one row from each of the warp's 4 lane groups
+constexpr u32 kLoadsInFlight = 4;     // 16-byte loads a lane issues before it waits
 
 }  // namespace quantize
 
@@ -30,12 +28,12 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
                    i64 x_row_stride, i64 scale_batch_stride, i64 scale_tile_stride) {
     using namespace quantize;
     constexpr u32 kElementsPerLoad = 16 / sizeof(Input);
-    constexpr u32 kLoads = kElementsPerLane / kElementsPerLoad;
+    constexpr u32 kLoads = kValuesOfLane / kElementsPerLoad;
     constexpr u32 kStepsInFlight = kLoadsInFlight / kLoads;
 
     const u32 lane = threadIdx.x % 32;
-    const u32 group = lane / kLanesPerTile;
-    const u32 part = lane % kLanesPerTile;
+    const u32 group = lane / kLanesOfTile;
+    const u32 part = lane % kLanesOfTile;
     const u32 tiles = (width + kTile - 1) / kTile;
     const u32 row_blocks = (rows + kRowsPerWarp - 1) / kRowsPerWarp;
     const u32 tasks = batches * row_blocks * tiles;
@@ -46,7 +44,7 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
         const u32 tile = task % tiles;
         const u32 batch = task / tiles / row_blocks;
         const u32 first_row = task / tiles % row_blocks * kRowsPerWarp;
-        const u32 column = tile * kTile + part * kElementsPerLane;
+        const u32 column = tile * kTile + part * kValuesOfLane;
         const Input* x_lane = x + batch * x_batch_stride + column;
         u8* q_lane = q + static_cast<i64>(batch) * rows * width + column;
 
@@ -66,25 +64,15 @@ __global__ void __launch_bounds__(quantize::kThreads, 3)
             }
 #pragma unroll
             for (u32 s = 0; s < kStepsInFlight; ++s) {
-                float v[kElementsPerLane];
+                float v[kValuesOfLane];
 #pragma unroll
                 for (u32 i = 0; i < kLoads; ++i) widen(words(raw[s][i]), v + i * kElementsPerLoad, Input{});
 
-                float amax = 0.0f;
-#pragma unroll
-                for (u32 i = 0; i < kElementsPerLane; ++i) amax = ptx::max_nan(amax, ptx::abs(v[i]));
-#pragma unroll
-                for (u32 mask = 1; mask < kLanesPerTile; mask *= 2)
-                    amax = ptx::max_nan(amax, ptx::shuffle_xor(amax, mask));
-
-                const float scale = tile_scale<kPowerOf2Scales>(amax);
+                float scale;
+                const U32x4 codes = encode_across_lanes<kPowerOf2Scales, kCorrections<Input>>(v, scale);
                 if (part == step + s) scale_of_lane = scale;
-
-                divide<kPowerOf2Scales, kCorrections<Input>>(v, scale);
-                U32x4 packed{e4m3x4(v[0], v[1], v[2], v[3]), e4m3x4(v[4], v[5], v[6], v[7]),
-                             e4m3x4(v[8], v[9], v[10], v[11]), e4m3x4(v[12], v[13], v[14], v[15])};
                 if (row + s < rows && column < width)
-                    ptx::store_global(q_lane + static_cast<i64>(row + s) * width, packed);
+                    ptx::store_global(q_lane + static_cast<i64>(row + s) * width, codes);
             }
         }
         if (first_row + lane < rows)

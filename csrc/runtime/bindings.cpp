@@ -92,6 +92,9 @@ PYBIND11_MODULE(_runtime, m) {
     py::class_<Kernel>(m, "Kernel", "A kernel of a cubin; serves every device of the process.")
         .def(py::init<const std::string&, std::string, const std::vector<std::string>&, std::string>(),
              py::arg("image"), py::arg("name"), py::arg("parameters"), py::arg("label"))
+        .def_property_readonly(
+            "library", [](const Kernel& kernel) { return reinterpret_cast<uintptr_t>(kernel.library()); },
+            "The CUlibrary that holds it.")
         .def(
             "launch",
             [](Kernel& kernel, Device device, uintptr_t stream, const Dim3& grid, const Dim3& block,

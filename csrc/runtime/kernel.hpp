@@ -37,6 +37,8 @@ class Kernel {
     // launched.
     uint32_t launch(Device device, uintptr_t stream, const Launch& shape, const pybind11::tuple& arguments);
 
+    Handle library() const { return library_; }
+
   private:
     enum class Kind { kInteger, kFloat, kBytes };
     struct Parameter {

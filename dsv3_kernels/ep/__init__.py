@@ -12,6 +12,7 @@
 from .buffer import Buffer
 from .errors import TimeoutError
 from .loopback import LoopbackBuffer
+from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
 __all__ = [
@@ -21,6 +22,9 @@ __all__ = [
     "Event",
     "Handle",
     "LoopbackBuffer",
+    "LowLatencyCombined",
+    "LowLatencyDispatched",
+    "LowLatencyHandle",
     "Stall",
     "Status",
     "TimeoutError",

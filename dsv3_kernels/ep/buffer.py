@@ -1,6 +1,7 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,22 +9,28 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..quantized import QuantizedTensor
-from . import internode, internode_kernels, intranode, kernels, nvlink
-from .calls import Calls, shape_of, timeout_of
+from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
+from .calls import Calls, Sized, shape_of, timeout_of
 from .exchange import Exchange
 from .intranode import IntranodeTransport
+from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvlink, connect_nvshmem
+from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
-from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 if TYPE_CHECKING:
     from ..emulator import Group
 
-_AGREED = ("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node", "dtype.itemsize")
+_AGREED = (
+    *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
+    *("dtype.itemsize", "transport"),
+)
 TRANSPORTS = (None, "nvlink", "portable")
 
 
-class Buffer:
+class Buffer(Sized):
     """Moves tokens to the ranks that hold their experts (`dispatch`) and their results back (`combine`).
 
     group: a torch.distributed group, whose ranks all make the buffer and then call the same ops in the same
@@ -65,7 +72,7 @@ class Buffer:
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
-            _agree(group.all_gather_object(_agreed(self._shape)))
+            _agree(group.all_gather_object(_agreed(self._shape, transport)))
             several = self._shape.topology.nodes > 1
             refused = intranode.refuse(self._shape, internode_kernels.MAX_NODES)
             if refused or transport is not None:
@@ -73,39 +80,21 @@ class Buffer:
             make = internode.emulated if several else intranode.emulated
             self._transport = make(group, emulator.current(), self._shape, seconds)
             self._reason = ""
+            self._make_low_latency: Callable[[], low_latency.LowLatencyTransport] = lambda: KernelLowLatency(
+                self._shape, connect_emulated(group, emulator.current(), self._shape), seconds
+            )
         else:
             exchange = Exchange(_group(group), seconds)
             self._shape, self.rank = shape_of(exchange.size, *sizes), exchange.rank
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                agreed = [*_agreed(self._shape), TRANSPORTS.index(transport)]
-                _agree(exchange.all_gather("Buffer", agreed, device))
+                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, transport)
+        self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
-
-    @property
-    def topology(self) -> Topology:
-        return self._shape.topology
-
-    @property
-    def size(self) -> int:
-        return self._shape.topology.size
-
-    @property
-    def num_experts(self) -> int:
-        return self._shape.num_experts
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of rows that are not FP8."""
-        return self._shape.dtype
-
-    @property
-    def local_experts(self) -> int:
-        """How many experts each rank holds; this one's begin at rank · local_experts."""
-        return self._shape.local_experts
 
     def dispatch(
         self,
@@ -192,6 +181,60 @@ class Buffer:
         self._combines += 1
         return result
 
+    def low_latency_dispatch(
+        self,
+        x: Tensor,
+        topk_idx: Tensor,
+        num_sms: int = 64,
+        *,
+        fp8: bool = True,
+        power_of_2_scales: bool = False,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyDispatched:
+        """Sends each (token, expert) straight to the expert's rank: for the few tokens of decoding.
+
+        x: bfloat16 `[T, hidden]`, contiguous, T up to max_tokens_per_rank. topk_idx: int64 `[T, K]`,
+            contiguous, distinct experts in a row, -1 for none.
+        num_sms: blocks of the kernels; the portable transport has no use for it.
+        fp8: quantise on the way, bit for bit `quantize_1x128(x, power_of_2_scales=power_of_2_scales)`.
+        return_recv_hook: return once this rank has sent; what is received is there after `hook()` of the
+            result. In between the ranks compute, and no SM waits. Two calls may be under way, and their hooks
+            come in order.
+        Nothing is read back from the GPU, so a CUDA graph may hold it. All ranks call alike; the first call
+        of the buffer sets up memory and is not for capture. max_tokens_per_rank · num_topk is at most 65535.
+        Returns a `LowLatencyDispatched`, as `masked_grouped_fp8_gemm` takes it. Raises TypeError or
+        ValueError for wrong arguments (for experts out of range, too: kernels leave those out, and the rank
+        that passed them raises), and `ep.TimeoutError`.
+        """
+        form = Format(fp8, power_of_2_scales)
+        return low_latency.dispatch(self._fast(), self._shape, x, topk_idx, form, num_sms, return_recv_hook)
+
+    def low_latency_combine(
+        self,
+        y: Tensor,
+        handle: LowLatencyHandle,
+        topk_weights: Tensor,
+        num_sms: int = 64,
+        *,
+        return_recv_hook: bool = False,
+    ) -> LowLatencyCombined:
+        """Brings the experts' rows straight home: the sum of weight · row over each token's experts.
+
+        y: bfloat16 `[E_local, R·max_tokens_per_rank, hidden]`, contiguous, in the rows of the dispatch that
+            gave `handle`; those past an expert's count are not read. topk_weights: float32 `[T, K]`.
+        num_sms, return_recv_hook: as in `low_latency_dispatch`.
+        Products are rounded to FP32 and added from +0 in the order of k, the sum is rounded to BF16. A token
+        without experts gets zeros. Returns a `LowLatencyCombined`. Raises as `low_latency_dispatch`.
+        """
+        return low_latency.combine(
+            self._fast(), self._shape, y, handle, topk_weights, num_sms, return_recv_hook
+        )
+
+    def _fast(self) -> low_latency.LowLatencyTransport:
+        if self._low_latency is None:
+            self._low_latency = self._make_low_latency()
+        return self._low_latency
+
     def status(self) -> Status:
         """Counters of this rank, and where it has waited; works after a failure too."""
         transport = self._transport
@@ -237,6 +280,23 @@ def _group(group: object) -> "dist.ProcessGroup | None":
     return group
 
 
+def _low_latency_of(shape: Shape, exchange: Exchange, wanted: str | None) -> low_latency.LowLatencyTransport:
+    """On GPUs the kernels: over NVLink within a node, over NVSHMEM between nodes; else torch.distributed."""
+    group, seconds = exchange.group, exchange.timeout
+    if group is None or wanted == "portable" or _device(group).type == "cpu":
+        return PortableLowLatency(shape, exchange)
+    if shape.topology.nodes > 1:
+        return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
+    exchange.begin()
+    size = low_latency_kernels.areas(shape)[1].end
+    mapped = nvlink.connect(exchange, shape, _device(group), size)
+    if isinstance(mapped, nvlink.Mapped):
+        return KernelLowLatency(shape, connect_nvlink(mapped, shape, exchange.rank), seconds)
+    if wanted is not None:
+        raise RuntimeError(f"low_latency_dispatch: the buffer's transport is {wanted!r}, but {mapped}")
+    return PortableLowLatency(shape, exchange)
+
+
 def _device(group: "dist.ProcessGroup") -> torch.device:
     """Where a group that knows only one kind of device takes tensors."""
     if "gloo" in dist.get_backend(group):
@@ -244,10 +304,10 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _agreed(shape: Shape) -> list[int]:
+def _agreed(shape: Shape, transport: str | None) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize]
+    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)]
 
 
 def _agree(every: list[list[int]]) -> None:
@@ -255,7 +315,12 @@ def _agree(every: list[list[int]]) -> None:
     for name, values in zip(_AGREED, zip(*every, strict=True), strict=True):
         for rank, value in enumerate(values):
             if value != values[0]:
+                first, other = _shown(name, values[0]), _shown(name, value)
                 raise ValueError(
-                    f"Buffer: {name} is {values[0]} on rank 0 and {value} on rank {rank}, "
+                    f"Buffer: {name} is {first} on rank 0 and {other} on rank {rank}, "
                     "expected the same on all ranks"
                 )
+
+
+def _shown(name: str, value: int) -> object:
+    return repr(TRANSPORTS[value]) if name == "transport" else value

@@ -15,6 +15,34 @@ DEFAULT_TIMEOUT = 30.0  # seconds
 _DTYPES = (torch.bfloat16, torch.float32)
 
 
+class Sized:
+    """What a buffer was made for."""
+
+    _shape: Shape
+
+    @property
+    def topology(self) -> Topology:
+        return self._shape.topology
+
+    @property
+    def size(self) -> int:
+        return self._shape.topology.size
+
+    @property
+    def num_experts(self) -> int:
+        return self._shape.num_experts
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of rows that are not FP8."""
+        return self._shape.dtype
+
+    @property
+    def local_experts(self) -> int:
+        """How many experts each rank holds; those of rank r begin at r · local_experts."""
+        return self._shape.local_experts
+
+
 class Calls:
     """Of one rank. owner: of the handles that its transport gives. `Buffer` says what the arguments are."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .errors import TimeoutError
 from .types import Stall
 
-OPS = ("Buffer", "dispatch", "combine")
+OPS = ("Buffer", "dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 _SHORT_WAIT = 1e-3  # seconds: less is no stall
 _buffers: dict[str, int] = {}  # group name -> buffers made on it in this process
 
@@ -74,7 +74,7 @@ class Exchange:
 
     def _tag(self, op: str, variant: int) -> int:
         """31 bits: which buffer, which of its calls, which op, in what form."""
-        return (self._number % 256) << 23 | (self._calls % (1 << 19)) << 4 | variant << 2 | OPS.index(op)
+        return (self._number % 256) << 23 | (self._calls % (1 << 18)) << 5 | variant << 3 | OPS.index(op)
 
     def all_gather(self, op: str, values: Sequence[int], device: torch.device) -> list[list[int]]:
         """The values of every rank, as many on each."""

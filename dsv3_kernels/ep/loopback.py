@@ -8,15 +8,18 @@ from torch import Tensor
 
 from .. import launch
 from ..quantized import QuantizedTensor
-from . import intranode, kernels
-from .calls import Calls, integer, shape_of, timeout_of
+from . import intranode, kernels, low_latency
+from .calls import Calls, Sized, integer, shape_of, timeout_of
 from .intranode import KernelRank
-from .types import CombineResult, DispatchResult, Event, Handle, Status, Topology
+from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
+from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
+Sent = TypeVar("Sent", LowLatencyDispatched, LowLatencyCombined)
 
 
-class LoopbackBuffer:
+class LoopbackBuffer(Sized):
     """`ep.Buffer` for every rank of a node at once; the ranks are virtual, and share one GPU.
 
     The kernels are those of NVLink, and so are the results, bit for bit: a rank has its own memory, which the
@@ -64,19 +67,8 @@ class LoopbackBuffer:
         self._calls = [Calls(shape, rank) for rank in self._ranks]
         self._num_sms = launch.num_sms(first)
         self._dispatches = self._combines = 0
+        self._timeout, self._low_latency = seconds, list[KernelLowLatency]()
         launch.also_raise(self)
-
-    @property
-    def topology(self) -> Topology:
-        return self._shape.topology
-
-    @property
-    def size(self) -> int:
-        return self._shape.topology.size
-
-    @property
-    def local_experts(self) -> int:
-        return self._shape.local_experts
 
     def dispatch(
         self,
@@ -145,6 +137,53 @@ class LoopbackBuffer:
         self._combines += 1
         return results
 
+    def low_latency_dispatch(
+        self,
+        x: Sequence[Tensor],
+        topk_idx: Sequence[Tensor],
+        num_sms: int = 16,
+        *,
+        fp8: bool = True,
+        power_of_2_scales: bool = False,
+    ) -> list[LowLatencyDispatched]:
+        """As `ep.Buffer.low_latency_dispatch`, in two launches: all ranks send, then all receive."""
+        self._check_lists("low_latency_dispatch", num_sms, x=x, topk_idx=topk_idx)
+        form = low_latency.Format(fp8, power_of_2_scales)
+        transports = self._fast()
+        sent = self._each(
+            lambda rank: low_latency.dispatch(
+                transports[rank], self._shape, x[rank], topk_idx[rank], form, num_sms, True
+            )
+        )
+        return _received(sent)
+
+    def low_latency_combine(
+        self,
+        y: Sequence[Tensor],
+        handle: Sequence[LowLatencyHandle],
+        topk_weights: Sequence[Tensor],
+        num_sms: int = 16,
+    ) -> list[LowLatencyCombined]:
+        """As `ep.Buffer.low_latency_combine`."""
+        self._check_lists("low_latency_combine", num_sms, y=y, handle=handle, topk_weights=topk_weights)
+        transports = self._fast()
+        sent = self._each(
+            lambda rank: low_latency.combine(
+                transports[rank], self._shape, y[rank], handle[rank], topk_weights[rank], num_sms, True
+            )
+        )
+        return _received(sent)
+
+    def _fast(self) -> list[KernelLowLatency]:
+        if not self._low_latency:
+            connections = connect_loopback(self._shape, self._device)
+            launcher = Launcher(connections[0].kernel, self._shape, self.size)
+            self._low_latency = [
+                KernelLowLatency(self._shape, connection, self._timeout, launcher)
+                for connection in connections
+            ]
+        return self._low_latency
+
     def status(self) -> list[Status]:
         self._reported()
         return [
@@ -202,6 +241,14 @@ class LoopbackBuffer:
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank}: {error}") from None
         return made
+
+
+def _received(sent: list[Sent]) -> list[Sent]:
+    """The last rank's hook launches for all."""
+    for part in sent:
+        if part.hook is not None:
+            part.hook()
+    return sent
 
 
 def _of(values: Sequence[Any] | None, rank: int) -> Any:

@@ -263,7 +263,7 @@ class PortableTransport:
         for low, high in pairwise(layout.offsets):
             values = call.y[low:high].float()
             if call.topk_weights is not None:
-                values *= call.topk_weights[low:high].unsqueeze(1)
+                values = values * call.topk_weights[low:high].unsqueeze(1)
             sums.index_add_(0, layout.token[low:high], values)
         return sums.to(call.y.dtype)
 

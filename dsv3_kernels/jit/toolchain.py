@@ -64,6 +64,20 @@ class Nvshmem:
         library.nvshmemx_vendor_get_version_info(*(ctypes.byref(number) for number in numbers))
         return ".".join(str(number.value) for number in numbers)
 
+    def check_versions(self) -> None:
+        """The host library has to be the device library's, or a newer one of its major version.
+
+        Raises `ToolchainError` if it is not, `OSError` if it does not load.
+        """
+        host = self.host_version()
+        ours, theirs = ([int(n) for n in version.split(".")] for version in (self.version, host))
+        if ours[0] != theirs[0] or theirs < ours:
+            raise ToolchainError(
+                f"NVSHMEM's device library is {self.version} and its host library {host}, expected a host "
+                f"library of major version {ours[0]}, {self.version} or newer. Mend: one NVSHMEM in the "
+                "environment (pip list | grep nvshmem; unset NVSHMEM_HOME)"
+            )
+
 
 @dataclass(frozen=True)
 class Headers:

@@ -6,6 +6,7 @@ the softmax, so that all heads attend to the cached latent itself, one row a tok
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from dsv3_kernels.model.config import ModelConfig
 from dsv3_kernels.model.rope import rotate
-from dsv3_kernels.nn import Fp8Linear
+from dsv3_kernels.nn import FP8, Fp8Linear
+from dsv3_kernels.nn.recompute import keep_attention, made_of_kept
 
 LATENT_EPS = 1e-6  # of the latents' norms, whatever rms_norm_eps is, as in the released model
 
@@ -40,6 +42,7 @@ class MultiHeadLatentAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.recipe = FP8
         self.heads = config.num_attention_heads
         self.nope_dim, self.rope_dim, self.v_dim = (
             config.qk_nope_head_dim,
@@ -56,7 +59,7 @@ class MultiHeadLatentAttention(nn.Module):
         self.q_b_proj = Fp8Linear(config.q_lora_rank, self.heads * (self.nope_dim + self.rope_dim))
         self.kv_a_norm = nn.RMSNorm(config.kv_lora_rank, eps=LATENT_EPS)
         self.kv_b_proj = Fp8Linear(config.kv_lora_rank, self.heads * (self.nope_dim + self.v_dim))
-        self.o_proj = Fp8Linear(self.heads * self.v_dim, config.hidden_size)
+        self.o_proj = Fp8Linear(self.heads * self.v_dim, config.hidden_size, after_attention=True)
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
@@ -65,33 +68,46 @@ class MultiHeadLatentAttention(nn.Module):
 
         cache: one layer of a LatentCache. Rows start to start + S are written, and all before attended to.
         """
-        q_latent, kv_latent, k_rope = self.qkv_a_proj(x).split(self.latents, dim=-1)
+        latents = self.qkv_a_proj(x)
+        rows = partial(_rows, dtype=latents.dtype)
+        if cache is None and "up_projections" in self.recipe.recompute and torch.is_grad_enabled():
+            y = made_of_kept(rows, keep_attention(self._attend, latents, cos, sin))
+        else:
+            y = rows(self._attend(latents, cos, sin, cache, start))
+        return self.o_proj(y)
+
+    def _attend(
+        self, latents: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None = None, start: int = 0
+    ) -> Tensor:
+        """latents: [B, S, sum of their widths]. Returns [B, heads, S, v_dim]."""
+        q_latent, kv_latent, k_rope = latents.split(self.latents, dim=-1)
         q = self.q_b_proj(self.q_a_norm(q_latent)).unflatten(-1, (self.heads, -1))
         q_nope, q_rope = q.split([self.nope_dim, self.rope_dim], dim=-1)
         q_rope = rotate(q_rope, cos, sin)
         kv_latent = self.kv_a_norm(kv_latent)
         k_rope = rotate(k_rope.unsqueeze(2), cos, sin)
         if cache is not None:
-            end = start + x.shape[1]
+            end = start + latents.shape[1]
             cache[:, start:end] = torch.cat((kv_latent, k_rope.squeeze(2)), dim=-1)
         if cache is None or start == 0:
-            y = self._expanded(q_nope, q_rope, kv_latent, k_rope)
-        else:
-            y = self._absorbed(q_nope, q_rope, cache[:, :end])
-        return self.o_proj(y.flatten(2))
+            return self._expanded(q_nope, q_rope, kv_latent, k_rope)
+        return self._absorbed(q_nope, q_rope, cache[:, :end])
 
     def _expanded(self, q_nope: Tensor, q_rope: Tensor, kv_latent: Tensor, k_rope: Tensor) -> Tensor:
-        """Of a sequence from its first token on. Returns [B, S, heads, v_dim]."""
+        """Of a sequence from its first token on. Returns [B, heads, S, v_dim]."""
         kv = self.kv_b_proj(kv_latent).unflatten(-1, (self.heads, -1))
         k_nope, v = kv.split([self.nope_dim, self.v_dim], dim=-1)
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope.expand(-1, -1, self.heads, -1)), dim=-1)
         q, k, v = (_wide(t).transpose(1, 2) for t in (q, k, v))
+        narrower = q.shape[-1] - v.shape[-1]
+        if narrower > 0 and v.device.type == "cpu":  # else the CPU would keep every query's softmax
+            v = F.pad(v, (0, narrower))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
-        return y.transpose(1, 2).to(q_nope.dtype)
+        return y[..., : self.v_dim]
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, rows: Tensor) -> Tensor:
-        """The last S positions of the cached rows [B, T, rank + rope_dim]. Returns [B, S, heads, v_dim]."""
+        """The last S positions of the cached rows [B, T, rank + rope_dim]. Returns [B, heads, S, v_dim]."""
         up_k, up_v = _wide(self.kv_b_proj.dequantized_weight().unflatten(0, (self.heads, -1))).split(
             [self.nope_dim, self.v_dim], dim=1
         )
@@ -103,7 +119,12 @@ class MultiHeadLatentAttention(nn.Module):
         latent = F.scaled_dot_product_attention(
             q, keys, keys[..., : up_v.shape[-1]], attn_mask=seen, scale=self.scale
         )
-        return torch.einsum("bhsr,hvr->bshv", latent, up_v).to(q_nope.dtype)
+        return torch.einsum("bhsr,hvr->bhsv", latent, up_v)
+
+
+def _rows(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, heads, S, v_dim] to [B, S, heads · v_dim]."""
+    return y.transpose(1, 2).to(dtype).flatten(2)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -77,6 +77,17 @@ def deferred_wgrad() -> Iterator[WgradStore]:
         )
 
 
+@contextlib.contextmanager
+def as_with(store: WgradStore | None) -> Iterator[None]:
+    """Inside, that store is the active one: for a forward that is run again, to take the way it took."""
+    global _active
+    now, _active = _active, store
+    try:
+        yield
+    finally:
+        _active = now
+
+
 def active_store() -> WgradStore | None:
     """The store of the block that is active, if any."""
     return _active

@@ -14,104 +14,97 @@ of its shape, the kernel adds it to that, and `weight.grad` stays None; `deferre
 holds in a graph made by torch.compile: there the gradient goes to `weight.grad`.
 """
 
-import functools
 import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dsv3_kernels.gemm import fp8_gemm, grouped_fp8_gemm
-from dsv3_kernels.nn.deferred import active_store
+from dsv3_kernels.e5m6 import PackedE5M6, pack_e5m6, unpack_e5m6
+from dsv3_kernels.nn.gemms import (
+    as_rows,
+    gemm,
+    place_of_gradient,
+    quantized_rows,
+    quantized_weight,
+    records_gradient,
+    transposed_rows,
+    transposed_weight,
+    weight_gradient,
+)
+from dsv3_kernels.nn.plain import grouped_linear, linear
 from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
+from dsv3_kernels.nn.recompute import Remake, remake_of
 from dsv3_kernels.nn.stored import StoresFp8
-from dsv3_kernels.quantize import quantize_1x128, quantize_1x128_t, quantize_128x128
-from dsv3_kernels.quantized import ROW, SQUARE, QuantizedTensor
-from dsv3_kernels.wgrad import fp8_wgrad
-
-
-def _gemm(a: QuantizedTensor, b: QuantizedTensor, group_offsets: Tensor | None) -> Tensor:
-    return fp8_gemm(a, b) if group_offsets is None else grouped_fp8_gemm(a, b, group_offsets)
+from dsv3_kernels.quantize import quantize_128x128
+from dsv3_kernels.quantized import ROW, TILE, QuantizedTensor
 
 
 class _Fp8LinearFunction(torch.autograd.Function):
-    """weight [N, K] without group_offsets, [G, N, K] with them."""
+    """weight [N, K] without group_offsets, [G, N, K] with them.
+
+    power_of_2, retiled: as in `quantized_rows`. e5m6: x is kept for the backward in 12 bits a value. remake:
+    makes x, which is then not kept. keep_weight: wᵀ is kept in FP8; else the backward quantises it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, group_offsets: Tensor | None, power_of_2: bool, training: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        group_offsets: Tensor | None,
+        power_of_2: bool,
+        retiled: bool,
+        e5m6: bool,
+        remake: Remake | None,
+        keep_weight: bool,
+        training: bool,
     ) -> Tensor:
         if not training:
             w_q = quantize_128x128(weight, power_of_2_scales=power_of_2)
-            return _gemm(quantize_1x128(x, power_of_2_scales=power_of_2), w_q, group_offsets)
-        w_q, w_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
-        x_data = x_scales = ctx.weight = None
-        if ctx.needs_input_grad[1]:
-            x_q, x_t = quantize_1x128(
-                x, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2
-            )
-            x_data, x_scales = x_t.data, x_t.scales
-            # Not among the saved tensors, which must not change: only its gradient's place is asked for.
-            if weight.is_leaf and not torch.compiler.is_compiling():
-                ctx.weight = weight
-        else:
-            x_q = quantize_1x128(x, power_of_2_scales=power_of_2)
-        ctx.save_for_backward(w_t.data, w_t.scales, x_data, x_scales, group_offsets)
-        ctx.power_of_2 = power_of_2
-        return _gemm(x_q, w_q, group_offsets)
+            x_q, _ = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=False)
+            return gemm(x_q, w_q, group_offsets)
+        w_q, weight_kept = quantized_weight(weight, power_of_2, keep_weight)
+        needs_dw = ctx.needs_input_grad[1]
+        ctx.remake = remake if needs_dw else None
+        keeps_x = needs_dw and remake is None
+        x_q, x_t = quantized_rows(x, group_offsets, power_of_2, retiled, transpose=keeps_x and not e5m6)
+        kept: tuple[Tensor | None, Tensor | None] = None, None
+        if x_t is not None:
+            kept = x_t.data, x_t.scales
+        elif keeps_x:
+            kept = pack_e5m6(x)
+        ctx.weight = place_of_gradient(weight) if needs_dw else None
+        ctx.save_for_backward(*weight_kept, *kept, group_offsets)
+        ctx.power_of_2, ctx.retiled, ctx.e5m6 = power_of_2, retiled, e5m6
+        return gemm(x_q, w_q, group_offsets)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dy, power_of_2 = grad_outputs[0].contiguous(), ctx.power_of_2
+        dy, power_of_2, retiled = grad_outputs[0], ctx.power_of_2, ctx.retiled
         w_data, w_scales, x_data, x_scales, group_offsets = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
         dy_q = dy_t = dx = dw = None
-        if needs_dx and needs_dw:
-            dy_q, dy_t = quantize_1x128(
-                dy, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2
-            )
-        elif needs_dx:
-            dy_q = quantize_1x128(dy, power_of_2_scales=power_of_2)
+        if needs_dx:
+            dy_q, dy_t = quantized_rows(dy, group_offsets, power_of_2, retiled, transpose=needs_dw)
+            dx = gemm(dy_q, transposed_weight(w_data, w_scales, power_of_2), group_offsets)
         elif needs_dw:
-            dy_t = quantize_1x128_t(dy, group_offsets, power_of_2_scales=power_of_2)
-        if dy_q is not None:
-            dx = _gemm(dy_q, QuantizedTensor(w_data, w_scales, SQUARE), group_offsets)
-        if dy_t is not None:
-            x_t = QuantizedTensor(x_data, x_scales, ROW)
-            dw = _weight_gradient(ctx.weight, dy_t, x_t, group_offsets)
-        return dx, dw, None, None, None
+            dy_t = transposed_rows(dy, group_offsets, power_of_2, retiled)
+        if dy_t is not None and needs_dw:
+            x_t = _kept_rows(ctx, x_data, x_scales, group_offsets)
+            dw = weight_gradient(ctx.weight, dy_t, x_t, group_offsets)
+        return dx, dw, None, None, None, None, None, None, None
 
 
-def _weight_gradient(
-    weight: Tensor | None, dy_t: QuantizedTensor, x_t: QuantizedTensor, group_offsets: Tensor | None
-) -> Tensor | None:
-    """The gradient for autograd to add to `weight.grad`, or None where it goes elsewhere, now or later."""
-    store = active_store()
-    if weight is None or (store is None and getattr(weight, "main_grad", None) is None):
-        return fp8_wgrad(dy_t, x_t, group_offsets=group_offsets)
-    work = functools.partial(_add_gradient, weight, dy_t, x_t, group_offsets)
-    if store is None:
-        work()
-    else:
-        store.put(work)
-    return None
-
-
-def _add_gradient(
-    weight: Tensor, dy_t: QuantizedTensor, x_t: QuantizedTensor, group_offsets: Tensor | None
-) -> None:
-    """Into `weight.main_grad` by the kernel, or else into `weight.grad` as autograd would."""
-    main_grad = getattr(weight, "main_grad", None)
-    if main_grad is not None:
-        fp8_wgrad(dy_t, x_t, main_grad, accumulate=True, group_offsets=group_offsets)
-        return
-    dw = fp8_wgrad(dy_t, x_t, group_offsets=group_offsets).to(weight.grad_dtype or torch.float32)
-    weight.grad = dw if weight.grad is None else weight.grad.add_(dw)
-
-
-def _records_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _kept_rows(ctx: Any, data: Tensor, scales: Tensor, group_offsets: Tensor | None) -> QuantizedTensor:
+    """x as the operand of the weight gradient, from what was kept of it."""
+    x = None if ctx.remake is None else as_rows(ctx.remake())
+    if ctx.e5m6:
+        packed = PackedE5M6(data, scales) if x is None else pack_e5m6(x)
+        return transposed_rows(unpack_e5m6(packed), group_offsets, ctx.retiled, ctx.retiled)
+    if x is None:
+        return QuantizedTensor(data, scales, ROW)
+    return transposed_rows(x, group_offsets, ctx.power_of_2, ctx.retiled)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) -> Tensor:
@@ -121,8 +114,22 @@ def fp8_linear(x: Tensor, weight: Tensor, *, power_of_2_scales: bool = False) ->
     BF16). The weight's gradient goes to `weight.main_grad` if it has one; else, where `weight.grad_dtype` is
     float32, `weight.grad` stays FP32.
     """
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    y = _Fp8LinearFunction.apply(rows, weight, None, power_of_2_scales, _records_gradient(x, weight))
+    return _fp8_linear(x, weight, Fp8Recipe(power_of_2_scales=power_of_2_scales), False)
+
+
+def _fp8_linear(x: Tensor, weight: Tensor, recipe: Fp8Recipe, after_attention: bool) -> Tensor:
+    e5m6 = after_attention and recipe.attention_output == "e5m6" and x.shape[-1] % TILE == 0
+    y = _Fp8LinearFunction.apply(
+        as_rows(x),
+        weight,
+        None,
+        recipe.power_of_2_scales,
+        recipe.retiled_power_of_2,
+        e5m6,
+        remake_of(x),
+        "weights" not in recipe.recompute,
+        records_gradient(x, weight),
+    )
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -131,11 +138,24 @@ def grouped_fp8_linear(
 ) -> Tensor:
     """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ, all three GEMMs in FP8.
 
-    x: [T, K], BF16 or FP32. weight: [G, N, K]. group_offsets: int32 [G + 1], ascending from 0 to T; empty
-    groups are fine. Returns [T, N] in x's dtype.
+    x: [T, K], BF16 or FP32; rows that `MoEDispatch` left in FP8 are taken as they are. weight: [G, N, K].
+    group_offsets: int32 [G + 1], ascending from 0 to T; empty groups are fine. Returns [T, N] in x's dtype.
     """
-    training = _records_gradient(x, weight)
-    y = _Fp8LinearFunction.apply(x.contiguous(), weight, group_offsets, power_of_2_scales, training)
+    return _grouped_fp8_linear(x, weight, group_offsets, Fp8Recipe(power_of_2_scales=power_of_2_scales))
+
+
+def _grouped_fp8_linear(x: Tensor, weight: Tensor, group_offsets: Tensor, recipe: Fp8Recipe) -> Tensor:
+    y = _Fp8LinearFunction.apply(
+        x.contiguous(),
+        weight,
+        group_offsets,
+        recipe.power_of_2_scales,
+        recipe.retiled_power_of_2,
+        False,
+        remake_of(x),
+        "weights" not in recipe.recompute,
+        records_gradient(x, weight),
+    )
     return y.to(x.dtype)
 
 
@@ -143,38 +163,13 @@ def _with_stored(
     x: Tensor, weight: QuantizedTensor, group_offsets: Tensor | None, recipe: Fp8Recipe
 ) -> Tensor:
     """The forward GEMM with a weight that is kept in FP8. It has no backward."""
-    rows = quantize_1x128(x.reshape(-1, x.shape[-1]).contiguous(), power_of_2_scales=recipe.power_of_2_scales)
-    return _gemm(rows, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
+    q, _ = quantized_rows(
+        as_rows(x), group_offsets, recipe.power_of_2_scales, recipe.retiled_power_of_2, transpose=False
+    )
+    return gemm(q, weight, group_offsets).to(x.dtype).view(*x.shape[:-1], weight.shape[-2])
 
 
-@functools.cache
-def _slow_bf16_cpu() -> bool:
-    """Whether torch has only its scalar fallback for BF16 matmuls on this CPU, far slower than FP32."""
-    try:
-        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    except (AttributeError, RuntimeError):
-        return True
-
-
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weightᵀ in their own dtype. BF16 products are exact in FP32: the upcast only changes the speed."""
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _slow_bf16_cpu():
-        return F.linear(x.float(), weight.float()).to(x.dtype)
-    return F.linear(x, weight)
-
-
-def grouped_linear(x: Tensor, weight: Tensor, group_offsets: Tensor) -> Tensor:
-    """Rows group_offsets[g] to group_offsets[g + 1] of x times weight[g]ᵀ in their own dtype (BF16 or FP32).
-
-    On CPUs BF16 goes through FP32: oneDNN would compile a kernel for every new group size, at milliseconds
-    each.
-    """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return grouped_linear(x.float(), weight.float(), group_offsets).to(x.dtype)
-    return F.grouped_mm(x, weight.transpose(-2, -1), offs=group_offsets[1:])
-
-
-def _as_autocast_says(x: Tensor) -> Tensor:
+def as_autocast_says(x: Tensor) -> Tensor:
     """x in the dtype in which `nn.Linear` would take it, and return its result."""
     device = x.device.type
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
@@ -191,13 +186,15 @@ class Linear(nn.Linear):
         return linear(x, self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = _as_autocast_says(x)
+        x = as_autocast_says(x)
         y = self.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class Fp8Linear(Linear, StoresFp8):
     """A drop-in for `nn.Linear` that computes as its `recipe` says; without a bias unless asked."""
+
+    after_attention = False
 
     def __init__(
         self,
@@ -206,10 +203,12 @@ class Fp8Linear(Linear, StoresFp8):
         bias: bool = False,
         *,
         recipe: Fp8Recipe = FP8,
+        after_attention: bool = False,
         **factory: Any,
     ) -> None:
+        """after_attention: whether the input is kept for the backward as `recipe.attention_output` says."""
         super().__init__(in_features, out_features, bias, **factory)
-        self.recipe = recipe
+        self.recipe, self.after_attention = recipe, after_attention
 
     def product(self, x: Tensor) -> Tensor:
         if self.recipe.precision == "bf16":
@@ -217,7 +216,7 @@ class Fp8Linear(Linear, StoresFp8):
         stored = self.quantized_weight()
         if stored is not None:
             return _with_stored(x, stored, None, self.recipe)
-        return fp8_linear(x, self.weight, power_of_2_scales=self.recipe.power_of_2_scales)
+        return _fp8_linear(x, self.weight, self.recipe, self.after_attention)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.recipe}"
@@ -247,15 +246,13 @@ class GroupedFp8Linear(StoresFp8):
 
     def forward(self, x: Tensor, group_offsets: Tensor) -> Tensor:
         """x: [T, in_features]; group_offsets: int32 [num_groups + 1]. Returns [T, out_features]."""
-        x = _as_autocast_says(x)
+        x = as_autocast_says(x)
         if self.recipe.precision == "bf16":
             return grouped_linear(x, self.dequantized_weight().to(x.dtype), group_offsets)
         stored = self.quantized_weight()
         if stored is not None:
             return _with_stored(x, stored, group_offsets, self.recipe)
-        return grouped_fp8_linear(
-            x, self.weight, group_offsets, power_of_2_scales=self.recipe.power_of_2_scales
-        )
+        return _grouped_fp8_linear(x, self.weight, group_offsets, self.recipe)
 
     def extra_repr(self) -> str:
         sizes = (

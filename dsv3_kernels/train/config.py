@@ -4,13 +4,15 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dsv3_kernels.model import PRESETS, ModelConfig
 from dsv3_kernels.nn.recipe import Precision
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.phases import Schedule, resolve
 
 T = TypeVar("T")
+PipelineSchedule = Literal["dualpipe", "dualpipev", "1f1b", "zb1p"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,14 @@ class TrainConfig:
     balance_weight: float = 1e-4
     bias_speed: float = 5e-3
     power_of_2_scales: bool = False
+    on_not_finite: Literal["stop", "skip"] = "stop"
+    """What to do where loss or gradients are not finite; a step that is skipped changes no weight."""
+    schedule: Schedule | None = None
+    """None: a cosine right after the warm-up, and one batch size."""
+    ema: float | None = None
+    """The decay of an average of the weights that is kept in CPU memory; None keeps none."""
+    recompute: bool | None = None
+    """Whether the backward makes again what it can (`Fp8Recipe.recompute`); no weight depends on it."""
 
     def __post_init__(self) -> None:
         for name, low in (("steps", 1), ("batch_size", 1), ("seq_len", 1), ("seed", 0), ("warmup_steps", 0)):
@@ -41,6 +51,33 @@ class TrainConfig:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected a finite number from 0 up")
         if not self.grad_clip > 0:
             raise TrainError(f"grad_clip is {self.grad_clip}, expected a number above 0")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise TrainError(f"ema is {self.ema}, expected a number from 0 up to, and without, 1")
+        resolve(self.schedule, self.steps, self.batch_size, self.seq_len, self.warmup_steps)
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a step is spread over processes; how many of them there are says the rest (data parallel)."""
+
+    pp: int = 1
+    ep: int = 1
+    micro_batches: int = 1
+    """Into how many parts a process (or pipeline) divides its sequences of a step, one after the other."""
+    pp_schedule: PipelineSchedule = "dualpipe"
+    timeout: float = 120.0
+    """Seconds after which a rank that gives no sign of life ends the run."""
+    trace_step: int | None = None
+    """The step whose timeline the first pipeline writes, to trace-<precision>.json in the run's folder."""
+
+    def __post_init__(self) -> None:
+        for name in ("pp", "ep", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise TrainError(f"{name} is {getattr(self, name)}, expected at least 1")
+        if self.trace_step is not None and self.trace_step < 1:
+            raise TrainError(f"trace_step is {self.trace_step}, expected a step from 1 up")
+        if not 1 <= self.timeout <= 86400:
+            raise TrainError(f"timeout is {self.timeout}, expected seconds from 1 to a day")
 
 
 @dataclass(frozen=True)
@@ -53,6 +90,7 @@ class RunConfig:
     """A file or folder of text; None is the standard library's source."""
     model: ModelConfig = field(default_factory=lambda: PRESETS["tiny"])
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint_every: int = 100
     validate_every: int = 50
     validation_windows: int = 64

@@ -1,16 +1,22 @@
-"""Text as bytes: read, split into training and validation, cut into windows in an order that a seed fixes."""
+"""Text or prepared tokens: read, split into training and validation, cut into windows in a seed's order.
+
+Documents stand one after the other and windows are cut without regard to them: a window may hold the end of
+one and the beginning of the next, and attention sees both.
+"""
 
 import hashlib
 import os
 import sysconfig
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.tokenizer import Bytes, Tokenizer
+from dsv3_kernels.train.tokens import HEADER, map_part, read_header, read_tokenizer
 
 SEPARATOR = b"\0"
 """Stands before each file; text files do not contain it."""
@@ -21,51 +27,77 @@ _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 @dataclass(frozen=True)
 class Corpus:
-    train: Tensor  # uint8, one dimension
+    train: Tensor  # token ids, one dimension: uint8, or as prepared
     validation: Tensor
     source: str
     skipped: int  # files in the folder that are not text
     sha256: str  # of both parts
+    vocab_size: int = 256
+    unit: str = "byte"
+    tokenizer: Tokenizer = field(default_factory=Bytes)
 
 
 def load_corpus(path: str | None, window: int) -> Corpus:
-    """Reads a file, a folder of text files, or (None) the .py files of the running Python's standard library.
+    """A file or folder of text as bytes, a folder of prepared tokens, or (None) the standard library's .py.
 
-    window: how many bytes a training sample takes; each part must hold one.
+    window: how many tokens a training sample takes; each part must hold one.
     """
-    if path is None:
-        root = Path(sysconfig.get_path("stdlib"))
-        names = [name for name in _files(root) if name.suffix == ".py" and not _NOT_LIBRARY & set(name.parts)]
-        if not names:
-            raise TrainError(
-                f"found no .py files in {root}: this Python has no library sources. Mend: --data PATH"
-            )
-    else:
-        root, names = _given(Path(path))
+    if path is not None and (Path(path) / HEADER).exists():
+        return _prepared(Path(path), window)
+    root, names = text_files(path)
     texts: dict[Path, bytes] = {}
     binary = []
     for name in names:
-        text = _read(root / name)
-        if _is_text(text):
-            texts[name] = text
-        else:
+        text = read_text(root / name)
+        if text is None:
             binary.append(root / name)
+        else:
+            texts[name] = text
     if not any(texts.values()):
-        what = (
-            f"{binary[0]} is binary, expected UTF-8 text"
-            if binary
-            else f"{root} holds no text (all files are empty)"
-        )
-        raise TrainError(f"--data: {what}")
+        raise TrainError(f"--data: {no_text(root, binary)}")
     train, validation = _split(texts, window)
-    if min(len(train), len(validation)) < window:
-        raise TrainError(
-            f"--data: {root} gives {len(train)} bytes to train and {len(validation)} to validate, expected "
-            f"at least one window of {window} in each. Mend: more text, or a smaller --seq-len"
-        )
+    _require_window(root, len(train), len(validation), "bytes", window)
     digest = hashlib.sha256(train)
     digest.update(validation)
     return Corpus(_tensor(train), _tensor(validation), str(root), len(binary), digest.hexdigest())
+
+
+def _prepared(folder: Path, window: int) -> Corpus:
+    header = read_header(folder)
+    tokenizer = read_tokenizer(folder, header)
+    train, validation = (map_part(folder, name, header) for name in ("train", "validation"))
+    _require_window(folder, len(train), len(validation), "tokens", window)
+    digest = hashlib.sha256((header.train.sha256 + header.validation.sha256).encode()).hexdigest()
+    unit = "byte" if header.tokenizer == "bytes" else "token"
+    return Corpus(train, validation, str(folder), 0, digest, header.vocab_size, unit, tokenizer)
+
+
+def _require_window(root: Path, train: int, validation: int, unit: str, window: int) -> None:
+    if min(train, validation) < window:
+        raise TrainError(
+            f"--data: {root} gives {train} {unit} to train and {validation} to validate, expected "
+            f"at least one window of {window} in each. Mend: more text, or a smaller --seq-len"
+        )
+
+
+def text_files(path: str | None) -> tuple[Path, list[Path]]:
+    """A root and the files under it that may be text, in a fixed order; None: the standard library's .py."""
+    if path is not None:
+        return _given(Path(path))
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [name for name in _files(root) if name.suffix == ".py" and not _NOT_LIBRARY & set(name.parts)]
+    if not names:
+        raise TrainError(
+            f"found no .py files in {root}: this Python has no library sources. Mend: --data PATH"
+        )
+    return root, names
+
+
+def no_text(root: Path, binary: list[Path]) -> str:
+    """What is wrong with a root none of whose files hold text."""
+    if binary:
+        return f"{binary[0]} is binary, expected UTF-8 text"
+    return f"{root} holds no text (all files are empty)"
 
 
 def _given(path: Path) -> tuple[Path, list[Path]]:
@@ -95,29 +127,29 @@ def _files(root: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.as_posix())
 
 
-def _read(path: Path) -> bytes:
+def read_text(path: Path) -> bytes | None:
+    """None for a file that is not UTF-8, or has a zero byte."""
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise TrainError(f"--data: cannot read {path}: {error.strerror}") from error
-
-
-def _is_text(data: bytes) -> bool:
-    if SEPARATOR in data:
-        return False
     try:
         data.decode("utf-8")
     except UnicodeDecodeError:
-        return False
-    return True
+        return None
+    return None if SEPARATOR in data else data
+
+
+def held_out(name: Path) -> bool:
+    """Whether a file is for validation: by its name alone, so that adding a file moves no other."""
+    return zlib.crc32(name.as_posix().encode("utf-8", "surrogateescape")) % VALIDATION_SHARE == 0
 
 
 def _split(texts: dict[Path, bytes], window: int) -> tuple[bytes, bytes]:
-    """Splits by file, on the hash of its name, so that adding a file moves no other to the other side."""
+    """Splits by file, or by place where that leaves a side too short."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     for name, text in texts.items():
-        held_out = zlib.crc32(name.as_posix().encode("utf-8", "surrogateescape")) % VALIDATION_SHARE == 0
-        parts[held_out].append(SEPARATOR + text)
+        parts[held_out(name)].append(SEPARATOR + text)
     train, validation = (b"".join(part) for part in parts)
     if min(len(train), len(validation)) >= window:
         return train, validation
@@ -131,8 +163,9 @@ def _tensor(data: bytes) -> Tensor:
 
 
 class Batches:
-    """Training batches as a function of the step alone: going on after a stop needs no other state.
+    """Training windows as a function of the sample's number: going on after a stop needs no other state.
 
+    Sample i is the same window whoever asks: the ranks of a data-parallel step take parts of its range.
     Each epoch cuts the text at a new offset and takes the windows in a new order, both drawn from (seed,
     epoch).
     """
@@ -146,9 +179,13 @@ class Batches:
 
     def batch(self, step: int) -> Tensor:
         """int64 [batch_size, window]."""
-        first = step * self.batch_size
-        starts = [self._start(sample) for sample in range(first, first + self.batch_size)]
-        return torch.stack([self.text[s : s + self.window] for s in starts]).long()
+        return self.samples(step * self.batch_size, self.batch_size)
+
+    def samples(self, first: int, count: int) -> Tensor:
+        """Samples first to first + count: int64 [count, window]."""
+        return _windows(
+            self.text, [self._start(sample) for sample in range(first, first + count)], self.window
+        )
 
     def _start(self, sample: int) -> int:
         epoch, index = divmod(sample, self.windows)
@@ -165,4 +202,9 @@ def validation_windows(text: Tensor, window: int, count: int) -> Tensor:
     """At most `count` windows spread evenly over the text: int64 [n, window]."""
     count = min(count, text.numel() // window)
     starts = torch.linspace(0, text.numel() - window, count, dtype=torch.float64).long()
-    return torch.stack([text[s : s + window] for s in starts.tolist()]).long()
+    return _windows(text, starts.tolist(), window)
+
+
+def _windows(text: Tensor, starts: list[int], window: int) -> Tensor:
+    rows = [text[start : start + window].long() for start in starts]
+    return torch.stack(rows) if rows else torch.empty(0, window, dtype=torch.int64)

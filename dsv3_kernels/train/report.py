@@ -18,6 +18,8 @@ from dsv3_kernels.train.metrics import MetricsLog
 
 AVERAGED = 20
 """The training loss after a run is the mean of its last steps, at most this many."""
+COUNTED = 1 << 24
+"""Tokens that unigram and bigram models are made of."""
 
 
 class ProgressLine:
@@ -45,7 +47,11 @@ class ProgressLine:
     def update(self, step: int, rows: list[dict[str, Any]]) -> None:
         losses = ", ".join(f"{row['loss']:.3f} {row['precision']}" for row in rows)
         speeds = ", ".join(f"{row['tokens_per_second']:,.0f}" for row in rows)
-        text = f"loss {losses}; {speeds} tokens/s"  # all columns together fit into a line of 80
+        used = [row["mfu"] for row in rows if row.get("mfu") is not None]
+        mfu = f", {max(used):.0%} MFU" if used else ""
+        load = max((row["expert_load"] for row in rows), default=1.0)
+        # All columns together fit into a line of 80.
+        text = f"loss {losses}; {speeds} tokens/s{mfu}; load {load:.1f}"
         self._progress.update(self._task, completed=step, text=text)
         if not self.console.is_terminal and (step % self._every == 0 or step == self.steps):
             self.console.print(f"step {step}/{self.steps}  {text}", highlight=False)
@@ -66,7 +72,7 @@ class SameWeights:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the run came to; losses in nats a byte."""
+    """What the run came to; losses in nats a token, or byte."""
 
     steps: int
     seconds: float
@@ -75,6 +81,7 @@ class Summary:
     validation_before: dict[str, float]
     validation_after: dict[str, float]
     same_weights: list[SameWeights]
+    unit: str = "byte"
 
     def write(self, path: Path, log: MetricsLog) -> None:
         training = {p: {"before": _first(log, p), "after": _last(log, p)} for p in self.validation_after}
@@ -84,7 +91,7 @@ class Summary:
 
     def print(self, console: Console, log: MetricsLog) -> None:
         precisions = list(self.validation_after)
-        table = Table(title=f"{self.steps} steps, losses in nats a byte", title_justify="left")
+        table = Table(title=f"{self.steps} steps, losses in nats a {self.unit}", title_justify="left")
         table.add_column("")
         for precision in precisions:
             table.add_column(precision.upper(), justify="right")
@@ -97,15 +104,17 @@ class Summary:
             "validation loss before": self.validation_before,
             "validation loss after": self.validation_after,
         }
+        averages: dict[str, Any] = {p: log.of(p)[-1].get("validation_loss_ema") for p in precisions}
+        if None not in averages.values():
+            rows["validation loss of the average"] = averages
         for name, values in rows.items():
             cells = [f"{values[p]:.4f}" for p in precisions]
             if paired:
                 cells.append(_percent(values[precisions[0]] / values[precisions[1]] - 1))
             table.add_row(name, *cells)
         speeds = [_speed(log, p) for p in precisions]
-        table.add_row(
-            "tokens/s", *(f"{s:,.0f}" for s in speeds), *([f"{speeds[0] / speeds[1]:.2f}x"] * paired)
-        )
+        ratio = [f"{speeds[0] / speeds[1]:.2f}x"] if paired else []
+        table.add_row("tokens/s", *(f"{s:,.0f}" for s in speeds), *ratio)
         console.print(table)
         same = Table(title="the same weights computed both ways, validation loss", title_justify="left")
         for column in ("weights", "in FP8", "in BF16", "difference"):
@@ -141,21 +150,33 @@ def _percent(difference: float) -> str:
 
 
 def entropies(text: Tensor) -> tuple[float, float]:
-    """Nats a byte of the best unigram and bigram model of the text itself (uint8 [n])."""
-    unigrams = torch.bincount(text, minlength=256).double()
-    pairs = torch.bincount(text[:-1].int() * 256 + text[1:].int(), minlength=65536).double()
-    one, two = (float(-(c / c.sum()).xlogy(c / c.sum()).sum()) for c in (unigrams, pairs))
+    """Nats a token of the best unigram and bigram model of the text itself (its first COUNTED tokens)."""
+    ids = text[:COUNTED].long()
+    size = int(ids.max()) + 1
+    unigrams = torch.bincount(ids).double()
+    pairs = ids[:-1] * size + ids[1:]
+    counts = torch.bincount(pairs) if size <= 256 else pairs.unique(return_counts=True)[1]
+    one, two = (float(-(c / c.sum()).xlogy(c / c.sum()).sum()) for c in (unigrams, counts.double()))
     return one, two - one
 
 
 def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
-    """loss.png: each precision's training loss, faint and averaged, with validation as points."""
+    """loss.png."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    draw_losses(axes, log, summary)
+    writing = path.with_name(f".{path.name}")
+    figure.savefig(writing, format="png")
+    pyplot.close(figure)
+    writing.replace(path)
+
+
+def draw_losses(axes: Any, log: MetricsLog, summary: Summary) -> None:
+    """Each precision's training loss, faint and averaged, with validation as points."""
     for color, precision in zip(("tab:blue", "tab:orange"), summary.validation_after, strict=False):
         rows = log.of(precision)
         steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
@@ -169,12 +190,8 @@ def plot(path: Path, log: MetricsLog, summary: Summary) -> None:
     for name, value in (("unigram", summary.unigram), ("bigram", summary.bigram)):
         axes.axhline(value, color="gray", linewidth=0.8, linestyle=":")
         axes.annotate(name, (0, value), textcoords="offset points", xytext=(2, 2), fontsize=8, color="gray")
-    axes.set(xlabel="step", ylabel="loss, nats a byte")
+    axes.set(xlabel="step", ylabel=f"loss, nats a {summary.unit}")
     axes.legend()
-    writing = path.with_name(f".{path.name}")
-    figure.savefig(writing, format="png")
-    pyplot.close(figure)
-    writing.replace(path)
 
 
 def _windows(count: int) -> list[tuple[int, int]]:

@@ -10,8 +10,9 @@ from torch import nn
 
 from dsv3_kernels import dequantize, emulator, ep, quantize_1x128
 from dsv3_kernels.model import PRESETS, DeepSeekV3
-from dsv3_kernels.model.moe import Experts, MoE, swiglu
-from dsv3_kernels.nn import BF16, FP8, Fp8Recipe, MoECombine, MoEDispatch, set_recipe
+from dsv3_kernels.model.model import moe_of as build_moe
+from dsv3_kernels.nn import BF16, FP8, Experts, Fp8Recipe, MoECombine, MoEDispatch, set_recipe
+from dsv3_kernels.nn.mlp import swiglu
 
 HIDDEN, EXPERTS, TOPK, TOKENS = 64, 8, 3, 20
 
@@ -88,12 +89,12 @@ def test_gradients_travel_in_fp8_where_the_recipe_says_so():
     gen = fresh_generator()
     buffer = ep.Buffer(None, 1, HIDDEN, TOKENS, 1)
     x, grad = (torch.randn(TOKENS, HIDDEN, generator=gen).bfloat16() for _ in range(2))
-    for recipe in (FP8, BF16, Fp8Recipe("fp8", power_of_2_scales=True)):
+    for recipe in (FP8, BF16, Fp8Recipe(retiled_power_of_2_scales=False)):
 
         def lossy(t, recipe=recipe):
             if recipe.precision == "bf16":
                 return t.float()
-            return dequantize(quantize_1x128(t, power_of_2_scales=recipe.power_of_2_scales))
+            return dequantize(quantize_1x128(t, power_of_2_scales=recipe.retiled_power_of_2))
 
         rows, weights = x.clone().requires_grad_(), torch.full((TOKENS, 1), 0.5, requires_grad=True)
         got = MoEDispatch(buffer, recipe=recipe)(rows, torch.zeros(TOKENS, 1, dtype=torch.int64), weights)
@@ -131,14 +132,14 @@ def routed_in_float64(moe, x):
 def moe_of(seed, ep_buffer=None):
     """The whole MoE, or a rank's share of the same."""
     torch.manual_seed(seed)
-    everything = MoE(CONFIG)
+    everything = build_moe(CONFIG)
     with torch.no_grad():
         for parameter in everything.parameters():
             parameter.normal_(0.0, 0.2)
     set_recipe(everything, BF16)
     if ep_buffer is None:
         return everything
-    moe = MoE(CONFIG, ep_buffer)
+    moe = build_moe(CONFIG, ep_buffer)
     set_recipe(moe, BF16)
     state, low = everything.state_dict(), moe.experts.first_expert
     for name in state:
@@ -239,4 +240,4 @@ def test_experts_refuse_a_buffer_of_another_size():
 def test_set_recipe_reaches_the_all_to_all():
     model = nn.Sequential(Experts(EXPERTS, HIDDEN, 32, ep.Buffer(None, EXPERTS, HIDDEN, 4, 2)))
     set_recipe(model, BF16)
-    assert model[0].dispatch.recipe is BF16 and model[0].combine.recipe is BF16
+    assert model[0].send.recipe is BF16 and model[0].collect.recipe is BF16

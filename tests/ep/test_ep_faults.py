@@ -41,7 +41,8 @@ def message_of(call):
 def disagree(rank, size):
     """Each fault in turn on rank 1, and a good round after each."""
     messages = {}
-    for name, value in {"hidden": 64, "num_experts": 4 * size, "num_topk": 1, "gpus_per_node": 1}.items():
+    changes = {"hidden": 64, "num_experts": 4 * size, "num_topk": 1, "gpus_per_node": 1}
+    for name, value in (changes | {"transport": "portable"}).items():
         messages[name] = message_of(lambda: buffer_of(size, **({name: value} if rank == 1 else {})))  # noqa: B023
     buffer = buffer_of(size)
     x, idx = tokens(rank, size)
@@ -77,6 +78,7 @@ def test_ranks_that_disagree_all_hear_of_it(tmp_path):
             )
     for rank, messages in enumerate(heard):
         assert "gpus_per_node is 3 on rank 0 and 1 on rank 1" in messages["gpus_per_node"]
+        assert "transport is None on rank 0 and 'portable' on rank 1" in messages["transport"]
         for name, got in {"too high": 6, "negative": -2, "huge": 1 << 62}.items():
             what = (
                 f"topk_idx[5, 1] is {got}, out of range" if rank == 1 else "topk_idx[5, 1] of rank 1 is wrong"

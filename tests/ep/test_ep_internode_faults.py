@@ -1,4 +1,4 @@
-"""The kernels across nodes when a rank dies or a link fails: all others end in time, and somebody names who."""
+"""The kernels across nodes when a rank dies or a link fails: all others end in time, and one names who."""
 
 import random
 

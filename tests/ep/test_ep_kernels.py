@@ -40,7 +40,7 @@ def several_rounds(case, seed):
     mixed = [("dispatch", *chance.choices(("again", "combine"), k=chance.randrange(1, 4))) for _ in rounds]
     for round_, out in enumerate(node.run(rounds, rows, calls=mixed)):
         check(case, round_, out)
-    assert not node.failures() and not any(error.any() for error in node.error)
+    assert not node.failures() and not any(peers.error.any() for peers in node.peers)
 
 
 @pytest.mark.parametrize("size", SIZES)

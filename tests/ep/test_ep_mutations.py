@@ -126,7 +126,7 @@ MUTATIONS |= {
         "",
         {WRONG},
     ),
-    "room is refused where it is just enough": ("rows > said->limit", "rows >= said->limit", {WRONG}),
+    "room is refused where it is just enough": ("rows > at->limit", "rows >= at->limit", {WRONG}),
     "gradients of tokens come home by expert": (
         "call.token_order ? lane : place",
         "place",
@@ -140,8 +140,12 @@ MUTATIONS |= {
 ROUNDS = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=12, seed=1)
 AGAIN = replace(ROUNDS, fp8=True, tokens=7, hidden=16)
 TOKENS = replace(AGAIN, expert_order=False, num_topk=3)
-STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=4, tokens=64, seed=1)
-CALLS = {AGAIN: ("dispatch", "again", "combine", "again"), TOKENS: ("dispatch", "combine", "again")}
+STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=2, tokens=32, seed=1)
+CALLS = {
+    AGAIN: ("dispatch", "again", "combine", "again"),
+    TOKENS: ("dispatch", "combine", "again"),
+    STREAM: ("dispatch", "again", "combine"),
+}
 
 
 def case_of(name):
@@ -191,7 +195,7 @@ def outcome(text, seed, case):
 @pytest.mark.parametrize("case", [ROUNDS, AGAIN, TOKENS, STREAM], ids=["rounds", "again", "tokens", "stream"])
 def test_the_protocol_as_it_is(case):
     text = source()
-    assert {outcome(text, seed, case) for seed in range(SEEDS // 5)} == {"nothing"}
+    assert {outcome(text, seed, case) for seed in range(SEEDS // 10)} == {"nothing"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -4,10 +4,13 @@ import types
 
 import pytest
 import torch
+from cases import Case, bits, draw, results
 
-from dsv3_kernels import emulator
-from dsv3_kernels.ep import Topology, nvlink
+from dsv3_kernels import emulator, ep
+from dsv3_kernels.ep import Topology, buffer, nvlink, reference
+from dsv3_kernels.ep.calls import Calls
 from dsv3_kernels.ep.transport import Shape
+from dsv3_kernels.quantized import QuantizedTensor
 
 RANKS = 4
 
@@ -144,3 +147,84 @@ def test_an_address_that_is_not_of_the_memory_is_refused(system):
         buffer_ptrs=group.all_gather_object(memory.data_ptr() - 32), offset=64
     )
     assert all("an address 32 bytes before this rank's memory" in text for text in system.connect())
+
+
+# ---- The transport over it
+
+
+class InTheEmulator(System):
+    """The memories are those of the virtual GPUs, where the kernels then run."""
+
+    class Memory(torch.Tensor):
+        def data_ptr(self):
+            return emulator.current().address_of(self.as_subclass(torch.Tensor))
+
+    def empty(self, size, **options):
+        return torch.full((size,), 0xAA, dtype=torch.uint8).as_subclass(self.Memory)
+
+    def rendezvous(self, memory, group):
+        mine = memory.data_ptr()
+        addresses, memories = zip(*group.all_gather_object((mine, memory)), strict=True)
+        return types.SimpleNamespace(buffer_ptrs=addresses, offset=0, keeps=memories)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_the_kernels_run_over_what_was_mapped(monkeypatch, fp8):
+    """Chosen as between processes with GPUs."""
+    system = InTheEmulator(monkeypatch)
+    monkeypatch.setattr(buffer, "_device", lambda group: torch.device("cuda", system.rank()))
+    case = Case(Topology(1, RANKS), fp8=fp8, tokens=8, hidden=144)
+    shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, case.topology)
+    inputs = draw(case)
+
+    def program(rank, group):
+        exchange = Exchange(group)
+        exchange.timeout = 1e-3
+        transport, reason = buffer._choose(shape, exchange, None)
+        assert (transport.name, reason) == ("nvlink", "")
+        calls = Calls(shape, transport)
+        plain = {"previous_event": None, "async_op": False}
+        got = transport.dispatch(
+            calls.dispatch(
+                inputs.x[rank],
+                inputs.topk_idx[rank],
+                inputs.topk_weights[rank],
+                2,
+                expert_order=True,
+                max_recv_tokens=None,
+                handle=None,
+                **plain,
+            )
+        )
+        y, _ = results(case, 0, rank, got.handle.rows)
+        call = calls.combine(y, got.handle, got.topk_weights, None, 2, weights_grad=None, **plain)
+        return got, transport.combine(call).x, transport.bytes_sent()
+
+    each = emulator.VirtualCluster(1, RANKS, num_sms=2).run(program)
+    want = reference.dispatch(inputs.x, inputs.topk_idx, inputs.topk_weights, case.num_experts)
+    y = [results(case, 0, rank, len(part.origin))[0] for rank, part in enumerate(want)]
+    weights, counts = [part.topk_weights for part in want], [idx.shape[0] for idx in inputs.topk_idx]
+    sums = reference.combine(y, want, counts, case.topology, weights)
+    row = 144 + 2 * 4 if fp8 else 2 * 144
+    for rank, ((got, home, sent), part) in enumerate(zip(each, want, strict=True)):
+        for mine, expected in zip(tensors(got.x), tensors(part.x), strict=True):
+            assert torch.equal(bits(mine), bits(expected))
+        assert torch.equal(got.topk_idx, part.topk_idx) and torch.equal(bits(home), bits(sums[rank]))
+        owners = (inputs.topk_idx[rank] // case.local_experts).tolist()
+        away = sum(len({*of_token} - {rank, -1}) for of_token in owners)
+        came = len({(source, token) for source, token, _ in part.origin if source != rank})
+        assert sent == away * (row + 8 * case.topk) + came * 2 * 144
+
+
+def tensors(x):
+    return (x.data.view(torch.uint8), x.scales) if isinstance(x, QuantizedTensor) else (x,)
+
+
+def test_one_rank_alone_cannot_have_it():
+    with pytest.raises(RuntimeError, match="transport is 'nvlink', but the group's backend is not NCCL."):
+        ep.Buffer(None, 4, 32, 8, 2, transport="nvlink")
+    assert ep.Buffer(None, 4, 32, 8, 2).status().reason == ""
+    with pytest.raises(
+        ValueError, match=r"transport is 'ib', expected one of \(None, 'nvlink', 'portable'\)"
+    ):
+        ep.Buffer(None, 4, 32, 8, 2, transport="ib")

@@ -56,7 +56,6 @@ class Node:
         self.memory = [torch.zeros(self.workspace.size, dtype=torch.uint8) for _ in range(self.size)]
         table = torch.tensor([self.cluster.address_of(m, r) for r, m in enumerate(self.memory)])
         self.peers = [kernels.empty_state(rank, table.clone()) for rank in range(self.size)]
-        self.error = [torch.zeros(1, dtype=torch.int32) for _ in range(self.size)]
 
     def failures(self):
         return [p.failure for p in self.peers if p.failure.any()]
@@ -119,7 +118,6 @@ class Node:
         return kernels.dispatch_call(
             self.workspace,
             self.peers[rank],
-            self.error[rank],
             x,
             topk_idx,
             weights,

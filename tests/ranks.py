@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PRELOAD = ["torch", "torch.distributed", "dsv3_kernels.ep", "dsv3_kernels.model", "dsv3_kernels.nn"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "dsv3_kernels.ep",
+    "dsv3_kernels.model",
+    "dsv3_kernels.train.run",
+    "dsv3_kernels.train.pipeline",
+]
 
 
 def _main(rank, size, folder, program, arguments):

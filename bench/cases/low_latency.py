@@ -1,0 +1,122 @@
+"""Low-latency dispatch and combine among virtual ranks of one GPU: bit by bit; speed against a plain copy."""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+
+from dsv3_kernels import ep, quantize_1x128
+from dsv3_kernels.ep import low_latency_reference as reference
+from dsv3_kernels.quantized import QuantizedTensor
+
+from .. import loopback
+from ..copy_kernel import copy
+from . import Call, Candidates, Case, Tensors, Workload
+from .dispatch import LOCAL_EXPERTS, TOKENS, buffer_of, by_rank, routing
+
+NOTE = loopback.NOTE
+HIDDEN = 272  # of `buffer_of`
+PEER = loopback.PEER
+
+
+def _y(rank: int, counts: Tensor, room: int) -> Tensor:
+    """What the experts of a rank return, the same wherever it is asked for; zeros where there are no rows."""
+    generator = torch.Generator().manual_seed(rank)
+    y = torch.randn(counts.numel(), room, HIDDEN, generator=generator).bfloat16()
+    return y.masked_fill(torch.arange(room).view(1, -1, 1) >= counts.view(-1, 1, 1), 0.0)
+
+
+def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
+    room = ranks * TOKENS
+
+    def inputs(generator: torch.Generator) -> Tensors:
+        flat: list[Tensor] = []
+        for rank, idx in enumerate(routing(ranks, generator)):
+            x = torch.randn(idx.shape[0], HIDDEN, generator=generator).bfloat16()
+            flat += [x, idx, torch.rand(idx.shape, generator=generator)]
+            flat.append(torch.tensor(rank))  # the counts of its experts, once all are known
+        each = by_rank(flat, ranks)
+        want = reference.dispatch([parts[1] for parts in each], ranks * LOCAL_EXPERTS)
+        return tuple(
+            _y(i // 4, want[i // 4].tokens_per_expert, room) if i % 4 == 3 else part
+            for i, part in enumerate(flat)
+        )
+
+    def bits(x: Tensor | QuantizedTensor) -> Tensors:
+        return (x.data.view(torch.uint8), x.scales) if isinstance(x, QuantizedTensor) else (x,)
+
+    def written(x: Tensor, counts: Tensor) -> Tensor:
+        there = torch.arange(room, device=x.device).view(1, -1, 1) < counts.view(-1, 1, 1)
+        return torch.where(there, x, torch.zeros_like(x))
+
+    def run(*tensors: Tensor) -> Tensors:
+        each, buffer = by_rank(tensors, ranks), buffer_of(ranks, tensors[0].device)
+        x, idx, weights, y = zip(*each, strict=True)
+        got = buffer.low_latency_dispatch(x, idx, num_sms, fp8=fp8)
+        home = buffer.low_latency_combine(y, [part.handle for part in got], weights, num_sms)
+        flat: list[Tensor] = []
+        for part, sums in zip(got, home, strict=True):
+            counts = part.tokens_per_expert
+            flat += [*(written(parts, counts) for parts in bits(part.x)), counts, sums.x]
+        return tuple(flat)
+
+    def expected(*tensors: Tensor) -> Tensors:
+        x, idx, weights, y = zip(*by_rank(tensors, ranks), strict=True)
+        want = reference.dispatch(idx, ranks * LOCAL_EXPERTS)
+        sums = reference.combine(y, want, weights)
+        rows = [bits(quantize_1x128(t)) if fp8 else (t,) for t in x]
+        flat: list[Tensor] = []
+        for part, home in zip(want, sums, strict=True):
+            for i, like in enumerate(rows[0]):
+                out = like.new_zeros(LOCAL_EXPERTS, room, like.shape[1])
+                for expert, origin in enumerate(part.rows):
+                    for row, (source, token, _) in enumerate(origin):
+                        out[expert, row] = rows[source][i][token]
+                flat.append(out)
+            flat += [part.tokens_per_expert, home]
+        return tuple(flat)
+
+    name = f"low_latency {'fp8' if fp8 else 'bf16'} {ranks} ranks x {num_sms} SMs"
+    return Case(name, inputs, run, expected)
+
+
+CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 5))]
+
+
+def _workload(op: str, setup: loopback.Setup) -> Workload:
+    """Of a row: written over a link, read and written there; and dispatch reads a token, combine a row."""
+    rows, tokens = setup.ranks * setup.rows, setup.ranks * setup.tokens
+    sent, home = setup.dispatch_row, 2 * setup.hidden
+    moved = tokens * home + 3 * rows * sent if op == "dispatch" else 3 * rows * home + tokens * home
+
+    def build() -> Candidates:
+        buffer = ep.LoopbackBuffer(setup.ranks, setup.experts, setup.hidden, setup.tokens, setup.topk)
+        node = loopback.Node(setup)
+        weights = node.topk_weights
+        x = [torch.randn(setup.tokens, setup.hidden, device="cuda").bfloat16() for _ in range(setup.ranks)]
+        dispatch = functools.partial(buffer.low_latency_dispatch, x, node.topk_idx, setup.num_sms)
+        ours: Call = dispatch
+        if op == "combine":
+            got = dispatch()
+            shape = (buffer.local_experts, setup.ranks * setup.tokens, setup.hidden)
+            y = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in got]
+            handles = [part.handle for part in got]
+            ours = functools.partial(buffer.low_latency_combine, y, handles, weights, setup.num_sms)
+
+        def peer() -> Call:
+            size = moved // 2 // 16 * 16
+            source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
+            return lambda: copy(source, target, setup.ranks * setup.num_sms)
+
+        return Candidates(ours, {PEER: peer}, frozenset({PEER}))
+
+    link = rows * (sent if op == "dispatch" else home)
+    name = f"{setup.tokens} tokens, {setup}"
+    return Workload(f"low latency {op}", name, 0, moved, build, "none", link, setup.ranks * setup.num_sms)
+
+
+WORKLOADS = [
+    _workload(op, loopback.Setup(8, num_sms, tokens=128))
+    for op, num_sms in itertools.product(("dispatch", "combine"), (16, 8))
+]

@@ -1,0 +1,352 @@
+"""The kernel transport of low latency: csrc/kernels/low_latency.cuh on memory that all ranks have alike."""
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import launch, nvshmem
+from ..by_value import Struct, join
+from ..checks import ceil_div, round_up
+from ..device_error import DeviceValueError
+from ..jit import Kernel
+from ..quantized import ROW, QuantizedTensor, empty_mn_major
+from . import nvlink
+from .errors import TimeoutError
+from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
+from .transport import Shape
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+OPS = ("low_latency_dispatch", "low_latency_combine")
+ROLES = ("send", "receive")
+GROUP = 128  # threads that share the rows of an (expert, rank)
+MOST_THREADS = 512
+MOST_RANKS = 8  # of a launch
+IN_FLIGHT = 2  # epochs of an op: slots have two parities
+
+
+class Phase(enum.IntEnum):
+    """csrc/kernels/low_latency.cuh."""
+
+    DISPATCH_SEND = 0
+    DISPATCH_RECEIVE = 1
+    COMBINE_SEND = 2
+    COMBINE_RECEIVE = 3
+
+
+@dataclass(frozen=True)
+class Area:
+    """One op's part of a rank's memory: csrc/kernels/low_latency.cuh. flags, slots, staged: of a parity."""
+
+    start: int
+    ranks: int
+    flags: int
+    slots: int
+    staged: int
+    slot_bytes: int
+
+    @property
+    def end(self) -> int:
+        words = round_up(8 * (self.ranks + 2 * self.flags), 16)
+        return self.start + words + 2 * (self.slots + self.staged) * self.slot_bytes
+
+
+def areas(shape: Shape) -> tuple[Area, Area]:
+    """Of dispatch and of combine; the end of the second is the size of a rank's memory."""
+    ranks, tokens = shape.topology.size, shape.max_tokens_per_rank
+    row = 2 * shape.hidden
+    slot = round_up(max(row, shape.hidden + 4 * ceil_div(shape.hidden, 128)), 16)
+    far = shape.topology.nodes > 1
+    pairs = tokens * shape.num_topk
+    there = Area(0, ranks, shape.num_experts, shape.num_experts * tokens, tokens * far, slot)
+    home = Area(there.end, ranks, shape.num_experts, pairs, ranks * pairs * far, row)
+    return there, home
+
+
+@dataclass(frozen=True, eq=False)
+class Connection:
+    """How a rank reaches the others.
+
+    memory: uint8, this rank's, symmetric; `areas` says how large. mapped: int64 `[R]`, where this GPU sees
+    the memory of each rank, 0 where only the network reaches it. queue_pairs: int32, numbers of NVSHMEM's
+    queue pairs, none within a node. kernel: one instance of `low_latency_step`. keep: what must live as long.
+    """
+
+    rank: int
+    memory: Tensor
+    mapped: Tensor
+    queue_pairs: Tensor
+    kernel: Kernel
+    keep: object = None
+
+
+def kernel(nodes: int, emulated: bool) -> Kernel:
+    """The instance for a buffer: within a node it knows of no network."""
+    if nodes == 1:
+        return Kernel("low_latency.cuh", "low_latency_step", defines=(("DSV3_ONE_NODE", 1),))
+    if emulated:
+        return Kernel("low_latency.cuh", "low_latency_step", defines=(("DSV3_NVSHMEM_DECLARED", 1),))
+    return Kernel("low_latency.cuh", "low_latency_step", nvshmem=True)
+
+
+def connect_emulated(group: Any, gpu: Any, shape: Shape) -> Connection:
+    """Inside `VirtualCluster.run`. A peer's memory lives on while it is mapped: its last word comes late."""
+    memory = group.symmetric((areas(shape)[1].end,), torch.uint8)
+    every = group.all_gather_object((gpu.address_of(memory), memory))
+    node = shape.topology.gpus_per_node
+    mapped = [address * (r // node == group.rank // node) for r, (address, _) in enumerate(every)]
+    queue_pairs = torch.arange(2, 2 + shape.local_experts, dtype=torch.int32)
+    which = kernel(shape.topology.nodes, emulated=True)
+    return Connection(group.rank, memory, torch.tensor(mapped), queue_pairs, which, every)
+
+
+def connect_nvlink(mapped: nvlink.Mapped, shape: Shape, rank: int) -> Connection:
+    """Within a node, on memory that all have mapped."""
+    device = mapped.memory.device
+    table = torch.tensor(mapped.addresses, device=device)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    return Connection(rank, mapped.memory, table, none, kernel(1, emulated=False), mapped)
+
+
+def connect_loopback(shape: Shape, device: torch.device) -> list[Connection]:
+    """All ranks of a node on one GPU, real or virtual."""
+    size = areas(shape)[1].end
+    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(shape.topology.size)]
+    table = torch.tensor([launch.address_of(memory) for memory in memories], device=device)
+    none = torch.empty(0, dtype=torch.int32, device=device)
+    which = kernel(1, emulated=True)
+    return [Connection(rank, memory, table, none, which, memories) for rank, memory in enumerate(memories)]
+
+
+def connect_nvshmem(group: "dist.ProcessGroup", shape: Shape) -> Connection:
+    """On GPUs; all ranks of the group call. Raises `nvshmem.NvshmemError` before any kernel runs."""
+    size = areas(shape)[1].end
+    world = nvshmem.world(group, size)
+    memory = world.allocate(size)
+    mapped = world.mapped(memory)
+    far = not all(mapped)
+    pairs = world.queue_pairs(shape.local_experts) if shape.topology.nodes > 1 else []
+    if far and shape.topology.nodes == 1:
+        missing = [rank for rank, address in enumerate(mapped) if not address]
+        raise nvshmem.NvshmemError(
+            f"the memory of ranks {missing} is not mapped here, though all are said to be on one node. Mend: "
+            "pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers (nvidia-smi topo -p2p r)"
+        )
+    return Connection(
+        world.rank,
+        memory,
+        torch.tensor(mapped, device=memory.device),
+        torch.tensor(pairs, dtype=torch.int32, device=memory.device),
+        kernel(shape.topology.nodes, emulated=False),
+    )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Words of the record of a wait that ran out of time: csrc/kernels/low_latency.cuh."""
+
+    role: int
+    peer: int
+    expert: int
+    expected: int
+    seen: int
+    recorded: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Layout:
+    segments: Tensor  # int32 [E_local, R, 3]
+    places: Tensor  # int32 [T, K, 2]
+
+
+class _Op:
+    """What a rank keeps between calls of one op."""
+
+    def __init__(self, area: Area, device: torch.device) -> None:
+        self.area = area
+        self.progress = torch.zeros(5, dtype=torch.int64, device=device)
+        self.outstanding: deque[object] = deque()  # calls whose receive has not been launched
+
+
+class Launcher:
+    """Launches what `ranks` ranks hand in, one after the other, as one grid when the last has."""
+
+    def __init__(self, kernel: Kernel, shape: Shape, ranks: int = 1) -> None:
+        self._kernel, self._shape, self._ranks = kernel, shape, ranks
+        self._steps: list[Struct] = []
+
+    def __call__(self, step: Struct, num_sms: int) -> None:
+        self._steps.append(step)
+        if len(self._steps) < self._ranks:
+            return
+        steps, self._steps = join(self._steps, MOST_RANKS), []
+        grid, block = (num_sms * self._ranks, 1, 1), (threads(self._shape.hidden), 1, 1)
+        shared = shared_bytes(self._shape)
+        try:
+            launch.launch(self._kernel, grid, block, (steps, num_sms), shared_bytes=shared)
+        except DeviceValueError:
+            if steps.tensors[0].is_cuda:  # an earlier kernel's, and in its place this one was not launched
+                launch.launch(self._kernel, grid, block, (steps, num_sms), shared_bytes=shared)
+            raise
+
+
+class KernelLowLatency:
+    """One rank. launcher: shared with the ranks of the same GPU, if there are any."""
+
+    def __init__(
+        self, shape: Shape, connection: Connection, timeout: float, launcher: Launcher | None = None
+    ) -> None:
+        self._shape, self._connection, self._timeout = shape, connection, timeout
+        self._launcher = launcher or Launcher(connection.kernel, shape)
+        device = connection.memory.device
+        there, home = areas(shape)
+        self._dispatch, self._combine = _Op(there, device), _Op(home, device)
+        # The host reads it without asking the GPU.
+        self._record = torch.zeros(6, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._record_words = self._record.numpy()
+        self._sent_rows = torch.zeros(shape.num_experts, dtype=torch.int64, device=device)
+        self._failure: TimeoutError | None = None
+        self._reported: DeviceValueError | None = None
+        launch.also_raise(self)
+
+    def dispatch(
+        self, x: Tensor, topk_idx: Tensor, form: Format, num_sms: int
+    ) -> tuple[LowLatencyDispatched, Hook]:
+        shape, device = self._shape, x.device
+        size = (shape.local_experts, received_rows(shape), shape.hidden)
+        data = torch.empty(size, dtype=torch.float8_e4m3fn if form.fp8 else torch.bfloat16, device=device)
+        scales = empty_mn_major((*size[:2], ceil_div(shape.hidden, 128)), device) if form.fp8 else None
+
+        def integers(*sizes: int) -> Tensor:
+            return torch.empty(sizes, dtype=torch.int32, device=device)
+
+        counts = integers(shape.local_experts)
+        layout = _Layout(
+            integers(shape.local_experts, shape.topology.size, 3), integers(x.shape[0], shape.num_topk, 2)
+        )
+        format = int(form.fp8) + int(form.power_of_2_scales)
+
+        def run(phase: Phase) -> None:
+            step = self._step(self._dispatch, phase, layout, x, topk_idx, None, data, scales, counts, format)
+            self._launch(step, num_sms)
+
+        receive = self._send(self._dispatch, run, Phase.DISPATCH_SEND)
+        rows = data if scales is None else QuantizedTensor(data, scales, ROW)
+        handle = LowLatencyHandle(self, x.shape[0], layout)
+        return LowLatencyDispatched(rows, counts, handle, None), receive
+
+    def combine(
+        self, y: Tensor, handle: LowLatencyHandle, topk_weights: Tensor, num_sms: int
+    ) -> tuple[Tensor, Hook]:
+        layout = handle.layout
+        if not isinstance(layout, _Layout):
+            raise TypeError(f"handle.layout is {type(layout).__name__}, expected that of the kernels")
+        out = y.new_empty(handle.num_tokens, self._shape.hidden)
+
+        def run(phase: Phase) -> None:
+            step = self._step(self._combine, phase, layout, y, None, topk_weights, out)
+            self._launch(step, num_sms)
+
+        return out, self._send(self._combine, run, Phase.COMBINE_SEND)
+
+    def check(self) -> None:
+        """Raises what the kernels have reported so far; `dsv3_kernels.synchronize` does too."""
+        self._raise_failed(OPS[0])
+
+    def _send(self, op: _Op, run: Callable[[Phase], None], send: Phase) -> Hook:
+        """Launches what sends; what is returned launches what receives."""
+        name = OPS[send // 2]
+        self._raise_failed(name)
+        if len(op.outstanding) == IN_FLIGHT:
+            raise ValueError(
+                f"{name}: {IN_FLIGHT} calls wait for their hook(), expected fewer: there are {IN_FLIGHT} "
+                "buffers. Call the hook of the oldest first"
+            )
+        call = object()
+        op.outstanding.append(call)
+
+        def receive() -> None:
+            if call not in op.outstanding:
+                return
+            self._raise_failed(name)
+            if op.outstanding[0] is not call:
+                raise ValueError(
+                    f"{name}: hook() of a later call, expected hooks in the order of their calls"
+                )
+            op.outstanding.popleft()
+            run(Phase(send + 1))
+            self._raise_failed(name)
+            reported, self._reported = self._reported, None
+            if reported is not None:
+                raise reported
+
+        run(send)
+        return receive
+
+    def _launch(self, step: Struct, num_sms: int) -> None:
+        try:
+            self._launcher(step, num_sms)
+        except DeviceValueError as error:
+            # What was right has been sent, and the others go on: so must this rank, until it has received.
+            self._reported = error
+
+    def _raise_failed(self, name: str) -> None:
+        if self._failure is None and self._record_words[-1]:
+            record = Failure(*self._record_words.tolist())
+            cause = f"its word is {record.seen:#x}, expected at least {record.expected:#x}"
+            role = ROLES[record.role - 1]
+            self._failure = TimeoutError(
+                name, self._connection.rank, [record.peer], role, record.expert, self._timeout, cause
+            )
+        if self._failure is not None:
+            raise self._failure
+
+    def _step(
+        self,
+        op: _Op,
+        phase: Phase,
+        layout: _Layout,
+        source: Tensor,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        out: Tensor,
+        scales: Tensor | None = None,
+        counts: Tensor | None = None,
+        format: int = 0,
+    ) -> Struct:
+        """`LowLatencyStep` of csrc/kernels/low_latency.cuh."""
+        shape, connection, area = self._shape, self._connection, op.area
+        record = self._record.data_ptr() if source.is_cuda else self._record
+        strides = (0, 0) if scales is None else (scales.stride(0), scales.stride(2))
+        queue_pairs = connection.queue_pairs
+        peers = (connection.mapped, queue_pairs, connection.rank, area.ranks, queue_pairs.numel())
+        place = (area.start, area.slot_bytes, area.ranks, area.flags, area.slots, 0)
+        sizes = (shape.local_experts, shape.max_tokens_per_rank, shape.num_topk, shape.hidden)
+        return join(
+            [
+                Struct("PPIII", *peers),
+                Struct("QQIIII", *place),
+                Struct("PPQ", op.progress, record, int(self._timeout * 1e9)),
+                Struct("PPP", topk_idx, layout.places, self._sent_rows),
+                Struct("PPP", launch.error_flag(source), topk_weights, source),
+                Struct("PPqqPP", out, scales, *strides, counts, layout.segments),
+                Struct("IIIIIII", phase, format, *sizes, layout.places.shape[0]),
+            ]
+        )
+
+
+def threads(hidden: int) -> int:
+    """Of a block: a lane for 16 columns of a token, in whole groups."""
+    return min(round_up(ceil_div(hidden, 16), GROUP), MOST_THREADS)
+
+
+def shared_bytes(shape: Shape) -> int:
+    """What a sending block knows of the routing: `Plan` of csrc/kernels/low_latency_dispatch.cuh."""
+    words = 3 * shape.num_experts + shape.num_experts % 2 + 4 * (shape.num_topk + 1) + 4 * shape.num_topk
+    return 4 * words

@@ -1,0 +1,323 @@
+"""Low latency in the emulator: within a node and across nodes, bit for bit the reference."""
+
+import random
+
+import pytest
+import torch
+from cases import ROUTINGS, Case, bits, draw
+from fp8_helpers import fresh_generator
+from low_latency_runs import Form, check, check_dispatch, dispatches_ahead, one_round, two_rounds
+
+import dsv3_kernels as dk
+from dsv3_kernels import emulator, ep
+from dsv3_kernels.device_error import DeviceValueError
+from dsv3_kernels.ep import Topology
+from dsv3_kernels.ep import low_latency_reference as reference
+
+SECONDS = 1e-3  # of virtual time, a wait's limit
+
+
+def buffer_of(case, group):
+    gpus = case.topology.gpus_per_node
+    return ep.Buffer(
+        group, case.num_experts, case.hidden, case.tokens, case.topk, gpus_per_node=gpus, timeout=SECONDS
+    )
+
+
+def run(case, rounds, forms, seed, prepare=None, **options):
+    """Rounds back to back, no rank waiting for another."""
+    nodes, gpus = case.topology.nodes, case.topology.gpus_per_node
+    cluster = emulator.VirtualCluster(nodes, gpus, seed, num_sms=4, **options)
+    if prepare:
+        prepare(cluster)
+
+    def program(rank, group):
+        buffer = buffer_of(case, group)
+        return [
+            one_round(buffer, case, inputs, i, rank, form)
+            for i, (inputs, form) in enumerate(zip(rounds, forms, strict=True))
+        ]
+
+    return cluster, cluster.run(program)
+
+
+def run_ahead(case, rounds, form, seed, **options):
+    nodes, gpus = case.topology.nodes, case.topology.gpus_per_node
+    cluster = emulator.VirtualCluster(nodes, gpus, seed, num_sms=4, **options)
+    return cluster.run(lambda rank, group: dispatches_ahead(buffer_of(case, group), rounds, rank, form))
+
+
+def run_pairs(case, rounds, form, seed, **options):
+    """The same with two calls under way at a time."""
+    nodes, gpus = case.topology.nodes, case.topology.gpus_per_node
+
+    def program(rank, group):
+        buffer = buffer_of(case, group)
+        return [
+            got
+            for i in range(0, len(rounds), 2)
+            for got in two_rounds(buffer, case, rounds[i : i + 2], rank, form)
+        ]
+
+    return emulator.VirtualCluster(nodes, gpus, seed, num_sms=4, **options).run(program)
+
+
+@pytest.mark.parametrize("nodes, gpus", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 2)])
+def test_bit_equal_to_the_reference(nodes, gpus):
+    seed = fresh_generator().initial_seed() % (1 << 30)
+    chance = random.Random(seed)
+    for i, routing in enumerate(chance.sample(ROUTINGS, 2 if nodes * gpus == 8 else 3)):
+        case = Case(
+            Topology(nodes, gpus),
+            routing,
+            local_experts=chance.choice([1, 3]),
+            hidden=chance.choice([32, 144]),
+            num_topk=chance.choice([1, 3, 4]),
+            tokens=5,
+            seed=seed + i,
+        )
+        rounds = [draw(case, round_) for round_ in range(3)]
+        forms = [
+            Form(fp8, fp8 and chance.random() < 0.5, chance.random() < 0.5, chance.choice([1, 2, 3]))
+            for fp8 in chance.choices([False, True], k=3)
+        ]
+        _, by_rank = run(case, rounds, forms, seed + i)
+        for round_, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
+            check(case, inputs, round_, form, [got[round_] for got in by_rank])
+
+
+@pytest.mark.parametrize("nodes, gpus", [(1, 3), (3, 1), (2, 2)])
+def test_two_calls_under_way(nodes, gpus):
+    seed = fresh_generator().initial_seed() % (1 << 30)
+    case = Case(Topology(nodes, gpus), local_experts=2, hidden=144, num_topk=3, tokens=5, seed=seed)
+    rounds, form = [draw(case, round_) for round_ in range(4)], Form(fp8=seed % 2 == 0)
+    by_rank = run_pairs(case, rounds, form, seed)
+    for i, inputs in enumerate(rounds):
+        check(case, inputs, i % 2, form, [got[i] for got in by_rank])
+    by_rank = run_ahead(case, rounds, form, seed)
+    for i, inputs in enumerate(rounds):
+        check_dispatch(case, inputs, form, [got[i] for got in by_rank], f"round {i}")
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("nodes, gpus", [(1, 3), (2, 2)])
+def test_bytes(nodes, gpus, fp8):
+    """A (token, expert) elsewhere: a row and its scales there, a row home. The rest is flags and acks."""
+    case = Case(
+        Topology(nodes, gpus), local_experts=3, hidden=7168, num_topk=4, tokens=4, seed=2 * nodes + fp8
+    )
+    inputs, form = draw(case), Form(fp8)
+    cluster, outputs = run(case, [inputs], [form], seed=0)
+    check(case, inputs, 0, form, [got[0] for got in outputs])
+    size, row = nodes * gpus, 2 * 7168
+    there = 7168 + 56 * 4 if fp8 else row
+    near, far = 0, {}
+    for source in range(size):
+        for rank in (r for r in range(size) if r != source):
+            experts = inputs.topk_idx[source][inputs.topk_idx[source] // case.local_experts == rank].tolist()
+            used = len(set(experts))
+            if source // gpus == rank // gpus:  # flags there and back, acks of both ops
+                near += len(experts) * (there + row) + 8 * (case.local_experts + used + 2)
+                continue
+            out, back = far.setdefault((source, rank), [0, 0]), far.setdefault((rank, source), [0, 0])
+            out[0] += len(experts) + case.local_experts + 1
+            out[1] += len(experts) * there + 8 * (case.local_experts + 1)
+            back[0] += len(experts) + used + 1
+            back[1] += len(experts) * row + 8 * (used + 1)
+    assert cluster.counters["peer_bytes"] == near
+    links = {link: [c["messages"], c["bytes"]] for link, c in cluster.counters["links"].items()}
+    assert links == far
+
+
+def test_a_killed_rank_is_named_in_time():
+    """A survivor may miss another that gave up: together they name the one that died."""
+    chance = random.Random(fresh_generator().initial_seed())
+    for nodes, gpus in ((1, 3), (3, 1), (2, 2)):
+        case = Case(Topology(nodes, gpus), local_experts=2, hidden=32, num_topk=2, tokens=6, seed=1)
+        rounds = [draw(case, round_) for round_ in range(3)]
+        forms = [Form(hook=True), Form(), Form(hook=True)]
+        healthy, _ = run(case, rounds, forms, 0)
+        for trial in range(4):
+            victim = chance.randrange(nodes * gpus)
+            step = chance.randrange(healthy.counters["instructions"] // 2)
+            errors = faulty_run(case, rounds, forms, trial, lambda c, v=victim, s=step: c.kill(v, s))
+            at = (nodes, gpus, trial, victim, step)
+            survivors = {rank: error for rank, error in errors.items() if rank != victim}
+            assert len(survivors) == nodes * gpus - 1, at
+            for rank, error in survivors.items():
+                assert rank not in error.peers and error.rank == rank, at
+                assert error.role in ("send", "receive"), at
+            assert victim in {peer for error in survivors.values() for peer in error.peers}, at
+
+
+def test_a_lost_message_is_named():
+    """A row, a flag, an ack: the rank that waits for it says for whom."""
+    case = Case(Topology(2, 1), "single expert", local_experts=1, hidden=32, num_topk=2, tokens=3, seed=5)
+    rounds = [draw(case, round_) for round_ in range(4)]
+    rows = int((rounds[0].topk_idx[0] == 1).sum())
+    for message in (0, rows, rows + 1):  # of rank 0: rows of its tokens, their flag; then an ack
+        errors = faulty_run(case, rounds, [Form()] * 4, 0, lambda c, m=message: c.drop(0, 1, m))
+        assert errors[1].peers == (0,), (message, errors)
+        assert errors[1].op == "low_latency_dispatch" or message > rows
+
+
+def test_a_link_that_stands_still_for_a_while():
+    case = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=2, tokens=4, seed=6)
+    rounds, forms = [draw(case, round_) for round_ in range(3)], [Form(), Form(hook=True), Form(fp8=False)]
+    for source, destination in ((0, 2), (3, 1)):
+        cluster, by_rank = run(
+            case, rounds, forms, 1, lambda c, a=source, b=destination: c.stall(a, b, until=200_000)
+        )
+        assert cluster.counters["nanoseconds"] > 200_000
+        for i, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
+            check(case, inputs, i, form, [got[i] for got in by_rank])
+
+
+def faulty_run(case, rounds, forms, seed, fault):
+    """Which rank raised which TimeoutError. No hang: the emulator calls an endless wait a deadlock."""
+    cluster = emulator.VirtualCluster(case.topology.nodes, case.topology.gpus_per_node, seed, num_sms=4)
+    fault(cluster)
+    errors = {}
+
+    def program(rank, group):
+        buffer = buffer_of(case, group)
+        try:
+            for i, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
+                one_round(buffer, case, inputs, i, rank, form)
+        except ep.TimeoutError as error:
+            errors[rank] = error
+            with pytest.raises(ep.TimeoutError):  # and again at every later call
+                buffer.low_latency_dispatch(rounds[0].x[rank], rounds[0].topk_idx[rank], 2)
+
+    cluster.run(program)
+    return errors
+
+
+def test_bad_experts_are_left_out_and_reported():
+    case = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=6, seed=4)
+    good = draw(case)
+    for bad in (-2, case.num_experts, 1 << 40, -(1 << 62), "twice"):
+        wrong = draw(case)
+        idx = wrong.topk_idx[1]
+        idx[2] = torch.tensor([3, 5, 6])
+        idx[2, 1] = 3 if bad == "twice" else bad
+        good.topk_idx[1] = idx.clone()
+        good.topk_idx[1][2, 1] = -1
+
+        def program(rank, group, wrong=wrong):
+            buffer = buffer_of(case, group)
+            if rank == 1:
+                with pytest.raises(DeviceValueError, match="topk_idx of this rank or another"):
+                    buffer.low_latency_dispatch(wrong.x[rank], wrong.topk_idx[rank], 2)
+            else:
+                got = buffer.low_latency_dispatch(wrong.x[rank], wrong.topk_idx[rank], 2)
+                want = reference.dispatch(good.topk_idx, case.num_experts)[rank]
+                assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
+            return one_round(buffer, case, good, 1, rank, Form())
+
+        by_rank = emulator.VirtualCluster(2, 2, 0, num_sms=4).run(program)
+        check(case, good, 1, Form(), by_rank)
+
+
+def test_hooks_out_of_turn():
+    case = Case(Topology(1, 1), local_experts=2, hidden=32, num_topk=1, tokens=2, seed=4)
+    inputs = draw(case)
+
+    def program(rank, group):
+        buffer = buffer_of(case, group)
+
+        def send():
+            return buffer.low_latency_dispatch(inputs.x[0], inputs.topk_idx[0], 1, return_recv_hook=True)
+
+        first, second = send(), send()
+        with pytest.raises(ValueError, match=r"2 calls wait for their hook\(\)"):
+            send()
+        with pytest.raises(ValueError, match="expected hooks in the order of their calls"):
+            second.hook()
+        first.hook()
+        third = send()
+        second.hook()
+        third.hook()
+        want = reference.dispatch(inputs.topk_idx, 2)[0].tokens_per_expert
+        assert all(torch.equal(got.tokens_per_expert, want) for got in (first, second, third))
+
+    emulator.VirtualCluster(1, 1, num_sms=2).run(program)
+
+
+def test_wrong_arguments():
+    buffer = ep.Buffer(None, num_experts=4, hidden=32, max_tokens_per_rank=3, num_topk=2)
+    x, idx = torch.zeros(2, 32).bfloat16(), torch.tensor([[0, 1], [2, -1]])
+    got = buffer.low_latency_dispatch(x, idx)
+    other = ep.Buffer(None, num_experts=4, hidden=32, max_tokens_per_rank=3, num_topk=2)
+    y, weights = torch.zeros(4, 3, 32).bfloat16(), torch.ones(2, 2)
+    wide = torch.zeros(4, 32).bfloat16()
+    for error, message, call in [
+        (TypeError, "x is ", lambda: buffer.low_latency_dispatch(dk.quantize_1x128(x), idx)),
+        (TypeError, "x has dtype", lambda: buffer.low_latency_dispatch(x.float(), idx)),
+        (ValueError, r"\(T, hidden\)", lambda: buffer.low_latency_dispatch(x[:, :16].contiguous(), idx)),
+        (ValueError, "x has 4 tokens, expected at most", lambda: buffer.low_latency_dispatch(wide, idx)),
+        (ValueError, r"\(T, num_topk\)", lambda: buffer.low_latency_dispatch(x, idx[:1])),
+        (TypeError, "num_sms is 2.0", lambda: buffer.low_latency_dispatch(x, idx, 2.0)),
+        (ValueError, "num_sms is 0", lambda: buffer.low_latency_dispatch(x, idx, 0)),
+        (TypeError, "fp8 is", lambda: buffer.low_latency_dispatch(x, idx, fp8=1)),
+        (
+            ValueError,
+            "power_of_2_scales is True",
+            lambda: buffer.low_latency_dispatch(x, idx, fp8=False, power_of_2_scales=True),
+        ),
+        (ep.errors.Fault, r"topk_idx\[1, 0\]", lambda: buffer.low_latency_dispatch(x, idx + 2)),
+        (
+            ValueError,
+            "handle is of another buffer",
+            lambda: other.low_latency_combine(y, got.handle, weights),
+        ),
+        (TypeError, "handle is NoneType", lambda: buffer.low_latency_combine(y, None, weights)),
+        (ValueError, "E_local", lambda: buffer.low_latency_combine(y[:2], got.handle, weights)),
+        (
+            ValueError,
+            r"\(T, num_topk\)",
+            lambda: buffer.low_latency_combine(y, got.handle, weights[:1]),
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            call()
+    big = ep.Buffer(None, num_experts=8, hidden=32, max_tokens_per_rank=8192, num_topk=8)
+    with pytest.raises(ValueError, match=r"is 65536, expected at most 65535"):
+        big.low_latency_dispatch(x, torch.zeros(2, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("nodes, gpus", [(1, 4), (2, 2)])
+def test_decoding_end_to_end(nodes, gpus):
+    """Dispatch, two GEMMs with SwiGLU between, combine: the bits of one process that has all experts."""
+    seed = fresh_generator().initial_seed() % (1 << 30)
+    gen = torch.Generator().manual_seed(seed)
+    case = Case(Topology(nodes, gpus), local_experts=2, hidden=128, num_topk=3, tokens=3, seed=seed)
+    inputs, width = draw(case), 128
+    up = dk.quantize_128x128(torch.randn(case.num_experts, 2 * width, case.hidden, generator=gen).bfloat16())
+    down = dk.quantize_128x128(torch.randn(case.num_experts, case.hidden, width, generator=gen).bfloat16())
+
+    def experts(x, counts, first, count):
+        mine = slice(first, first + count)
+        gate_up = dk.masked_grouped_fp8_gemm(x, (up.data[mine], up.scales[mine]), counts)
+        flat = dk.swiglu_quantize(gate_up.flatten(0, 1))
+        shape = (*gate_up.shape[:2], -1)
+        scales = torch.stack([s.T.contiguous().T for s in flat.scales.view(shape)])
+        return dk.masked_grouped_fp8_gemm(
+            (flat.data.view(shape), scales), (down.data[mine], down.scales[mine]), counts
+        )
+
+    def program(rank, group):
+        buffer = buffer_of(case, group)
+        got = buffer.low_latency_dispatch(inputs.x[rank], inputs.topk_idx[rank], 2, return_recv_hook=True)
+        got.hook()
+        y = experts(got.x, got.tokens_per_expert, rank * case.local_experts, case.local_experts)
+        return buffer.low_latency_combine(y, got.handle, inputs.topk_weights[rank], 2).x
+
+    homes = emulator.VirtualCluster(nodes, gpus, seed, num_sms=4).run(program)
+    alone = ep.Buffer(None, case.num_experts, case.hidden, case.tokens * case.topology.size, case.topk)
+    with emulator.virtual_gpu(seed=seed, num_sms=4):
+        got = alone.low_latency_dispatch(torch.cat(inputs.x), torch.cat(inputs.topk_idx))
+        y = experts(got.x, got.tokens_per_expert, 0, case.num_experts)
+        want = alone.low_latency_combine(y, got.handle, torch.cat(inputs.topk_weights)).x
+    assert torch.equal(bits(torch.cat(homes)), bits(want))
+    assert want.float().norm() > 0

@@ -1,0 +1,36 @@
+"""Low latency among the virtual ranks of one GPU, two launches an op: the GPU report's cases, emulated."""
+
+import pytest
+import torch
+from fp8_helpers import fresh_generator
+
+from bench import cases
+from bench.cases import low_latency
+from dsv3_kernels import emulator, ep
+from dsv3_kernels.device_error import DeviceValueError
+
+
+@pytest.mark.parametrize("case", low_latency.CASES, ids=str)
+def test_the_cases_of_the_gpu_report(case):
+    generator = fresh_generator()
+    inputs = case.inputs(generator)
+    with emulator.virtual_gpu(num_sms=16, seed=generator.initial_seed()) as gpu:
+        got = case.run(*inputs)
+    assert gpu.counters["launches"] == 4
+    assert not cases.differences(got, case.reference(*inputs))
+
+
+def test_bad_experts_of_a_rank_and_the_next_call():
+    x, good = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [3]])
+    with emulator.virtual_gpu(num_sms=4):
+        buffer = ep.LoopbackBuffer(2, 4, 32, 4, 1, device="cpu")
+        with pytest.raises(DeviceValueError, match="topk_idx"):
+            buffer.low_latency_dispatch([x, x], [good, torch.tensor([[9], [1]])], 1)
+        got = buffer.low_latency_dispatch([x, x], [good, good], 1)
+        assert [part.tokens_per_expert.tolist() for part in got] == [[2, 0], [0, 2]]
+        with pytest.raises(TypeError, match="expected a list with one for each of 2 ranks"):
+            buffer.low_latency_dispatch([x], [good, good])
+        with pytest.raises(ValueError, match="num_sms is 3, which is 6 SMs for 2 ranks"):
+            buffer.low_latency_dispatch([x, x], [good, good], 3)
+        with pytest.raises(ValueError, match=r"rank 1: low_latency_dispatch: topk_idx has shape"):
+            buffer.low_latency_dispatch([x, x], [good, good[:1]], 1)
