@@ -17,7 +17,8 @@
 namespace dsv3 {
 namespace dispatch {
 
-constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
+constexpr u32 kChunk = 4;      // tokens that a tail announces at a time
+constexpr u32 kFarAhead = 14;  // as kAhead, where a block has few warps and so many registers for each
 
 // The scales of a row, of which a lane reads several at once. `get(t)` and `set(t, scale)` are of tile t.
 template <class Get, class Set>
@@ -35,19 +36,20 @@ __device__ __forceinline__ void copy_scales(u32 tiles, Get get, Set set) {
 }
 
 // A token's row and scales into its slot. Gives the end of them.
+template <u32 kCount = kAhead>
 __device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
     const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
     float* to = reinterpret_cast<float*>(slot + tokens.row_bytes);
     const float* from = tokens.scales + token * tokens.scale_row_stride;
-    Piece piece;
-    piece.load<true>(row, tokens.row_bytes);
+    PieceOf<kCount> piece;
+    piece.template load<true>(row, tokens.row_bytes);
     copy_scales(
         tokens.tiles, [&](u32 t) { return from[t * tokens.scale_tile_stride]; },
         [&](u32 t, float scale) {
             if (t < tokens.tiles) to[t] = scale;
         });
-    for (u32 at = 0; at < tokens.row_bytes; at += kPieceBytes) {
-        if (at) piece.load<true>(row + at, tokens.row_bytes - at);
+    for (u32 at = 0; at < tokens.row_bytes; at += piece.kBytes) {
+        if (at) piece.template load<true>(row + at, tokens.row_bytes - at);
         piece.store(slot + at, tokens.row_bytes - at);
     }
     return to + tokens.tiles;
@@ -65,8 +67,9 @@ __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32
 }
 
 // A slot's row and scales into the rows of all lanes that have one. piece: the row's first.
+template <u32 kCount>
 __device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, i32 row,
-                                       Piece& piece) {
+                                       PieceOf<kCount>& piece) {
     const u32 targets = __ballot_sync(kFullWarp, row >= 0);
     const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
     copy_scales(
@@ -77,8 +80,8 @@ __device__ __forceinline__ void spread(const Tokens& shape, const Received& out,
                 if (t < shape.tiles) out.scales[t * out.scale_stride + to] = scale;
             }
         });
-    for (u32 at = 0; at < shape.row_bytes; at += kPieceBytes) {
-        if (at) piece.load<false>(slot + at, shape.row_bytes - at);
+    for (u32 at = 0; at < shape.row_bytes; at += piece.kBytes) {
+        if (at) piece.template load<false>(slot + at, shape.row_bytes - at);
         for (u32 left = targets; left; left &= left - 1) {
             const u64 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
             piece.store(out.data + to * shape.row_bytes + at, shape.row_bytes - at);
@@ -101,7 +104,8 @@ __device__ __forceinline__ void send(const Call& call, const Workspace& theirs, 
             slots = tokens.sent_slot[static_cast<u64>(next + lane) * self.ranks + peer];
         for (u32 left = __ballot_sync(kFullWarp, slots >= 0); left; left &= left - 1) {
             const u32 i = __ffs(left) - 1, token = next + i;
-            float* routing = put(tokens, token, theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i)));
+            float* routing =
+                put<kFarAhead>(tokens, token, theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i)));
             if (!kAgain) put_routing(tokens, token, peer * self.local_experts, self.local_experts, routing);
             if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);
         }
@@ -141,7 +145,7 @@ __device__ __forceinline__ bool send_channel(const Call& call, u32 peer, u32 cha
 }
 
 // One warp: the tokens of one source, in order. `next` is its part of what `plan` left.
-template <bool kAgain>
+template <bool kAgain, u32 kCount = kAhead>
 __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channel, u64 epoch, u32* next) {
     const Rank& self = call.self;
     const Received& out = call.to;
@@ -164,8 +168,8 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
         if (seen < expected) return false;
         const u8* slot = mine.slot(source, first + i);
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
-        Piece piece;  // on its way while the rows are looked up
-        piece.load<false>(slot, call.from.row_bytes);
+        PieceOf<kCount> piece;  // on its way while the rows are looked up
+        piece.template load<false>(slot, call.from.row_bytes);
         i32 row = -1;
         if (!kAgain) {
             const float* scales = reinterpret_cast<const float*>(slot + call.from.row_bytes);
@@ -216,7 +220,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32
         if (block % 2 == 0)
             kept = send_channel<kAgain>(call, warp, channel, epoch, next);
         else
-            kept = receive<kAgain>(call, warp, channel, epoch, next + warp * self.local_experts);
+            kept = receive<kAgain, kFarAhead>(call, warp, channel, epoch, next + warp * self.local_experts);
     }
     if (!__syncthreads_or(!kept)) finish(self, epoch, blocks);
 }
