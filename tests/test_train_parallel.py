@@ -287,7 +287,8 @@ def test_experts_in_fp8_are_bit_equal_wherever_they_are(results, ep):
     Dense weights' gradients quantise each rank's own tokens, 128 at a time, and differ by that.
     """
     (one,) = results["fp8-1"]
-    assert all(part["losses"] == one["losses"] for part in results[f"fp8-{ep}"])
+    for part in results[f"fp8-{ep}"]:  # means over ranks of means over tokens
+        assert part["losses"] == pytest.approx(one["losses"], rel=1e-6)
     got, expected = whole(results[f"fp8-{ep}"], "gradients"), whole([one], "gradients")
     assert got.keys() == expected.keys() and len(got) == 8
     assert all(torch.equal(got[n], expected[n]) for n in got)
