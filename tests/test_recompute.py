@@ -154,6 +154,23 @@ def test_no_gemm_more_than_said(window, monkeypatch):
     }
 
 
+def test_a_compiled_model_is_still_one_graph(window):
+    """It decides by itself what to make again: the recipe changes nothing in it."""
+    config = dataclasses.replace(CONFIG, num_hidden_layers=1, num_nextn_predict_layers=0)
+    model = build(config, "cpu")
+    set_recipe(model, Fp8Recipe(recompute=RECOMPUTE))
+    loss = torch.compile(lambda w: model.losses(w).main, backend="aot_eager", fullgraph=True)(window[:1, :17])
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    expected = model.losses(window[:1, :17]).main
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        error = torch.linalg.vector_norm(got[name] - parameter.grad)
+        assert error <= 0.1 * torch.linalg.vector_norm(parameter.grad), name
+
+
 def test_nothing_is_remade_without_gradients(window):
     model = DeepSeekV3(CONFIG, Fp8Recipe(recompute=RECOMPUTE))
     model.initialize(1)

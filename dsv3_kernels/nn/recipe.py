@@ -44,8 +44,9 @@ class Fp8Recipe:
     """What a model of `dsv3_kernels.model` makes again in the backward, bit for bit, instead of keeping it.
     "norms": their outputs, as all their readers would keep them (FP8 layers, the gate, experts that are not
     spread over ranks); "up_projections": queries, keys and values, with the GEMMs that make them, while the
-    output of attention is kept once; "weights": the transposed FP8 copy that each call of a layer keeps;
-    "head": logits, with their GEMM. In BF16 the plain matmuls still keep their inputs."""
+    output of attention is kept once; "weights": the transposed FP8 copy that each call of a layer keeps
+    (or all calls of a step together, `constant_weights`); "head": logits, with their GEMM. In BF16 the plain
+    matmuls still keep their inputs."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -2,6 +2,8 @@
 
 The output of a norm is the input of linear layers, each of which would keep it in a form of its own. `remade`
 gives that output a function that makes it again; a layer that finds one on its input keeps the function.
+
+In graphs of torch.compile all is kept, or not, as its partitioner says.
 """
 
 from collections.abc import Callable
@@ -40,6 +42,8 @@ def remade(make: Callable[..., Tensor], *sources: Tensor) -> Tensor:
 
 def made_of_kept(make: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
     """make(source), for a source that is kept by others: layers keep how, and not what is made."""
+    if torch.compiler.is_compiling():
+        return make(source)
     return with_remake(make(source), _again(make, source))
 
 
@@ -55,6 +59,8 @@ def _again(make: Callable[..., Tensor], *sources: Tensor) -> Remake:
 
 def keep_inputs(make: Callable[..., Any], *inputs: Tensor) -> Any:
     """make(*inputs), keeping the inputs only: the backward runs it again."""
+    if torch.compiler.is_compiling():
+        return make(*inputs)
     return checkpoint(_as_now(make), *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -91,6 +97,8 @@ def keep_attention(make: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 
     The backward runs all but that again.
     """
+    if torch.compiler.is_compiling():
+        return make(*inputs)
     context = partial(create_selective_checkpoint_contexts, _attention_policy)
     return checkpoint(
         _as_now(make), *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=context
