@@ -180,7 +180,7 @@ def results(text, tmp_path_factory):
     print("seed", seed)
     folder = tmp_path_factory.mktemp("parallel")
     got = ranks.run(
-        folder / "ranks", 8, everything, str(text), seed, folder / "checkpoints", seconds=600.0
+        folder / "ranks", 8, everything, str(text), seed, folder / "checkpoints", seconds=PATIENCE
     )  # a busy machine is slow
     found = {
         case: [got[rank]["-".join(map(str, case))] for rank in range(case.layout.world)]
