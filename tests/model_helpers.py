@@ -27,6 +27,28 @@ SMALL = ModelConfig(
     initializer_range=0.2,
 )
 
+BYTES = ModelConfig(
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=2,
+    first_k_dense_replace=1,
+    num_attention_heads=2,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    max_position_embeddings=64,
+    initializer_range=0.02,
+)
+"""One that trains on bytes."""
+
 
 def model_of(config=SMALL, recipe=BF16, dtype=torch.float32):
     model = DeepSeekV3(config, recipe)

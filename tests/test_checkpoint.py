@@ -6,21 +6,21 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
+import ranks
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from dsv3_kernels.train import checkpoint
 from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.optimizer import Piece
+from dsv3_kernels.train.saver import Saver
 
 SHARD = "rank-00000.safetensors"
 
@@ -281,41 +281,116 @@ def test_every_point_of_failure_leaves_the_old_or_the_new(tmp_path, monkeypatch,
         assert sorted(os.listdir(folder)) == ["latest", "step-000003"]
 
 
-SAVE_FOREVER = textwrap.dedent(
-    """
-    import sys, torch
-    from pathlib import Path
-    from dsv3_kernels.train import checkpoint
-    from dsv3_kernels.train.optimizer import Piece
-    folder, step = Path(sys.argv[1]), int(sys.argv[2])
-    while True:
-        step += 1
-        tensors = {"a": torch.full((20_000,), float(step)), "b": torch.full((5,), float(step))}
-        pieces = {name: Piece(tensor, 0, tensor.shape) for name, tensor in tensors.items()}
-        checkpoint.save(folder, step, pieces, {"step": step}, keep=2)
-        print(step, flush=True)
-    """
-)
+# Several ranks, and a thread that writes
 
 
-def test_kill_9_while_saving(tmp_path):
-    rng = random.Random()
-    step = 0
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOREVER, str(tmp_path), str(step)], stdout=subprocess.PIPE, text=True
-        )
-        try:
-            first = process.stdout.readline()
-            assert int(first) == step + 1
-            time.sleep(rng.uniform(0, 0.3))
-        finally:
-            process.send_signal(signal.SIGKILL)
-            printed = process.communicate()[0].split()
-        tensors, state = load(tmp_path, {"a": torch.empty(20_000), "b": torch.empty(5)})
-        assert state["step"] >= int(printed[-1] if printed else first)
-        step = state["step"]
-        assert all((t == step).all() for t in tensors.values())
+def share(rank, size, step):
+    """A rank's pieces: of `a` the even cut, of `b` some elements, all of `c` on the last rank."""
+    whole = {"a": torch.full((20_001,), float(step)), "b": torch.arange(7.0).bfloat16() + step}
+    cut = {name: [i * t.numel() // size for i in range(size + 1)] for name, t in whole.items()}
+    pieces = {
+        name: Piece(t[cut[name][rank] : cut[name][rank + 1]], cut[name][rank], t.shape)
+        for name, t in whole.items()
+    }
+    if rank == size - 1:
+        pieces["c"] = Piece(torch.tensor([step]), 0, torch.Size([1, 1]))
+    return pieces
+
+
+def holds(folder):
+    """The step of the checkpoint, every element of which is of that step."""
+    found = Checkpoint(folder)
+    step = found.state["step"]
+    for ranks_now in (1, 4):  # read by other numbers of ranks than wrote it
+        for rank in range(ranks_now):
+            expected = share(rank, ranks_now, step)
+            got = {n: Piece(torch.full_like(p.values, 77), p.first, p.shape) for n, p in expected.items()}
+            found.read(got, {"a", "b", "c"})
+            assert all(torch.equal(got[name].values, piece.values) for name, piece in expected.items())
+    return step
+
+
+def save_steps(rank, size, folder, first, count):
+    saver = Saver(dist.group.WORLD if size > 1 else None)
+    for step in range(first, first + count):
+        pieces = share(rank, size, step)
+        saver.submit(folder, step, pieces, {"step": step}, 2)
+        for piece in pieces.values():
+            piece.values.fill_(-1)  # training goes on, and changes what was handed over
+        if rank == 0:
+            (folder.parent / "begun.new").write_text(str(step))
+            (folder.parent / "begun.new").replace(folder.parent / "begun")
+    saver.wait()
+
+
+def test_ranks_save_together(tmp_path):
+    ranks.run(tmp_path / "ranks", 3, save_steps, tmp_path / "x", 1, 3)
+    assert holds(tmp_path / "x") == 3
+    assert len(list((tmp_path / "x" / "step-000003").glob("*.safetensors"))) == 3
+    assert sorted(os.listdir(tmp_path / "x")) == ["latest", "step-000002", "step-000003"]
+
+
+def save_where_one_cannot(rank, size, folder):
+    saver = Saver(dist.group.WORLD)
+    saver.submit(folder, 1, share(rank, size, 1), {"step": 1}, 2)
+    saver.wait()
+    if rank == 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        safetensors.torch.save_file = full
+    saver.submit(folder, 2, share(rank, size, 2), {"step": 2}, 2)
+    try:
+        saver.wait()
+    except TrainError as error:
+        return str(error)
+
+
+def test_a_rank_that_cannot_write_stops_the_checkpoint_on_all(tmp_path):
+    said = ranks.run(tmp_path / "ranks", 3, save_where_one_cannot, tmp_path / "x")
+    for message in said:
+        assert "cannot save the checkpoint" in message
+        assert "rank 1: " in message and "No space left on device" in message
+        assert "step-000001, is untouched" in message
+    assert holds(tmp_path / "x") == 1
+    assert not list((tmp_path / "x").glob(".writing-*"))
+
+
+def test_pieces_that_do_not_cover_a_tensor_are_refused(tmp_path):
+    for first, count in ((0, 6), (1, 6), (0, 8)):
+        pieces = {"a": Piece(torch.zeros(count), first, torch.Size([7]))}
+        with pytest.raises(TrainError, match="the pieces of a "):
+            checkpoint.save(tmp_path, 1, pieces, {}, 2)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_kill_9_while_saving(tmp_path, kills):
+    """One to three ranks, one or all of which die at a random moment: the newest or previous one is whole."""
+    seed = random.randrange(1 << 30)
+    print("seed", seed)
+    rng = random.Random(seed)
+    newest, folder = 0, tmp_path / "x"
+    for kill in range(kills):
+        size = rng.choice([1, 2, 3])
+        processes = ranks.start(tmp_path / f"ranks{kill}", size, save_steps, folder, newest + 1, 1_000_000)
+        deadline = time.monotonic() + 120
+        begun = tmp_path / "begun"
+        while not (begun.exists() and int(begun.read_text()) > newest + 1):
+            assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.2))
+        victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
+        for process in victims:
+            process.kill()
+        time.sleep(rng.uniform(0, 0.05))  # the others find out, or go on
+        for process in processes:
+            process.kill()
+            process.join()
+        step = holds(folder)
+        assert newest < step <= int(begun.read_text()) + 1
+        newest = step
 
 
 def test_replace_file(tmp_path, monkeypatch):

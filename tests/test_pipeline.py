@@ -18,6 +18,7 @@ from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
 from dsv3_kernels.train.pipeline import PipelineExecutor
+from dsv3_kernels.train.pipeline_schedules import SCHEDULES
 
 SIZE = 4
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05
@@ -193,6 +194,29 @@ def test_each_parameter_is_where_it_should_be(results):
     assert tied == [True, False, False, True]
     folded = ["grad/embedding.weight" in r["fp32/4/dualpipev"] for r in results]
     assert folded == [True, False, False, False]
+
+
+def eight_ranks(rank, size, seed):
+    config = replace(CONFIG, num_hidden_layers=15)
+    results = {}
+    for micro_batches in (16, 22, 40):
+        windows = windows_of(seed, micro_batches, config)
+        if rank == 0:
+            results[f"local/{micro_batches}"] = outcome(LocalExecutor(model_of(seed, config)), windows)
+        for name in SCHEDULES:
+            executor = PipelineExecutor(model_of(seed, config), name, dist.group.WORLD)
+            results[f"{name}/{micro_batches}"] = outcome(executor, windows)
+    return results
+
+
+@pytest.mark.long
+def test_eight_ranks(tmp_path):
+    seed = int(torch.randint(1 << 30, ()))
+    print(f"seed {seed}")
+    results = ranks.run(tmp_path / "ranks", 8, eight_ranks, seed, seconds=1800.0)
+    for micro_batches in (16, 22, 40):
+        for name in SCHEDULES:
+            assert_close(summed(results, f"{name}/{micro_batches}"), results[0][f"local/{micro_batches}"])
 
 
 # Traces and failures

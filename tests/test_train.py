@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
+from model_helpers import BYTES
 from torch import nn
 
-from dsv3_kernels.model import ModelConfig
 from dsv3_kernels.train import schedule
 from dsv3_kernels.train.config import RunConfig, TrainConfig, from_json, to_json
 from dsv3_kernels.train.data import load_corpus
@@ -18,32 +18,12 @@ from dsv3_kernels.train.optimizer import AdamW
 from dsv3_kernels.train.report import entropies
 from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
-SMALL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=4,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    max_position_embeddings=64,
-    initializer_range=0.02,
-)
 SETTINGS = TrainConfig(steps=20, batch_size=2, seq_len=16, warmup_steps=3, lr=3e-3)
 
 
 def trainer(text, precision="fp8", **changes):
     settings = dataclasses.replace(SETTINGS, **changes)
-    return Trainer(SMALL, settings, precision, load_corpus(str(text), settings.seq_len + 2))
+    return Trainer(BYTES, settings, precision, load_corpus(str(text), settings.seq_len + 2))
 
 
 def steps_to(trainer, step):

@@ -8,32 +8,15 @@ import ranks
 import torch
 import torch.distributed as dist
 from fp8_helpers import fresh_generator
+from model_helpers import BYTES
 
-from dsv3_kernels.model import ModelConfig
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig
 from dsv3_kernels.train.data import load_corpus
 from dsv3_kernels.train.parallel import Groups, Layout
 from dsv3_kernels.train.trainer import Trainer
 
-SMALL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=96,
-    moe_intermediate_size=32,
-    num_hidden_layers=4,
-    first_k_dense_replace=1,
-    num_attention_heads=2,
-    q_lora_rank=32,
-    kv_lora_rank=32,
-    qk_nope_head_dim=16,
-    qk_rope_head_dim=16,
-    v_head_dim=32,
-    n_routed_experts=8,
-    num_experts_per_tok=2,
-    n_group=4,
-    topk_group=2,
-    max_position_embeddings=64,
-    initializer_range=0.05,
+SMALL = dataclasses.replace(
+    BYTES, num_hidden_layers=4, n_routed_experts=8, n_group=4, topk_group=2, initializer_range=0.05
 )
 STEPS = 3
 
@@ -45,13 +28,15 @@ class Case(NamedTuple):
     micro_batches: int = 1
     precision: str = "fp32"
     schedule: str = "dualpipe"
+    saving: bool = False
+    """Memory: activations made again, and an average of the weights."""
 
     @property
     def layout(self):
         return Layout(self.pp, self.ep, self.dp)
 
 
-ONE = [Case(1, 1, 1, m, p) for p in ("fp32", "fp8") for m in (1, 2, 4)]
+ONE = [*(Case(1, 1, 1, m) for m in (1, 2, 4)), *(Case(1, 1, 1, m, "fp8") for m in (2, 4))]
 MANY = [
     *(Case(1, ep, dp) for ep in (1, 2, 4) for dp in (1, 2) if ep * dp > 1),
     Case(1, 1, 4),
@@ -66,13 +51,20 @@ MANY = [
     Case(2, 2, 1, 4, schedule="dualpipev"),
     Case(2, 1, 1, 4, "fp8", "1f1b"),
     Case(2, 1, 1, 4, "fp8"),
+    Case(2, 2, 1, 4, saving=True),
+    *(Case(pp, 1, dp, m, "fp8", saving=True) for pp, dp, m in ((1, 2, 1), (2, 1, 4))),
 ]
+# Each goes on from what the one before has saved: four sequences are always added up in the same order.
+ON = [Case(1, 1, 4), Case(1, 1, 1, 4), Case(1, 1, 4)]
+# Each goes on from what the last of these has saved.
+ELSEWHERE = [Case(1, 1, 1), Case(1, 2, 2), Case(2, 2, 1, 4), Case(4, 1, 2, 4, schedule="1f1b")]
 
 
-def trained(case, groups, text, seed):
-    """Of one rank: losses and gradient norms of some steps, its gradients of the first, its last weights."""
+def trainer_of(case, groups, text, seed):
     settings = TrainConfig(steps=STEPS, batch_size=8, seq_len=16, warmup_steps=1, lr=3e-3, seed=seed)
-    trainer = Trainer(
+    if case.saving:
+        settings = dataclasses.replace(settings, recompute=True, ema=0.75)
+    return Trainer(
         SMALL,
         settings,
         "fp8" if case.precision == "fp8" else "bf16",
@@ -81,25 +73,54 @@ def trained(case, groups, text, seed):
         groups,
         dtype=torch.bfloat16 if case.precision == "fp8" else torch.float32,
     )
+
+
+def state_of(trainer):
+    """The pieces that this rank would save."""
+    return {n: (p.values.clone(), p.first) for n, p in trainer._pieces(owned=True).items()}
+
+
+def trained(case, groups, text, seed):
+    """Of one rank: losses and gradient norms of some steps, its gradients of the first, its last weights."""
+    trainer = trainer_of(case, groups, text, seed)
     trainer._forward_backward()
     trainer.optimizer.gather_gradients()
     gradients = {n: (p.values.clone(), p.first) for n, p in trainer.optimizer.gradients().items()}
     for gate in trainer.model.gates():
         gate.load.zero_()
-    rows = [dataclasses.astuple(trainer.train_step())[2:6] for _ in range(STEPS)]
-    validation = trainer.evaluate(trainer.corpus.validation[: 18 * 5].view(5, 18).long())
-    weights = {n: (p.values.clone(), p.first) for n, p in trainer._pieces(owned=True).items()}
+    history, rows = {n: t.clone() for n, t in trainer.optimizer.masters().items()}, []
+    for step in range(1, STEPS + 1):
+        rows.append(dataclasses.astuple(trainer.train_step())[2:6])
+        for n, master in trainer.optimizer.masters().items():
+            history[n].lerp_(master, 1 - min(0.75, (1 + step) / (10 + step)))
+    windows = trainer.corpus.validation[: 18 * 5].view(5, 18).long()
+    validation, averaged = trainer.evaluate(windows), trainer.evaluate_average(windows)
     parameters = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     return {
         "rows": rows,
         "validation": validation,
+        "averaged": averaged,
+        "history": {n: (t, trainer.optimizer.pieces()[f"master/{n}"].first) for n, t in history.items()},
         "gradients": gradients,
-        "weights": weights,
+        "weights": state_of(trainer),
         "parameters": parameters,
     }
 
 
-def everything(rank, size, text, seed):
+def resharded(case, groups, text, seed, folder, saves):
+    """Goes on from the folder by a step, however many wrote it. What was loaded, and what came out."""
+    trainer = trainer_of(case, groups, text, seed)
+    if folder.exists():
+        trainer.load(folder)
+    loaded, step = state_of(trainer), trainer.step
+    metrics = trainer.train_step()
+    if saves:
+        trainer.save(folder, keep=2)
+        trainer.saver.wait()
+    return {"loaded": loaded, "weights": state_of(trainer), "step": step, "loss": metrics.loss}
+
+
+def everything(rank, size, text, seed, folder):
     made = {}
 
     def new_group(members, purpose):
@@ -113,6 +134,11 @@ def everything(rank, size, text, seed):
         groups = Groups(case.layout, rank, new_group)
         if rank < case.layout.world:
             results["-".join(map(str, case))] = trained(case, groups, text, seed)
+    for index, case in enumerate([*ON, *ELSEWHERE]):
+        groups = Groups(case.layout, rank, new_group)
+        if rank < case.layout.world:
+            results[f"on{index}"] = resharded(case, groups, text, seed, folder, saves=index < len(ON))
+        dist.barrier()
     return results
 
 
@@ -120,11 +146,17 @@ def everything(rank, size, text, seed):
 def results(text, tmp_path_factory):
     seed = fresh_generator().initial_seed() % (1 << 20)
     print("seed", seed)
-    got = ranks.run(tmp_path_factory.mktemp("parallel") / "ranks", 8, everything, str(text), seed)
-    return {
+    folder = tmp_path_factory.mktemp("parallel")
+    got = ranks.run(
+        folder / "ranks", 8, everything, str(text), seed, folder / "checkpoints", seconds=600.0
+    )  # a busy machine is slow
+    found = {
         case: [got[rank]["-".join(map(str, case))] for rank in range(case.layout.world)]
         for case in [*ONE, *MANY]
     }
+    for index, case in enumerate([*ON, *ELSEWHERE]):
+        found[index] = [got[rank][f"on{index}"] for rank in range(case.layout.world)]
+    return found
 
 
 def whole(parts, kind):
@@ -152,7 +184,8 @@ def assert_close(got, expected, bound=1e-5):
 
 def name(case):
     schedule = f"-{case.schedule}" if case.pp > 1 else ""
-    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}{schedule}"
+    saving = "-saving" if case.saving else ""
+    return f"pp{case.pp}-ep{case.ep}-dp{case.dp}-m{case.micro_batches}-{case.precision}{schedule}{saving}"
 
 
 @pytest.mark.parametrize("case", [c for c in MANY if c.precision == "fp32"], ids=name)
@@ -168,7 +201,7 @@ def test_equals_one_process_in_fp32(results, case):
 
 def is_ordered(case):
     """Whether gradients are added in the order of sequences, as one process adds those of micro-batches."""
-    return case.ep == case.pp == case.micro_batches == 1
+    return case.ep == case.pp == case.micro_batches == 1 and not case.saving
 
 
 @pytest.mark.parametrize("case", list(filter(is_ordered, MANY)), ids=name)
@@ -194,6 +227,25 @@ def test_a_pipeline_in_fp8_computes_what_one_process_does(results, case):
     assert_close(whole(results[case], "gradients"), whole([one], "gradients"))
 
 
+@pytest.mark.parametrize("case", [c for c in MANY if c.saving], ids=name)
+def test_what_saves_memory_changes_no_bit(results, case):
+    """Against the same processes that keep everything. The average is that of the masters' own history."""
+    for part, plain in zip(results[case], results[case._replace(saving=False)], strict=True):
+        assert part["rows"] == plain["rows"]
+        assert part["validation"] == plain["validation"]
+    for kind in ("gradients", "weights"):
+        got, expected = (whole(results[c], kind) for c in (case, case._replace(saving=False)))
+        assert got.keys() - expected.keys() == {n for n in got if n.startswith("ema/")}
+        assert all(torch.equal(got[n], tensor) for n, tensor in expected.items())
+    averages = whole(results[case], "history")
+    got = whole(results[case], "weights")
+    assert averages.keys() == {n.replace("master/", "") for n in got if n.startswith("master/")}
+    assert all(torch.equal(got[f"ema/{n}"], tensor) for n, tensor in averages.items())
+    (first, *others) = (part["averaged"] for part in results[case])
+    assert first != results[case][0]["validation"]
+    assert all(other == first for other in others)
+
+
 @pytest.mark.parametrize("case", MANY, ids=name)
 def test_replicas_hold_the_same_weights(results, case):
     """Bit for bit: every rank's parameters are what the shares of all ranks say."""
@@ -205,3 +257,38 @@ def test_replicas_hold_the_same_weights(results, case):
                 first = rank % case.ep * parameter.numel()
                 master = master[first : first + parameter.numel()]
             assert torch.equal(parameter.flatten(), master.to(parameter.dtype))
+
+
+@pytest.mark.parametrize("case", MANY, ids=name)
+def test_optimizer_states_are_shared_out(results, case):
+    """ZeRO-1: of the states of its parameters a rank keeps a part, as large as any other replica's."""
+    parts = results[case]
+    sizes = [sum(v.numel() for n, (v, _) in p["weights"].items() if n.startswith("master/")) for p in parts]
+    held = [sum(p.numel() for p in part["parameters"].values()) for part in parts]
+    total = sum(t.numel() for n, t in whole(parts, "weights").items() if n.startswith("master/"))
+    assert sum(sizes) == total
+    if case.pp == 1:
+        experts = sum(v.numel() for n, v in parts[0]["parameters"].items() if ".experts." in n)
+        expected = (held[0] - experts) / (case.ep * case.dp) + experts / case.dp
+        assert max(sizes) <= expected + 2 * 64 * case.layout.world
+
+
+def test_checkpoints_go_on_elsewhere_bit_for_bit(results):
+    """A step each on 4 processes, 1 and 4 again, through checkpoints, are 3 steps of one process."""
+    (one,) = results[Case(1, 1, 1, 4)]
+    got, expected = whole(results[len(ON) - 1], "weights"), whole([one], "weights")
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[n], expected[n]) for n in got)
+    assert [results[i][0]["step"] for i in range(len(ON))] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "index", range(len(ON), len(ON) + len(ELSEWHERE)), ids=lambda i: name(ELSEWHERE[i - len(ON)])
+)
+def test_any_layout_reads_what_another_wrote(results, index):
+    parts = results[index]
+    got, saved = whole(parts, "loaded"), whole(results[len(ON) - 1], "weights")
+    assert got.keys() == saved.keys()
+    assert all(torch.equal(got[n], saved[n]) for n in got)
+    (first,) = results[len(ON)]  # one process, which the loss of the next step is compared with
+    assert all(part["loss"] == pytest.approx(first["loss"], rel=1e-5) for part in parts)

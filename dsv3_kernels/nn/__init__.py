@@ -5,6 +5,7 @@ from dsv3_kernels.nn.deferred import WgradStore, deferred_wgrad
 from dsv3_kernels.nn.exchange import MoECombine, MoEDispatch
 from dsv3_kernels.nn.experts import Dispatched, Experts
 from dsv3_kernels.nn.gate import Gate, Routing, sequence_balance_loss
+from dsv3_kernels.nn.gemms import constant_weights
 from dsv3_kernels.nn.linear import (
     Fp8Linear,
     GroupedFp8Linear,
@@ -38,6 +39,7 @@ __all__ = [
     "MoEDispatch",
     "Routing",
     "WgradStore",
+    "constant_weights",
     "convert",
     "deferred_wgrad",
     "expert_order",

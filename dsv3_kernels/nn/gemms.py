@@ -1,7 +1,9 @@
 """The quantised operands of a layer's three GEMMs, and the GEMMs."""
 
+import contextlib
 import functools
-from typing import Literal, overload
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -59,8 +61,42 @@ def quantized_weight(
     """
     if not keep:
         return quantize_128x128(weight, power_of_2_scales=power_of_2), (weight, None)
-    q, q_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+    if torch.compiler.is_compiling() or _constant is None or not weight.is_leaf:
+        q, q_t = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+    else:
+        known = _constant.get(id(weight))
+        if known is None or (known.version, known.power_of_2) != (weight._version, power_of_2):
+            pair = quantize_128x128(weight, power_of_2_scales=power_of_2, transpose=True)
+            known = _constant[id(weight)] = _Constant(weight, weight._version, power_of_2, *pair)
+        q, q_t = known.q, known.q_t
     return q, (q_t.data, q_t.scales)
+
+
+class _Constant(NamedTuple):
+    """A weight's two quantised forms. It is held too, so that its id stays its own."""
+
+    weight: Tensor
+    version: int
+    power_of_2: bool
+    q: QuantizedTensor
+    q_t: QuantizedTensor
+
+
+_constant: dict[int, _Constant] | None = None
+
+
+@contextlib.contextmanager
+def constant_weights() -> Iterator[None]:
+    """Inside, a weight is quantised once for all micro-batches: until it changes, they share the results.
+
+    So the backwards under way keep one transpose of it, and not one each.
+    """
+    global _constant
+    before, _constant = _constant, {}
+    try:
+        yield
+    finally:
+        _constant = before
 
 
 def transposed_weight(kept: Tensor, scales: Tensor | None, power_of_2: bool) -> QuantizedTensor:

@@ -1,5 +1,6 @@
 """Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
 
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
+from dsv3_kernels.nn import constant_weights
 
 
 class Executor(Protocol):
@@ -51,12 +53,13 @@ class LocalExecutor:
         check_windows(windows)
         count = len(windows)
         total = torch.zeros(3, device=windows.device)
-        for window in windows:
-            losses = self._model.losses(window)
-            loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
-            (loss / count).backward()
-            parts = (losses.main, losses.mtp, losses.balance)
-            total += torch.stack([part.detach().to(total) for part in parts])
+        with constant_weights() if count > 1 else contextlib.nullcontext():
+            for window in windows:
+                losses = self._model.losses(window)
+                loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
+                (loss / count).backward()
+                parts = (losses.main, losses.mtp, losses.balance)
+                total += torch.stack([part.detach().to(total) for part in parts])
         return Losses(*(total / count))
 
     @torch.no_grad()

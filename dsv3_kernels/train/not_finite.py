@@ -15,17 +15,19 @@ SHOWN = 3
 
 
 def layer_of_loss(executor: Executor, again: Callable[[], object], group: "dist.ProcessGroup | None") -> str:
-    """Runs the step again and watches every layer; all ranks call it together.
-
-    The layer sought is the first with finite inputs and an output that is not. Experts get their tokens from
-    other ranks, and all of these see what one makes of them: a rank whose weights are to blame goes first.
+    """The first weights that are not finite, or else what a run of the step again shows: the first layer with
+    finite inputs and an output that is not. All ranks call it together.
     """
-    found: list[tuple[str, nn.Module]] = []
+    weights = [name for name, parameter in named_parameters(executor) if not _finite(parameter)]
+    where = _name(f"the weights {weights[0]}" if weights else None, group)
+    if where is not None:
+        return where
+    found: list[str] = []
 
     def watch(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
             if not found and _finite(inputs) and not _finite(output):
-                found.append((name, module))
+                found.append(name)
 
         return hook
 
@@ -40,13 +42,7 @@ def layer_of_loss(executor: Executor, again: Callable[[], object], group: "dist.
     finally:
         for handle in handles:
             handle.remove()
-    weights = output = None
-    if found:
-        name, module = found[0]
-        output = f"the output of {name}"
-        bad = [f"{name}.{n}" for n, parameter in module.named_parameters() if not _finite(parameter)]
-        weights = f"the weights {bad[0]}" if bad else None
-    return _name(weights, group) or _name(output, group) or "no layer's output alone"
+    return _name(f"the output of {found[0]}" if found else None, group) or "no layer's output alone"
 
 
 def layer_of_gradient(executor: Executor, names: list[str], group: "dist.ProcessGroup | None") -> str:

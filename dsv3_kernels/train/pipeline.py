@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_kernels.model import DeepSeekV3, Losses
-from dsv3_kernels.nn import WgradStore, deferred_wgrad
+from dsv3_kernels.nn import WgradStore, constant_weights, deferred_wgrad
 from dsv3_kernels.nn.interleave import filled, interleaved, observed
 from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, forward_only, label, works
 from dsv3_kernels.train.errors import TrainError
@@ -93,7 +93,8 @@ class PipelineExecutor:
         like = self._state_of(windows[0, :, 1 + self._model.config.num_nextn_predict_layers :])
         clock = Clock(windows.device) if self.trace is not None else None
         moments = []
-        with deferred_wgrad() as store, observed(self._waited if clock is not None else None):
+        observer = self._waited if clock is not None else None
+        with constant_weights(), deferred_wgrad() as store, observed(observer):
             link = self._link(schedule, like)
             runner = StageRunner(self._model, mtp_weight, balance_weight)
             step = _Step(windows, self._stages, runner, link, store, self._both)
