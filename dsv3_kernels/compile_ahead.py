@@ -12,7 +12,7 @@ from .jit import Kernel
 from .jit.kernel import compiled_here
 
 # Modules; one with kernels has `kernels()`: op name -> its instances.
-_OPS = ("gemm", "quantize", "wgrad", "swiglu", "permute", "e5m6", "gate")
+_OPS = ("gemm", "quantize", "wgrad", "swiglu", "permute", "e5m6", "gate", "ep.ahead")
 
 
 class Configuration(Protocol):

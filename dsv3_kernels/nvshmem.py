@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .jit import toolchain
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+T = TypeVar("T")
 INFINIBAND = Path("/sys/class/infiniband")
 SYMMETRIC_SIZE = "NVSHMEM_SYMMETRIC_SIZE"
 QUEUE_PAIRS = "NVSHMEM_IBGDA_NUM_RC_PER_PE"
@@ -118,9 +119,9 @@ def world(group: "dist.ProcessGroup", needed: int) -> World:
         return _world
     several = _several_nodes(group, dist)
     # A rank that cannot would leave the others waiting inside NVSHMEM's own bootstrap.
-    library, heap = _together(lambda: _prepare(several, needed), group, dist)
+    library, heap = together(lambda: _prepare(several, needed), group)
     unique_id = _unique_id(library, group, dist)
-    _world = _together(lambda: _begin(library, unique_id, dist.get_rank(group), ranks, heap), group, dist)
+    _world = together(lambda: _begin(library, unique_id, dist.get_rank(group), ranks, heap), group)
     return _world
 
 
@@ -135,9 +136,12 @@ def finalize() -> None:
         ended._library.nvshmemx_hostlib_finalize()
 
 
-def _together(act: Callable[[], Any], group: "dist.ProcessGroup", dist: Any) -> Any:
+def together(act: Callable[[], T], group: "dist.ProcessGroup") -> T:
     """What act() gives on this rank, or an error on every rank if it fails on one."""
-    result, problem = None, None
+    import torch.distributed as dist
+
+    result: T | None = None
+    problem: Exception | None = None
     try:
         result = act()
     except (NvshmemError, toolchain.ToolchainError, OSError) as error:
@@ -148,8 +152,8 @@ def _together(act: Callable[[], Any], group: "dist.ProcessGroup", dist: Any) -> 
         raise problem
     for rank, text in enumerate(problems):
         if text is not None:
-            raise NvshmemError(f"rank {rank} cannot start NVSHMEM: {text}")
-    return result
+            raise NvshmemError(f"rank {rank} cannot use NVSHMEM: {text}")
+    return cast(T, result)
 
 
 def _prepare(several: bool, needed: int) -> tuple[Any, int]:

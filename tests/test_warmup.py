@@ -7,6 +7,7 @@ import pytest
 
 import dsv3_kernels as dsv3
 from dsv3_kernels import e5m6, gate, gemm, permute, quantize, swiglu, wgrad
+from dsv3_kernels.ep import ahead
 from dsv3_kernels.jit import CompileError, Kernel, cache, kernel
 
 
@@ -39,10 +40,12 @@ def test_what_cannot_be_compiled_is_said_with_the_compilers_words():
 
 
 def test_the_list_of_an_op_holds_what_it_launches():
-    for module in (gemm, quantize, swiglu, permute, e5m6, gate, wgrad):
+    for module in (gemm, quantize, swiglu, permute, e5m6, gate, wgrad, ahead):
         for kernels in module.kernels().values():
             assert len(set(kernels)) == len(kernels) > 0
             assert all(isinstance(k, Kernel) for k in kernels)
+    assert all(kernel.nvshmem for kernel in ahead.between_nodes())
+    assert not any(kernel.nvshmem for kernels in ahead.kernels().values() for kernel in kernels)
     listed = set(gemm.kernels()["fp8_gemm"])
     for m, n in itertools.product((1, 17, 64, 200, 4096, 8192), (8, 392, 2112, 24576)):
         config = gemm.choose_config("none", m, n, 1, 132)

@@ -115,11 +115,12 @@ __device__ __forceinline__ void send(const Call& call, const Workspace& theirs, 
     self.count_sent(peer, channel, static_cast<u64>(sent) * (tokens.row_bytes + 4 * tokens.tiles + routing));
 }
 
-// One block.
+// All teams of a block, each its channel.
 template <bool kAgain>
-__device__ __forceinline__ bool send_channel(const Call& call, u32 channel, u64 epoch, u32* shared) {
+__device__ __forceinline__ bool send_channel(const Call& call, u32 peer, u32 channel, u64 epoch,
+                                             u32* shared) {
     const Rank& self = call.self;
-    const u32 peer = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const u32 lane = threadIdx.x % 32;
     const Share share(call.from.count, channel, call.to.channels);
     const Workspace theirs = self.workspace(peer);
     u32* counts = shared + peer * self.local_experts;
@@ -185,48 +186,59 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
     return true;
 }
 
-// All blocks of a rank; `block` is this one.
+// Of shared memory. python: dsv3_kernels.ep.kernels.shape_of_launch
+__device__ __forceinline__ u32 words_of_team(const Rank& self) {
+    return self.ranks * self.local_experts + max(self.ranks, self.local_experts);
+}
+
+// All blocks of a rank; `block` is this one. A block has one or more teams, so that more accesses are under
+// way.
 template <bool kAgain>
 __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32* shared) {
     const Rank& self = call.self;
     const u64 epoch = self.epoch();
-    const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32, channels = call.to.channels;
+    const Team team{threadIdx.x % (32 * self.ranks), 32 * self.ranks};
+    const u32 number = threadIdx.x / team.threads, teams = blockDim.x / team.threads;
+    const u32 warp = team.thread / 32, lane = threadIdx.x % 32, channels = call.to.channels;
+    const u32 first = block / 2 * teams + number;  // channel of this team
+    u32* next = shared + number * words_of_team(self);
+    u32* scratch = next + self.ranks * self.local_experts;
     bool kept = true, go = !kAgain || call.to.ranges[1] != kNothing;
     if (!kAgain && block % 2 == 1) {
         const u64 counted = epoch << 32;
         const Workspace mine = self.mine();
-        forget(call, block / 2);
-        if (lane < channels)
+        forget(call, first, team);
+        if (lane < channels && lane % teams == number)
             kept = self.wait(mine.tail(warp, lane), counted, Role::kReceive, warp, lane) >= counted;
         if (__syncthreads_or(!kept)) return;
-        u32* scratch = shared + self.ranks * self.local_experts;
-        go = sound(call, mine, block / 2, scratch);
-        if (go) plan(call, mine, block / 2, shared, scratch);
+        go = sound(call, mine, block / 2 * teams, shared);
+        __syncthreads();
+        if (go) plan(call, mine, first, next, scratch, team);
     }
-    // A first dispatch has a block for each end of each channel.
-    for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2) {
+    // A first dispatch has a team for each end of each channel.
+    for (u32 channel = first; go && kept && channel < channels; channel += blocks / 2 * teams) {
         if (block % 2 == 0)
-            kept = send_channel<kAgain>(call, channel, epoch, shared);
+            kept = send_channel<kAgain>(call, warp, channel, epoch, next);
         else
-            kept = receive<kAgain, kFarAhead>(call, warp, channel, epoch, shared + warp * self.local_experts);
+            kept = receive<kAgain, kFarAhead>(call, warp, channel, epoch, next + warp * self.local_experts);
     }
     if (!__syncthreads_or(!kept)) finish(self, epoch, blocks);
 }
 
 }  // namespace dispatch
 
-// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads. Dynamic
-// shared memory: 4 * ((ranks + 1) * local_experts + ranks) bytes. row_bytes is a multiple of 16, topk at most
-// 32, channels num_sms / 2.
-__global__ void __launch_bounds__(256, 1)
+// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads a team.
+// Dynamic shared memory: 4 * words_of_team bytes a team. row_bytes is a multiple of 16, topk at most 32,
+// channels num_sms / 2 * teams.
+__global__ void __launch_bounds__(512, 1)
     dispatch_tokens(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     dispatch::run<false>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
 // The same tokens' places, other rows. `channels` is that of the dispatch that left sent_slot, rows and
-// ranges; blocks take them in turn.
-__global__ void __launch_bounds__(256, 1)
+// ranges; teams take them in turn.
+__global__ void __launch_bounds__(512, 1)
     dispatch_again(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
     extern __shared__ u32 shared[];
     dispatch::run<true>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import nvshmem
+from ..jit import ToolchainError
 from ..quantized import QuantizedTensor
 from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
 from .calls import Calls, Sized, shape_of, timeout_of
@@ -27,7 +29,7 @@ _AGREED = (
     *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
     *("dtype.itemsize", "transport"),
 )
-TRANSPORTS = (None, "nvlink", "portable")
+TRANSPORTS = (None, "nvlink", "portable", "nvshmem")
 
 
 class Buffer(Sized):
@@ -43,8 +45,9 @@ class Buffer(Sized):
         what torchrun says in LOCAL_WORLD_SIZE, else one node.
     dtype: of rows that are not FP8, and what combine rounds to. With float32 it rounds to BF16 nowhere, for
         checks of a parallel run against a single process; the portable transport alone has it.
-    transport: "nvlink", the kernels on GPUs of one node; "portable", torch.distributed's messages, anywhere;
-        None takes the first of them that can be, and `status().reason` says why not a faster one.
+    transport: "nvlink", the kernels on GPUs of one node; "nvshmem", those between nodes; "portable",
+        torch.distributed's messages, anywhere. None takes the kernels if they can be, and `status().reason`
+        says why not.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
     Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, RuntimeError
@@ -91,7 +94,7 @@ class Buffer(Sized):
                 device = _device(exchange.group)
                 _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
             self._transport, self._reason = _choose(self._shape, exchange, transport)
-            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, transport)
+            self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, self._transport.name)
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
@@ -253,19 +256,40 @@ class Buffer(Sized):
 
 def _choose(shape: Shape, exchange: Exchange, wanted: str | None) -> tuple[Transport, str]:
     """The transport between processes, and why it is no faster one."""
-    reason = ""
-    if wanted != "portable" and (exchange.group is not None or wanted is not None):
-        device = torch.device("cpu") if exchange.group is None else _device(exchange.group)
-        mapped = nvlink.connect(exchange, shape, device, kernels.Workspace(shape).size)
-        if isinstance(mapped, nvlink.Mapped):
-            rank, seconds = exchange.rank, exchange.timeout
-            return IntranodeTransport(
-                "nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle
-            ), reason
-        reason = f"no NVLink: {mapped}"
-        if wanted is not None:
-            raise RuntimeError(f"Buffer: transport is {wanted!r}, but {mapped}")
-    return PortableTransport(shape, exchange), reason
+    if wanted == "portable" or (exchange.group is None and wanted is None):
+        return PortableTransport(shape, exchange), ""
+    several = shape.topology.nodes > 1
+    found = (_over_nvshmem if wanted == "nvshmem" or (wanted is None and several) else _over_nvlink)(
+        shape, exchange
+    )
+    if not isinstance(found, str):
+        return found, ""
+    if wanted is not None:
+        raise RuntimeError(f"Buffer: transport is {wanted!r}, but {found}")
+    return PortableTransport(shape, exchange), f"no {'NVSHMEM' if several else 'NVLink'}: {found}"
+
+
+def _over_nvlink(shape: Shape, exchange: Exchange) -> Transport | str:
+    device = torch.device("cpu") if exchange.group is None else _device(exchange.group)
+    mapped = nvlink.connect(exchange, shape, device, kernels.Workspace(shape).size)
+    if isinstance(mapped, str):
+        return mapped
+    rank, seconds = exchange.rank, exchange.timeout
+    return IntranodeTransport("nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle)
+
+
+def _over_nvshmem(shape: Shape, exchange: Exchange) -> Transport | str:
+    group = exchange.group
+    if group is None or _device(group).type != "cuda":
+        return "the group's backend is not NCCL. Mend: init_process_group('nccl'), one GPU a process"
+    refused = intranode.refuse(shape, internode_kernels.MAX_NODES)
+    if refused is not None:
+        return refused
+    try:
+        world = nvshmem.world(group, internode.needed(shape))
+        return nvshmem.together(lambda: internode.over_nvshmem(world, shape, exchange.timeout), group)
+    except (nvshmem.NvshmemError, ToolchainError, OSError) as error:
+        return str(error)
 
 
 def _group(group: object) -> "dist.ProcessGroup | None":
@@ -280,21 +304,20 @@ def _group(group: object) -> "dist.ProcessGroup | None":
     return group
 
 
-def _low_latency_of(shape: Shape, exchange: Exchange, wanted: str | None) -> low_latency.LowLatencyTransport:
-    """On GPUs the kernels: over NVLink within a node, over NVSHMEM between nodes; else torch.distributed."""
+def _low_latency_of(shape: Shape, exchange: Exchange, name: str) -> low_latency.LowLatencyTransport:
+    """As the buffer's transport, of that name."""
     group, seconds = exchange.group, exchange.timeout
-    if group is None or wanted == "portable" or _device(group).type == "cpu":
+    if group is None or name == "portable":
         return PortableLowLatency(shape, exchange)
-    if shape.topology.nodes > 1:
-        return KernelLowLatency(shape, connect_nvshmem(group, shape), seconds)
+    if name == "nvshmem":
+        connection = connect_nvshmem(nvshmem.current(), shape)
+        return KernelLowLatency(shape, connection, seconds)
     exchange.begin()
     size = low_latency_kernels.areas(shape)[1].end
     mapped = nvlink.connect(exchange, shape, _device(group), size)
-    if isinstance(mapped, nvlink.Mapped):
-        return KernelLowLatency(shape, connect_nvlink(mapped, shape, exchange.rank), seconds)
-    if wanted is not None:
-        raise RuntimeError(f"low_latency_dispatch: the buffer's transport is {wanted!r}, but {mapped}")
-    return PortableLowLatency(shape, exchange)
+    if not isinstance(mapped, nvlink.Mapped):
+        raise RuntimeError(f"low latency: the buffer's transport is 'nvlink', but {mapped}")
+    return KernelLowLatency(shape, connect_nvlink(mapped, shape, exchange.rank), seconds)
 
 
 def _device(group: "dist.ProcessGroup") -> torch.device:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import launch
 from ..by_value import Struct
 from ..jit import Kernel
+from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
 from .internode_kernels import Layout, Link, Rings
 from .intranode import IntranodeTransport
@@ -47,6 +48,9 @@ class InternodeTransport(IntranodeTransport):
             return internode_kernels.COMBINE
         return internode_kernels.DISPATCH_AGAIN if again else internode_kernels.DISPATCH
 
+    def channels_of(self, num_sms: int) -> int:
+        return num_sms // 2
+
     def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
         return internode_kernels.shape_of_launch(self.link.rings, num_sms * launched)
 
@@ -78,4 +82,31 @@ def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTra
     pairs = torch.arange(2, 2 + rings.channels, dtype=torch.int32)
     return InternodeTransport(
         "emulator", rings, group.rank, memory, on_node, symmetric, pairs, timeout, kept=every
+    )
+
+
+def needed(shape: Shape) -> int:
+    """Bytes of symmetric memory that a rank takes."""
+    return kernels.Workspace(shape).size + len(kernels.OPS) * Rings(shape).size
+
+
+def over_nvshmem(world: World, shape: Shape, timeout: float) -> InternodeTransport:
+    """On GPUs; all ranks of the world call. Raises `NvshmemError` before any kernel runs."""
+    rings = Rings(shape)
+    memory = world.allocate(kernels.Workspace(shape).size)
+    mapped = world.mapped(memory)
+    symmetric = tuple(world.allocate(rings.size) for _ in kernels.OPS)
+    pairs = torch.tensor(world.queue_pairs(rings.channels), dtype=torch.int32, device=memory.device)
+    first = world.rank - world.rank % shape.topology.gpus_per_node
+    node = range(first, first + shape.topology.gpus_per_node)
+    apart = [rank for rank in node if not mapped[rank]]
+    if apart:
+        raise NvshmemError(
+            f"the memory of ranks {apart} is not mapped by rank {world.rank}, though they are said to share "
+            "a node. Mend: pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers "
+            "(nvidia-smi topo -p2p r)"
+        )
+    addresses = [mapped[rank] for rank in node]
+    return InternodeTransport(
+        "nvshmem", rings, world.rank, memory, addresses, symmetric, pairs, timeout, kept=world
     )

@@ -4,24 +4,22 @@ import enum
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import launch, nvshmem
+from .. import launch
 from ..by_value import Struct, join
 from ..checks import ceil_div, round_up
 from ..device_error import DeviceValueError
 from ..jit import Kernel
+from ..nvshmem import World
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import nvlink
 from .errors import TimeoutError
 from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
 from .transport import Shape
-
-if TYPE_CHECKING:
-    import torch.distributed as dist
 
 OPS = ("low_latency_dispatch", "low_latency_combine")
 ROLES = ("send", "receive")
@@ -124,27 +122,13 @@ def connect_loopback(shape: Shape, device: torch.device) -> list[Connection]:
     return [Connection(rank, memory, table, none, which, memories) for rank, memory in enumerate(memories)]
 
 
-def connect_nvshmem(group: "dist.ProcessGroup", shape: Shape) -> Connection:
-    """On GPUs; all ranks of the group call. Raises `nvshmem.NvshmemError` before any kernel runs."""
-    size = areas(shape)[1].end
-    world = nvshmem.world(group, size)
-    memory = world.allocate(size)
-    mapped = world.mapped(memory)
-    far = not all(mapped)
-    pairs = world.queue_pairs(shape.local_experts) if shape.topology.nodes > 1 else []
-    if far and shape.topology.nodes == 1:
-        missing = [rank for rank, address in enumerate(mapped) if not address]
-        raise nvshmem.NvshmemError(
-            f"the memory of ranks {missing} is not mapped here, though all are said to be on one node. Mend: "
-            "pass gpus_per_node to ep.Buffer, or see whether the GPUs are peers (nvidia-smi topo -p2p r)"
-        )
-    return Connection(
-        world.rank,
-        memory,
-        torch.tensor(mapped, device=memory.device),
-        torch.tensor(pairs, dtype=torch.int32, device=memory.device),
-        kernel(shape.topology.nodes, emulated=False),
-    )
+def connect_nvshmem(world: World, shape: Shape) -> Connection:
+    """Between nodes; all ranks of the world call. Raises `NvshmemError` before any kernel runs."""
+    memory = world.allocate(areas(shape)[1].end)
+    device = memory.device
+    pairs = torch.tensor(world.queue_pairs(shape.local_experts), dtype=torch.int32, device=device)
+    mapped = torch.tensor(world.mapped(memory), device=device)
+    return Connection(world.rank, memory, mapped, pairs, kernel(shape.topology.nodes, emulated=False), world)
 
 
 @dataclass(frozen=True)

@@ -62,11 +62,13 @@ def run_pairs(case, rounds, form, seed, **options):
     return emulator.VirtualCluster(nodes, gpus, seed, num_sms=4, **options).run(program)
 
 
-@pytest.mark.parametrize("nodes, gpus", [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 2)])
-def test_bit_equal_to_the_reference(nodes, gpus):
-    seed = fresh_generator().initial_seed() % (1 << 30)
+TOPOLOGIES = [(1, 1), (1, 2), (1, 4), (1, 8), (2, 1), (2, 2), (4, 2)]
+
+
+def compare(nodes, gpus, seed, routings):
+    """Three rounds of each routing, in forms and sizes that the seed draws."""
     chance = random.Random(seed)
-    for i, routing in enumerate(chance.sample(ROUTINGS, 2 if nodes * gpus == 8 else 3)):
+    for i, routing in enumerate(chance.sample(ROUTINGS, routings)):
         case = Case(
             Topology(nodes, gpus),
             routing,
@@ -81,9 +83,23 @@ def test_bit_equal_to_the_reference(nodes, gpus):
             Form(fp8, fp8 and chance.random() < 0.5, chance.random() < 0.5, chance.choice([1, 2, 3]))
             for fp8 in chance.choices([False, True], k=3)
         ]
-        _, by_rank = run(case, rounds, forms, seed + i)
+        schedule = chance.choice(["random", "pct"])
+        _, by_rank = run(case, rounds, forms, seed + i, schedule=schedule)
         for round_, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
             check(case, inputs, round_, form, [got[round_] for got in by_rank])
+
+
+@pytest.mark.parametrize("nodes, gpus", TOPOLOGIES)
+def test_bit_equal_to_the_reference(nodes, gpus):
+    compare(nodes, gpus, fresh_generator().initial_seed() % (1 << 30), 2 if nodes * gpus == 8 else 3)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("nodes, gpus", TOPOLOGIES)
+def test_a_thousand_seeds(nodes, gpus):
+    first = fresh_generator().initial_seed() % (1 << 30)
+    for seed in range(first, first + 1000):
+        compare(nodes, gpus, seed, 1)
 
 
 @pytest.mark.parametrize("nodes, gpus", [(1, 3), (3, 1), (2, 2)])

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import types
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_kernels import jit, nvshmem
-from dsv3_kernels.ep import Topology, low_latency_kernels
+from dsv3_kernels.ep import Topology, buffer, low_latency_kernels
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.jit import toolchain
 
@@ -56,21 +57,26 @@ def refused(match):
     return pytest.raises(nvshmem.NvshmemError, match=match)
 
 
+def connect(shape):
+    needed = low_latency_kernels.areas(shape)[1].end
+    return low_latency_kernels.connect_nvshmem(nvshmem.world(dist.group.WORLD, needed), shape)
+
+
 def one_node(rank, size, path):
     lib = fake(path)
-    connection = low_latency_kernels.connect_nvshmem(dist.group.WORLD, SHAPE)
+    connection = connect(SHAPE)
     needed = low_latency_kernels.areas(SHAPE)[1].end
     assert connection.memory.shape == (needed,) and not connection.memory.any()
     assert connection.mapped.tolist() == [
         connection.memory.data_ptr() + 65536 * (peer - rank) for peer in range(2)
     ]
-    assert connection.queue_pairs.numel() == 0 and not connection.kernel.nvshmem
+    assert connection.queue_pairs.tolist() == [2, 3, 4, 5] and not connection.kernel.nvshmem
     lib.fake_environment.restype = ctypes.c_char_p
     heard = lib.fake_environment().decode()
     assert "REMOTE_TRANSPORT=none" in heard and "IBGDA=;" in heard and f"SIZE={1 << 30};" in heard
     # One world a process, several buffers in it; a group of others is refused.
     world = nvshmem.current()
-    again = low_latency_kernels.connect_nvshmem(dist.group.WORLD, SHAPE)
+    again = connect(SHAPE)
     assert nvshmem.current() is world and lib.fake_worlds() == 1
     assert again.memory.data_ptr() != connection.memory.data_ptr()
     alone = [dist.new_group([r]) for r in range(2)][rank]
@@ -97,7 +103,7 @@ def two_nodes(rank, size, path):
     with refused("found no active port of an RDMA NIC"):
         nvshmem.world(group, 1)
     nvshmem.INFINIBAND = make_port(path, "ACTIVE")
-    connection = low_latency_kernels.connect_nvshmem(group, shape)
+    connection = connect(shape)
     assert connection.mapped.tolist() == [connection.memory.data_ptr() * (peer == rank) for peer in range(2)]
     assert connection.queue_pairs.tolist() == [2, 3, 4, 5] and connection.kernel.nvshmem
     lib.fake_environment.restype = ctypes.c_char_p
@@ -107,8 +113,39 @@ def two_nodes(rank, size, path):
     os.environ["FAKE_QP_STATUS"] = "3"
     with refused(r"made 0 of 2 queue pairs \(status 3\)"):
         nvshmem.current().queue_pairs(2)
-    with refused(r"memory of ranks \[\d\] is not mapped here, though all are said to be on one node"):
-        low_latency_kernels.connect_nvshmem(group, SHAPE)
+
+
+def the_buffers_transport(rank, size, path):
+    """What ep.Buffer takes on GPUs of several nodes, and what it says where it cannot."""
+    fake(path, nodes=2, FAKE_NODE=1, FAKE_QUEUE_PAIRS=6)
+    nvshmem.INFINIBAND = make_port(path, "ACTIVE")
+    buffer._device = lambda group: torch.device("cuda")
+    exchange = types.SimpleNamespace(group=dist.group.WORLD, rank=rank, size=2, timeout=1.0)
+    shape = Shape(8, 32, 4, 2, Topology(2, 1))
+    few = r"made 6 of 12 queue pairs .*NVSHMEM_IBGDA_NUM_RC_PER_PE=12"
+    transport, reason = buffer._choose(shape, exchange, None)
+    assert transport.name == "portable" and re.search(f"no NVSHMEM: .*{few}", reason)
+    with pytest.raises(RuntimeError, match=f"transport is 'nvshmem', but .*{few}"):
+        buffer._choose(shape, exchange, "nvshmem")
+    os.environ["FAKE_QUEUE_PAIRS"] = "12"
+    transport, reason = buffer._choose(shape, exchange, None)
+    assert transport.name == "nvshmem" and not reason
+    link, memory = transport.link, transport.peers.table
+    assert link.queue_pairs.tolist() == list(range(2, 14))
+    assert [part.numel() for part in link.symmetric] == [link.rings.size] * 2
+    assert memory[0] == memory[1]  # a rank of another node stands for its forwarder, here itself
+    low = buffer._low_latency_of(shape, exchange, "nvshmem")
+    assert low._connection.kernel.nvshmem and (low._connection.mapped == 0).tolist() == [rank == 1, rank == 0]
+    # Ranks said to share a node, which do not.
+    together = Shape(8, 32, 4, 2, Topology(1, 2))
+    with pytest.raises(RuntimeError, match=r"memory of ranks \[\d\] is not mapped by rank \d"):
+        buffer._choose(together, exchange, "nvshmem")
+    wide = Shape(8, 32, 4, 2, Topology(2, 1), torch.float32)
+    with pytest.raises(RuntimeError, match="dtype is torch.float32"):
+        buffer._choose(wide, exchange, "nvshmem")
+    buffer._device = lambda group: torch.device("cpu")
+    with pytest.raises(RuntimeError, match="backend is not NCCL"):
+        buffer._choose(shape, exchange, "nvshmem")
 
 
 def one_rank_cannot(rank, size, path):
@@ -116,7 +153,7 @@ def one_rank_cannot(rank, size, path):
     fake(path, FAKE_VERSION=30700 if rank == 1 else 30800)
     reason = r"device library is 3.8.0 and its host library 3.7.0, expected .* 3.8.0 or newer"
     kind = jit.ToolchainError if rank == 1 else nvshmem.NvshmemError
-    with pytest.raises(kind, match=reason if rank == 1 else "rank 1 cannot start NVSHMEM: .*" + reason):
+    with pytest.raises(kind, match=reason if rank == 1 else "rank 1 cannot use NVSHMEM: .*" + reason):
         nvshmem.world(dist.group.WORLD, 1)
     os.environ["FAKE_VERSION"] = "30900"
     assert nvshmem.world(dist.group.WORLD, 1).size == 2
@@ -152,7 +189,7 @@ def bad_starts(rank, size, path):
         nvshmem.world(group, 1)
 
 
-@pytest.mark.parametrize("program", [one_node, two_nodes, one_rank_cannot, bad_starts])
+@pytest.mark.parametrize("program", [one_node, two_nodes, the_buffers_transport, one_rank_cannot, bad_starts])
 def test_two_ranks(tmp_path, library, program):
     ranks.run(tmp_path / "ranks", 2, program, library)
 
