@@ -15,17 +15,14 @@ many to each. A rank's clock starts after a barrier, and the slowest rank of a r
 import argparse
 import functools
 import itertools
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from bench import bench_overlap, loopback
+from bench import bench_overlap, loopback, processes
 from bench.report import Report
 from dsv3_kernels import ep, quantize_1x128
 
@@ -149,36 +146,14 @@ def measure(rank: int, options: argparse.Namespace) -> None:
         print(f"written: {report.write()}")
 
 
-def join(rank: int, options: argparse.Namespace, port: int) -> None:
-    """One process of those that main started."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=options.ranks)
-    measure(rank, options)
-    dist.destroy_process_group()
-
-
 def main() -> None:
     options = arguments()
-    if "RANK" in os.environ:
-        enough = torch.cuda.is_available() and torch.cuda.device_count() >= int(
-            os.environ["LOCAL_WORLD_SIZE"]
-        )
-        if enough:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if enough else "gloo")
-        measure(dist.get_rank(), options)
-        dist.destroy_process_group()
-        return
-    if torch.cuda.is_available() and not options.cpu:
+    if torch.cuda.is_available() and not options.cpu and not processes.started():
         loopback.tables(options.seconds)
         bench_overlap.main([])
         print(loopback.NOTE)
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(join, (options, port), options.ranks)
+    processes.run(measure, options, options.ranks)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ latter's waits for dispatch and combine that the former does not wait.
 """
 
 import argparse
-import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +21,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from bench import processes
 from bench.report import Report
 from dsv3_kernels import ep
 from dsv3_kernels.model import PRESETS, DeepSeekV3
@@ -161,30 +159,9 @@ def measure(rank: int, options: argparse.Namespace) -> None:
         print(f"written: {bench.report.write()}")
 
 
-def join(rank: int, options: argparse.Namespace, port: int) -> None:
-    """One process of those that main started."""
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=options.ranks)
-    measure(rank, options)
-    dist.destroy_process_group()
-
-
 def main() -> None:
     options = arguments()
-    if "RANK" in os.environ:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        enough = torch.cuda.is_available() and torch.cuda.device_count() >= local
-        if enough:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if enough else "gloo")
-        measure(dist.get_rank(), options)
-        dist.destroy_process_group()
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(join, (options, port), options.ranks)
+    processes.run(measure, options, options.ranks)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,48 @@ def test_a_transformers_model_trains():
     assert abs(ours[-5:].mean() / theirs[-5:].mean() - 1) < 0.2
 
 
+def test_an_moe_of_transformers_trains_with_ours():
+    """Its experts, which are no nn.Linears, make room for nn.MoE; its other layers are converted."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    config = transformers.DeepseekV3Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=16,
+        v_head_dim=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+    )
+    model = transformers.DeepseekV3ForCausalLM(config)
+    moe = dnn.MoE(64, 32, num_experts=8, top_k=2, n_group=4, topk_group=2, shared_experts=1)
+    model.model.layers[1].mlp = moe
+    names = convert(model, lambda name, layer: name != "lm_head")
+    assert len(names) == 13, "five of each attention, three of the dense MLP"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(12):
+        batch = (torch.randint(64, (8, 1)) + torch.arange(24)) % 64
+        optimizer.zero_grad()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        assert moe.gate.load.sum() == 8 * 24 * 2
+        moe.gate.balance(0.001)
+        losses.append(loss.item())
+    print(losses)
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
 def test_what_stays():
     model = small()
     both = nn.ModuleDict({"model": model, "again": model[0]})

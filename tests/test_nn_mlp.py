@@ -15,7 +15,16 @@ from dsv3_kernels import (
     reference,
     swiglu_quantize,
 )
-from dsv3_kernels.nn import BF16, MLP, Fp8Linear, Fp8Recipe, GroupedFp8Linear, deferred_wgrad, swiglu_mlp
+from dsv3_kernels.nn import (
+    BF16,
+    MLP,
+    Fp8Linear,
+    Fp8Recipe,
+    GroupedFp8Linear,
+    deferred_wgrad,
+    store_fp8_weights,
+    swiglu_mlp,
+)
 from dsv3_kernels.nn import mlp as mlp_module
 
 K, N = 144, 96
@@ -216,6 +225,17 @@ def test_layers_of_two_recipes_are_not_fused(monkeypatch):
     calls = counting(monkeypatch)
     swiglu_mlp(x, up, down).sum().backward()
     assert calls == {"quantize_1x128": 2, "quantize_128x128": 1, "fp8_gemm": 2, "fp8_wgrad": 1}
+
+
+def test_weights_kept_in_fp8_compute_and_do_not_train():
+    layer = MLP(K, 128, dtype=torch.bfloat16)
+    x = torch.randn(9, K).bfloat16()
+    with torch.no_grad():
+        want = layer(x)
+    store_fp8_weights(layer)
+    assert torch.equal(layer(x), want)
+    with pytest.raises(ValueError, match="x requires grad, expected one that does not"):
+        layer(x.requires_grad_())
 
 
 @pytest.mark.parametrize(

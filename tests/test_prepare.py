@@ -254,6 +254,16 @@ def test_large_files_are_checked_when_asked(damaged, monkeypatch, capsys):
     assert "train.tokens is damaged" in capsys.readouterr().err
 
 
+def test_ids_past_the_vocabulary_in_files_that_were_not_checked():
+    text = torch.randint(300, (500,)).to(torch.uint16)
+    assert Batches(text, 20, 4, 0, 300).samples(0, 4).shape == (4, 20)
+    text[250] = 299
+    batches = Batches(text, 20, 4, 0, 299)
+    with pytest.raises(TrainError, match="hold the token id 299, expected ids below 299"):
+        for step in range(20):
+            batches.batch(step)
+
+
 def test_too_little_for_a_window(damaged):
     with pytest.raises(TrainError, match="tokens to train and .* expected at least one window of 100000"):
         load_corpus(str(damaged), 100_000)

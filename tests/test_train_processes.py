@@ -1,5 +1,6 @@
 """Runs of several processes from end to end: ranks that die, stall or disagree, torchrun's restarts."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -161,15 +162,30 @@ def test_not_finite_is_named_and_stops_or_is_skipped(text, tmp_path):
     assert (state["step"], state["updates"]) == (4, 2)
 
 
+def test_a_signal_to_one_rank_stops_all_at_one_step(text, tmp_path):
+    arguments = [*FAST, "--data", text, "--steps", 1000, "--out", tmp_path / "run"]
+    started = start(tmp_path / "ranks", [arguments] * 2)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + PATIENCE
+    while not log.exists() or log.read_text().count("\n") < 2:
+        assert time.monotonic() < deadline and all(process.is_alive() for process in started)
+        time.sleep(0.02)
+    os.kill(started[1].pid, signal.SIGTERM)
+    ended = end(tmp_path / "ranks", started)
+    assert [code for code, _ in ended] == [128 + signal.SIGINT, 128 + signal.SIGTERM], ended
+    last = json.loads(log.read_text().splitlines()[-1])["step"]
+    assert Checkpoint(tmp_path / "run" / "checkpoints" / "bf16").state["step"] == last < 1000
+
+
 DYING = textwrap.dedent(
     """
     import os, signal, sys, torch
     from dsv3_kernels.train import cli, trainer
     torch.set_num_threads(1)
     original = trainer.Trainer.train_step
+    death = int(os.environ["DIES_AT"])
 
     def step(self):
-        if self.groups.rank == 1 and self.step == 7 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if self.groups.rank == 1 and self.step == death and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self)
 
@@ -179,15 +195,16 @@ DYING = textwrap.dedent(
 )
 
 
-def test_torchrun_restarts_from_the_checkpoint(text, tmp_path):
-    """kill -9 at step 8, again from step 5: bit for bit one process without a stop, with micro-batches."""
+@pytest.mark.parametrize("steps", [10, pytest.param(100, marks=pytest.mark.long)])
+def test_torchrun_restarts_from_the_checkpoint(text, tmp_path, steps):
+    """kill -9 past the half, again from there: bit for bit one process without a stop, with micro-batches."""
     script = tmp_path / "train.py"
     script.write_text(DYING)
-    common = [*FAST, "--data", text, "--steps", 10, "--checkpoint-every", 5]
+    common = [*FAST, "--data", text, "--steps", steps, "--checkpoint-every", steps // 2]
     options = ["--nproc-per-node", "2", "--max-restarts", "1", "--master-port", "0", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", "localhost:0", script]
     command = [sys.executable, "-m", "torch.distributed.run", *options, *common, "--resume", "auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DIES_AT": str(steps // 2 + 2)}
     done = subprocess.run(
         [*map(str, command), "--out", tmp_path / "run"],
         capture_output=True,
@@ -197,7 +214,7 @@ def test_torchrun_restarts_from_the_checkpoint(text, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
     one = [*common, "--micro-batches", 2, "--out", tmp_path / "one"]
     assert cli.main([*map(str, one)]) == 0
     left, right = (load_trained(tmp_path / name)[0].state_dict() for name in ("run", "one"))
@@ -223,8 +240,7 @@ def test_layouts():
     for pp, ep, dp in ((1, 1, 1), (2, 4, 3), (4, 1, 2), (3, 2, 1)):
         layout = Layout.of(ParallelConfig(pp=pp, ep=ep), pp * ep * dp)
         assert layout.dp == dp
-        places = [layout.place(rank) for rank in range(layout.world)]
-        assert len(set(places)) == layout.world == len(places)
+        places = itertools.product(range(pp), range(dp), range(ep))
         assert [layout.rank(*place) for place in places] == list(range(layout.world))
         assert sorted({layout.share(rank) for rank in range(layout.world)}) == list(range(dp * ep))
 

@@ -202,6 +202,14 @@ def test_files(tmp_path):
     assert schedule.load_schedule(str(path), 8) == Schedule(constant_until="50%")
     assert schedule.load_schedule("cosine", 8) is None
     assert schedule.load_schedule("paper", 80).first_batch_size == 16
+    for batch, multiple in ((80, 8), (16, 8), (8, 8)):
+        config = TrainConfig(
+            steps=100,
+            batch_size=batch,
+            warmup_steps=1,
+            schedule=schedule.load_schedule("paper", batch, multiple),
+        )
+        assert all(batch_size(step, config) % multiple == 0 for step in range(100))
     for content, message in (("{", "is not JSON"), ('{"when": 1}', "unknown keys"), ("[]", "found list")):
         path.write_text(content)
         with pytest.raises(TrainError, match=message):

@@ -187,21 +187,22 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
 
 // All blocks of a rank; `block` is this one.
 __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
-    const u32 warp = threadIdx.x / 32;
+    const u32 ranks = call.self.ranks, teams = blockDim.x / (32 * ranks);  // as in dispatch.cuh
+    const u32 warp = threadIdx.x / 32 % ranks, first = block / 2 * teams + threadIdx.x / (32 * ranks);
     const u64 epoch = call.self.epoch();
     const bool laid_out = call.from.ranges[1] != kNothing;
     bool kept = true;
-    for (u32 channel = block / 2; laid_out && kept && channel < call.channels; channel += blocks / 2)
-        kept = block % 2 == 0 ? send(call, warp, channel, epoch)
-                              : receive(call, channel, warp, blockDim.x / 32, epoch);
+    for (u32 channel = first; laid_out && kept && channel < call.channels; channel += blocks / 2 * teams)
+        kept = block % 2 == 0 ? send(call, warp, channel, epoch) : receive(call, channel, warp, ranks, epoch);
     if (!__syncthreads_or(!kept)) finish(call.self, epoch, blocks);
 }
 
 }  // namespace combine
 
-// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads.
-// `channels` is that of the dispatch; blocks take them in turn. hidden is a multiple of 8, topk at most 32.
-__global__ void __launch_bounds__(256, 1)
+// Grid: num_sms blocks for each rank of the launch, num_sms even, all resident; 32 * ranks threads a
+// team. `channels` is that of the dispatch; teams take them in turn. hidden is a multiple of 8, topk at
+// most 32.
+__global__ void __launch_bounds__(512, 1)
     combine_tokens(const __grid_constant__ PerRank<combine::Call> calls, u32 num_sms) {
     combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms);
 }

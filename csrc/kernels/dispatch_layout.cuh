@@ -139,12 +139,20 @@ __device__ __forceinline__ void announce(const Call& call, const Workspace& thei
     }
 }
 
-// One block, before anything can fail: the layout says that nothing came.
-__device__ __forceinline__ void forget(const Call& call, u32 channel) {
-    for (u32 source = threadIdx.x; source < call.self.ranks; source += blockDim.x)
+// The threads that serve one channel: a whole block, or one of several such groups in it.
+struct Team {
+    u32 thread, threads;
+};
+
+__device__ __forceinline__ Team whole_block() { return {threadIdx.x, blockDim.x}; }
+
+// One team, before anything can fail: the layout says that nothing came.
+__device__ __forceinline__ void forget(const Call& call, u32 channel, Team team = whole_block()) {
+    for (u32 source = team.thread; source < call.self.ranks; source += team.threads)
         call.to.ranges[2 * (source * call.to.channels + channel) + 1] = kNothing;
     if (channel == 0)
-        for (u32 e = threadIdx.x; e <= call.self.local_experts; e += blockDim.x) call.to.group_offsets[e] = 0;
+        for (u32 e = team.thread; e <= call.self.local_experts; e += team.threads)
+            call.to.group_offsets[e] = 0;
 }
 
 // What one rank's announcements say, a lane a channel; one warp.
@@ -200,12 +208,12 @@ __device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u
     return false;
 }
 
-// One block: the row that the next token of this channel takes, next[source][local expert], in token order
-// next[source][0]. starts: shared memory, [local_experts].
+// All teams of a block at once, each for its channel: the row that the next token there takes,
+// next[source][local expert], in token order next[source][0]. starts: shared memory, [local_experts].
 __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u32 channel, u32* next,
-                                     u32* starts) {
+                                     u32* starts, Team team = whole_block()) {
     const u32 channels = call.to.channels;
-    for (u32 e = threadIdx.x; e < mine.local_experts; e += blockDim.x) {
+    for (u32 e = team.thread; e < mine.local_experts; e += team.threads) {
         u32 running = 0;
         for (u32 source = 0; source < mine.ranks; ++source)
             for (u32 c = 0; c < channels; ++c) {
@@ -215,7 +223,7 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
         starts[e] = running;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
+    if (team.thread == 0) {
         u32 running = 0;
         for (u32 e = 0; e < mine.local_experts; ++e) {
             const u32 size = starts[e];
@@ -227,7 +235,7 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
     }
     __syncthreads();
     if (call.from.form & kTokenOrder) {
-        if (threadIdx.x == 0) {
+        if (team.thread == 0) {
             u32 running = 0;
             for (u32 source = 0; source < mine.ranks; ++source)
                 for (u32 c = 0; c < channels; ++c) {
@@ -236,7 +244,7 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
                 }
         }
     } else {
-        for (u32 i = threadIdx.x; i < mine.ranks * mine.local_experts; i += blockDim.x)
+        for (u32 i = team.thread; i < mine.ranks * mine.local_experts; i += team.threads)
             next[i] += starts[i % mine.local_experts];
     }
     __syncthreads();

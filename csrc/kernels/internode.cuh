@@ -158,9 +158,10 @@ __device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32
 }
 
 // One warp, whose lanes wait for several words, and which goes on with any: it may find nothing for as long
-// as one wait may last.
+// as one wait may last. It looks at the clock now and then, where no word has changed in between.
 struct Patience {
-    u64 idle_since = 0;
+    u64 idle_since = 0, last_seen = 0;
+    u32 fruitless = 0;
 
     // All lanes; `waits`: this one has found its word to be `seen`. The lanes that may go on, or none; `kept`
     // becomes false once the time is up, which is then recorded.
@@ -168,12 +169,18 @@ struct Patience {
                                         u32 peer, u32 channel, bool& kept) {
         const u32 found = __ballot_sync(kFullWarp, ready);
         __syncwarp();
-        const u64 now = found ? 0 : ptx::global_timer();
-        if (found || idle_since == 0) idle_since = now;
-        kept = !__any_sync(kFullWarp, !found && now - idle_since > self.timeout);
+        const bool changed = __any_sync(kFullWarp, seen != last_seen);
+        last_seen = seen;
+        kept = true;
+        if (found) idle_since = 0;
+        fruitless = found || changed ? 0 : fruitless + 1;
+        if (fruitless % 4 != 3) return found;
+        const u64 now = ptx::global_timer();
+        if (idle_since == 0) idle_since = now;
+        kept = !__any_sync(kFullWarp, now - idle_since > self.timeout);
         if (!kept && threadIdx.x % 32 == __ffs(__ballot_sync(kFullWarp, waits)) - 1)
             self.fail(expected, seen, Role::kForward, peer, channel, true);
-        return found;
+        return 0;
     }
 };
 

@@ -48,6 +48,9 @@ class InternodeTransport(IntranodeTransport):
             return internode_kernels.COMBINE
         return internode_kernels.DISPATCH_AGAIN if again else internode_kernels.DISPATCH
 
+    def channels_of(self, num_sms: int) -> int:
+        return num_sms // 2
+
     def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
         return internode_kernels.shape_of_launch(self.link.rings, num_sms * launched)
 

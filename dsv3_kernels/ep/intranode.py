@@ -78,6 +78,9 @@ class KernelRank:
             return kernels.COMBINE
         return kernels.DISPATCH_AGAIN if again else kernels.DISPATCH
 
+    def channels_of(self, num_sms: int) -> int:
+        return kernels.channels_of(self.shape, num_sms)
+
     def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
         return kernels.shape_of_launch(self.shape, num_sms, launched)
 
@@ -102,7 +105,7 @@ class KernelRank:
             integers(shape.local_experts + 1),
             integers(idx.shape[0], size),
             integers(size, most, shape.num_topk),
-            integers(size, call.num_sms // 2, 2),
+            integers(size, self.channels_of(call.num_sms), 2),
         )
 
 

@@ -19,6 +19,7 @@ from .types import Stall
 MAX_CHANNELS = 32  # csrc/kernels/channel.cuh
 MAX_RANKS = 8  # of a node: a warp each
 MAX_TOPK = 32  # a lane each
+MAX_THREADS = 512  # of a block, for their registers
 OWN_SM = 116 * 1024  # bytes of shared memory: more than half of an SM's, so that a block has it alone
 
 DISPATCH = Kernel("dispatch.cuh", "dispatch_tokens")
@@ -303,11 +304,21 @@ def bytes_sent(peers: Peers) -> int:
     return sum(by_peer) - by_peer[peers.rank]
 
 
+def teams_of(shape: Shape, num_sms: int) -> int:
+    """Of a block: each has a channel and a warp a rank. As many as threads and channels allow."""
+    return max(1, min(MAX_THREADS // (32 * shape.topology.size), MAX_CHANNELS // (num_sms // 2)))
+
+
+def channels_of(shape: Shape, num_sms: int) -> int:
+    """Of a dispatch."""
+    return num_sms // 2 * teams_of(shape, num_sms)
+
+
 def shape_of_launch(shape: Shape, num_sms: int, launched: int = 1) -> tuple[launch.Dim3, launch.Dim3, int]:
     """Grid, block and bytes of shared memory of as many ranks, num_sms blocks each."""
-    ranks = shape.topology.size
-    needed = 4 * (ranks * shape.local_experts + max(ranks, shape.local_experts))
-    return (num_sms * launched, 1, 1), (32 * ranks, 1, 1), max(needed, OWN_SM)
+    ranks, teams = shape.topology.size, teams_of(shape, num_sms)
+    needed = 4 * teams * (ranks * shape.local_experts + max(ranks, shape.local_experts))
+    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), max(needed, OWN_SM)
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:

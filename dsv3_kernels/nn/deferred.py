@@ -48,14 +48,15 @@ def _drain(batch: deque[Work]) -> None:
 
 @contextlib.contextmanager
 def deferred_wgrad() -> Iterator[WgradStore]:
-    """Inside, backward passes of the FP8 layers only store their weight gradients.
+    """Inside, backward passes of the linear layers only store their weight gradients.
 
         with nn.deferred_wgrad() as store:
             loss.backward()  # input gradients
             store.run()  # weight gradients, into .grad or .main_grad, bit for bit as without the store
 
     It holds for the whole process, so that autograd's own threads see it, and for weights that are leaves:
-    the gradients of others flow on at once. Backwards compiled by torch.compile defer nothing, and hooks on a
+    the gradients of others flow on at once. Of layers in BF16 or FP32 the forward must run inside as well, or
+    their backward defers nothing. Backwards compiled by torch.compile defer nothing, and hooks on a
     weight's gradient are not called.
     Raises RuntimeError when gradients were never computed by the block's end, and where another such block is
     active.

@@ -155,7 +155,8 @@ def swiglu_mlp(
     recipe = up.recipe
     rows = as_rows(x)
     weights = None if weights is None else weights.contiguous()
-    if records_gradient(x, up.weight, down.weight, weights):
+    stored = up.weight_scale_inv is not None or down.weight_scale_inv is not None
+    if not stored and records_gradient(x, up.weight, down.weight, weights):
         y = _Fp8MLP.apply(
             rows,
             up.weight,
@@ -191,7 +192,7 @@ def _forward(
     group_offsets: Tensor | None,
     recipe: Fp8Recipe,
 ) -> Tensor:
-    """Without a backward; weights that are kept in FP8 are taken as they are."""
+    """Without a backward, which the ops refuse; weights that are kept in FP8 are taken as they are."""
     power_of_2 = recipe.power_of_2_scales
     up_q, down_q = (
         layer.quantized_weight() or quantize_128x128(layer.weight, power_of_2_scales=power_of_2)

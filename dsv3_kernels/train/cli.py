@@ -176,7 +176,9 @@ def new_run(given: dict[str, Any]) -> tuple[RunConfig, Path | None]:
         given = given | {"data": str(Path(given["data"]).resolve())}  # --resume may run elsewhere
     if "schedule" in given:
         batch_size = given.get("batch_size", TRAINABLE[preset].batch_size)
-        given = given | {"schedule": load_schedule(given["schedule"], batch_size)}
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) // max(1, given.get("pp", 1))
+        parts = max(1, ranks * given.get("micro_batches", 1))
+        given = given | {"schedule": load_schedule(given["schedule"], batch_size, parts)}
     config = RunConfig(
         preset=preset,
         precisions=(precision,) if precision else ("fp8", "bf16"),

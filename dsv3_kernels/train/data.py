@@ -170,7 +170,11 @@ class Batches:
     epoch).
     """
 
-    def __init__(self, text: Tensor, window: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, text: Tensor, window: int, batch_size: int, seed: int, vocab_size: int | None = None
+    ) -> None:
+        """vocab_size: ids from there on are an error; files past `tokens.CHECKED` are not read before."""
+        self.vocab_size = vocab_size
         self.text, self.window, self.batch_size, self.seed = text, window, batch_size, seed
         # One fewer than fit, which leaves room to begin anywhere within the first.
         self.windows = max(1, text.numel() // window - 1)
@@ -183,9 +187,14 @@ class Batches:
 
     def samples(self, first: int, count: int) -> Tensor:
         """Samples first to first + count: int64 [count, window]."""
-        return _windows(
-            self.text, [self._start(sample) for sample in range(first, first + count)], self.window
-        )
+        starts = [self._start(sample) for sample in range(first, first + count)]
+        rows = _windows(self.text, starts, self.window)
+        if self.vocab_size is not None and rows.numel() and int(rows.max()) >= self.vocab_size:
+            raise TrainError(
+                f"--data: samples {first} to {first + count - 1} hold the token id {int(rows.max())}, "
+                f"expected ids below {self.vocab_size}. See python -m dsv3_kernels.train.prepare --verify"
+            )
+        return rows
 
     def _start(self, sample: int) -> int:
         epoch, index = divmod(sample, self.windows)

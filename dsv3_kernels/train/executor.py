@@ -1,5 +1,6 @@
 """Who runs forward and backward of the micro-batches of a step: one process, or the ranks of a pipeline."""
 
+import contextlib
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -48,17 +49,17 @@ class LocalExecutor:
         self.replicated: frozenset[str] = frozenset()
         self._model = model
 
-    @constant_weights()
     def forward_backward(self, windows: Tensor, mtp_weight: float, balance_weight: float) -> Losses:
         check_windows(windows)
         count = len(windows)
         total = torch.zeros(3, device=windows.device)
-        for window in windows:
-            losses = self._model.losses(window)
-            loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
-            (loss / count).backward()
-            parts = (losses.main, losses.mtp, losses.balance)
-            total += torch.stack([part.detach().to(total) for part in parts])
+        with constant_weights() if count > 1 else contextlib.nullcontext():
+            for window in windows:
+                losses = self._model.losses(window)
+                loss = losses.main + mtp_weight * losses.mtp + balance_weight * losses.balance
+                (loss / count).backward()
+                parts = (losses.main, losses.mtp, losses.balance)
+                total += torch.stack([part.detach().to(total) for part in parts])
         return Losses(*(total / count))
 
     @torch.no_grad()

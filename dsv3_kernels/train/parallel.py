@@ -58,10 +58,6 @@ class Layout:
     def rank(self, pipeline: int, data: int, expert: int) -> int:
         return (pipeline * self.dp + data) * self.ep + expert
 
-    def place(self, rank: int) -> tuple[int, int, int]:
-        """(pipeline, data, expert) of a rank."""
-        return rank // self.shares, rank % self.shares // self.ep, rank % self.ep
-
     def share(self, rank: int) -> int:
         """Which part of a step's sequences the rank takes."""
         return rank % self.shares

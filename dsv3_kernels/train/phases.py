@@ -85,18 +85,20 @@ class Schedule:
         return {name: Point.parse(text, name) for name, text in texts.items() if text is not None}
 
 
-def paper(batch_size: int) -> Schedule:
+def paper(batch_size: int, multiple: int = 1) -> Schedule:
     """DeepSeek-V3's: its moments in tokens, of 14.8T, as shares of its steps.
 
     The shares are larger than those of the tokens, for the first 469B tokens came in smaller batches.
+    multiple: of which all batches are, as ranks and micro-batches need.
     """
     return Schedule(
         constant_until="68.24%",  # 10T
         decay_until="96.69%",  # 14.3T
         last_lr_from="98.895%",  # the last 167B
         last_lr=0.03318,  # 7.3e-6 of 2.2e-4
-        first_batch_size=max(1, batch_size // 5),  # 3072 of 15360
+        first_batch_size=max(1, batch_size // 5 // multiple) * multiple,  # 3072 of 15360
         ramp_until="5.172%",  # 469B
+        batch_multiple=multiple,
         mtp_weight_until="68.24%",  # 10T
         bias_speed_until="96.69%",  # 14.3T
     )

@@ -19,8 +19,8 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
 def published_bubble(name: str, ranks: int, times: Times) -> float:
     """Table 2 of the DeepSeek-V3 report; DualPipeV by the same count, its chunks being half as long.
 
-    Exact where F = W = B / 2. Of DualPipe it is then what the ranks in the middle wait; with F&B below F + B
-    the outer ones, which overlap less, wait less.
+    Exact where F = W = B / 2 and B <= F&B <= F + B. Of DualPipe it is then what the ranks in the middle wait;
+    with F&B below F + B the outer ones, which overlap less, wait less.
     """
     dual = times.both + times.backward - 3 * times.weight
     return {

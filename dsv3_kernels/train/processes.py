@@ -122,15 +122,13 @@ class Watch:
 class Processes:
     """This process and its peers. rank, size: in the world. device: what this one computes on."""
 
-    def __init__(
-        self, rank: int, size: int, device: torch.device, watch: Watch | None, timeout: float
-    ) -> None:
-        self.rank, self.size, self.device, self.watch = rank, size, device, watch
+    def __init__(self, rank: int, size: int, device: torch.device, timeout: float) -> None:
+        self.rank, self.size, self.device = rank, size, device
         self._timeout = timedelta(seconds=timeout)
 
     @classmethod
     def alone(cls, device: torch.device | None = None) -> "Processes":
-        return cls(0, 1, device or torch.device("cpu"), None, 1.0)
+        return cls(0, 1, device or torch.device("cpu"), 1.0)
 
     def groups(self, layout: Layout) -> Groups:
         return Groups(layout, self.rank, functools.partial(make_group, timeout=self._timeout))
@@ -168,12 +166,17 @@ def processes(timeout: float, device: torch.device) -> Iterator[Processes]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _store(rank)
     dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if device.type == "cuda" else None,
     )
     watch = Watch(store, rank, size, timeout)
     try:
         dist.barrier()  # every rank has given its first sign
-        yield Processes(rank, size, device, watch, timeout)
+        yield Processes(rank, size, device, timeout)
         dist.barrier()
         watch.stop()
     except Exception as error:

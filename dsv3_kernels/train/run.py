@@ -153,14 +153,15 @@ class Run:
         corpus = self.corpus
         count = count_parameters(self.config.model)
         train = self.config.train
+        million = "MB" if corpus.unit == "byte" else "million tokens"
         skipped = f" ({corpus.skipped} files that are not text left out)" if corpus.skipped else ""
         self.console.print(
             f"Training {self.config.preset} ({count.total / 1e6:.1f}M parameters, "
             f"{count.active / 1e6:.1f}M active, and {count.mtp / 1e6:.1f}M of MTP) "
             f"in {' and '.join(self.config.precisions)} "
             f"for {train.steps} steps of {train.batch_size} x {train.seq_len} {corpus.unit}s\n"
-            f"on {corpus.train.numel() / 1e6:.1f} MB of text from {corpus.source}{skipped}, "
-            f"validated on {corpus.validation.numel() / 1e6:.1f} MB. Results: {self.folder}"
+            f"on {corpus.train.numel() / 1e6:.1f} {million} of text from {corpus.source}{skipped}, "
+            f"validated on {corpus.validation.numel() / 1e6:.1f} {million}. Results: {self.folder}"
             f"{self._processes()}",
             highlight=False,
             soft_wrap=True,

@@ -66,12 +66,15 @@ def bias_speed(step: int, config: TrainConfig) -> float:
     return config.bias_speed if step < _moments(config).bias_speed_until else 0.0
 
 
-def load_schedule(name: str, batch_size: int) -> Schedule | None:
-    """ "cosine" is none; "paper", or a JSON file with the fields of `Schedule` that are to be set."""
+def load_schedule(name: str, batch_size: int, multiple: int = 1) -> Schedule | None:
+    """cosine is none; paper, or a JSON file with the fields of `Schedule` that are to be set.
+
+    multiple: of which the paper's batches are to be while they grow.
+    """
     if name == "cosine":
         return None
     if name == "paper":
-        return phases.paper(batch_size)
+        return phases.paper(batch_size, multiple)
     try:
         value = json.loads(Path(name).read_bytes())
     except OSError as error:

@@ -98,7 +98,7 @@ class Trainer:
         self.step = 0
         window = train.seq_len + 1 + model.num_nextn_predict_layers
         self.ema = None if train.ema is None else Ema(self.optimizer.masters(), train.ema)
-        self.batches = Batches(corpus.train, window, train.batch_size, train.seed)
+        self.batches = Batches(corpus.train, window, train.batch_size, train.seed, corpus.vocab_size)
         self.saver = saver or Saver(self.groups.saving)
 
     def _buffer(self) -> Buffer | None:

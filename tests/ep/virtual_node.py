@@ -169,7 +169,7 @@ class Node:
             torch.full((case.local_experts + 1,), -9, dtype=torch.int32),
             torch.full((tokens, self.size), -9, dtype=torch.int32),
             torch.full((self.size, case.tokens, case.topk), -9, dtype=torch.int32),
-            torch.full((self.size, self.num_sms // 2, 2), -9, dtype=torch.int32),
+            torch.full((self.size, kernels.channels_of(self.shape, self.num_sms), 2), -9, dtype=torch.int32),
         )
         came.again, came.homes, came.kept = [], [], []
         return came
