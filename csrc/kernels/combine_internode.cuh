@@ -287,14 +287,18 @@ __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, 
 // The odd block.
 __device__ __forceinline__ bool bring_home(const Inbound& o, const HomeTokens& to, u32* readers) {
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, here = o.place.node();
-    u32 forwarded = 0, received = 0;  // rows read
+    const Share share(to.tokens, o.channel, o.layout.channels);
+    u32 forwarded = 0, received = share.last - share.first;  // rows read and written
     for (u32 node = 0; node < o.link.nodes; ++node) {
-        if (node != here) received += o.layout.sent(node, o.channel);
+        if (node != here) {
+            received += o.layout.sent(node, o.channel);
+            forwarded += o.layout.came(node, o.channel);
+        }
         for (u32 gpu = 0; gpu < o.self.gpus; ++gpu)
             (node == here ? received : forwarded) +=
                 o.layout.forward_counts[(node * o.layout.channels + o.channel) * o.self.gpus + gpu];
     }
-    const u32 forwarders = split_warps(warps, forwarded, received, 1);
+    const u32 forwarders = split_warps(warps, {forwarded, o.link.nodes - 1, true}, {received, 1, true}, 1);
     for (u32 i = threadIdx.x; i < o.link.nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < forwarders ? forward_chunks(o, warp, forwarders)

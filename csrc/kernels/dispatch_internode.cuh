@@ -334,7 +334,8 @@ __device__ __forceinline__ bool move_chunks(const Outbound& o, u32* readers) {
         for (u32 gpu = 0; gpu < o.self.gpus; ++gpu)
             forwarded += o.layout.forward_counts[o.stream(node) * o.self.gpus + gpu];
     }
-    const u32 senders = split_warps(warps, sent, forwarded, (o.self.ranks + 31) / 32);
+    const u32 senders = split_warps(warps, {2 * sent, 1, true}, {2 * forwarded, o.self.ranks, false},
+                                    (o.self.ranks + 31) / 32);
     for (u32 i = threadIdx.x; i < nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < senders ? send_chunks<kAgain>(o, warp, senders)

@@ -148,13 +148,31 @@ struct Layout {
     }
 };
 
-// Of `warps`, how many do the first of two kinds of work: in proportion to the rows that each moves, at least
-// one where there is such work, and `least` are left for the second.
-// python: dsv3_kernels.ep.internode.split_warps
-__device__ __forceinline__ u32 split_warps(u32 warps, u32 first, u32 second, u32 least) {
-    if (first == 0) return 0;
-    const u32 all = first + second;
-    return max(1u, min((2 * warps * first + all) / (2 * all), warps - least));
+// One role's work in a channel of a call: rows that it reads or writes, in streams of about the same length.
+// Several warps may share a stream, or each stream has one warp.
+struct Work {
+    u32 rows, streams;
+    bool shared;
+
+    // Rows of the warp that has most.
+    __device__ __forceinline__ u32 longest(u32 warps) const {
+        const u32 of_stream = (rows + streams - 1) / streams;
+        if (warps < streams) return of_stream * ((streams + warps - 1) / warps);
+        return shared ? of_stream / (warps / streams) : of_stream;
+    }
+};
+
+// Of `warps`, how many do the first of two roles: as many as let the slower role end soonest. None without
+// work; else one or more, and `least` are left for the second.
+__device__ __forceinline__ u32 split_warps(u32 warps, Work first, Work second, u32 least) {
+    if (first.rows == 0) return 0;
+    u32 best = 1, soonest = ~0u;
+    for (u32 mine = 1; mine + least <= warps; ++mine) {
+        const u32 end = max(first.longest(mine), second.longest(warps - mine));
+        if (end < soonest) best = mine;
+        soonest = min(soonest, end);
+    }
+    return best;
 }
 
 // One warp, whose lanes wait for several words, and which goes on with any: it may find nothing for as long

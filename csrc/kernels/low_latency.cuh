@@ -40,16 +40,15 @@ enum class Format : u32 { kBf16, kFp8, kFp8PowerOf2 };  // of a row on the wire
 constexpr u32 kFullWarp = 0xffffffffu;
 constexpr u32 kWarpsOfGroup = 4;  // share the rows of an (expert, rank)
 constexpr u32 kColumns = 8;       // of BF16 in one access of 16 bytes
-constexpr u32 kInFlight = 4;      // 16-byte loads that a lane issues before it waits
+constexpr u32 kInFlight = 8;      // 16-byte loads that a lane issues before it waits
 
 // How this rank reaches the memory of the others, which all have alike: an address in its own stands for the
 // same place in theirs. python: dsv3_kernels.ep.low_latency_kernels.Connection
 struct Peers {
+    u8* own;                 // this rank's memory
     u8* const* mapped;       // [ranks]: that rank's memory, or null where only the network reaches it
     const i32* queue_pairs;  // [queue_pair_count], as nvshmemx_qp_create made them
     u32 rank, ranks, queue_pair_count;
-
-    __device__ __forceinline__ u8* own() const { return mapped[rank]; }
 
     __device__ __forceinline__ bool far(u32 peer) const {
 #ifdef DSV3_ONE_NODE
@@ -67,7 +66,7 @@ struct Peers {
     // A warp, to a far rank: what lies at `from` here to `to` there.
     __device__ __forceinline__ void put(u64 to, u64 from, u64 bytes, u32 peer, u32 stream) const {
 #ifndef DSV3_ONE_NODE
-        transport::put_warp(own() + to, own() + from, bytes, peer, queue_pair(stream));
+        transport::put_warp(own + to, own + from, bytes, peer, queue_pair(stream));
 #endif
     }
 
@@ -75,7 +74,7 @@ struct Peers {
     __device__ __forceinline__ void set(u64 offset, u64 value, u32 peer, u32 stream) const {
 #ifndef DSV3_ONE_NODE
         if (far(peer)) {
-            transport::signal(reinterpret_cast<u64*>(own() + offset), value, peer, queue_pair(stream));
+            transport::signal(reinterpret_cast<u64*>(own + offset), value, peer, queue_pair(stream));
             return;
         }
 #endif
@@ -85,7 +84,7 @@ struct Peers {
     // One lane, which has acquired `value` at `offset` here.
     __device__ __forceinline__ void settle(u64 offset, u64 value, u32 peer) const {
 #ifndef DSV3_ONE_NODE
-        if (far(peer)) transport::settle(reinterpret_cast<u64*>(own() + offset), value);
+        if (far(peer)) transport::settle(reinterpret_cast<u64*>(own + offset), value);
 #endif
     }
 };
@@ -158,7 +157,7 @@ struct Call : Sizes {
     __device__ __forceinline__ u32 experts() const { return peers.ranks * local_experts; }
     __device__ __forceinline__ u32 places() const { return max_tokens * topk; }
     __device__ __forceinline__ u32 received_rows() const { return peers.ranks * max_tokens; }
-    __device__ __forceinline__ u8* own(u64 offset) const { return peers.own() + offset; }
+    __device__ __forceinline__ u8* own(u64 offset) const { return peers.own + offset; }
 
     // One lane: until the word at `offset` of this rank's memory, which `peer` sets, is at least `expected`.
     // Gives what it saw, or less than that in vain.

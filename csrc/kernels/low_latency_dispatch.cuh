@@ -14,14 +14,19 @@ struct Routing {
     u64* sent_rows;       // [experts], zeros between launches: rows of each expert that are on their way
 };
 
-// The expert of choice i of all, or -1 for one that is none, out of range, or in its token's row already. The
-// last two set `fault`.
-__device__ __forceinline__ i32 choice(const Routing& routing, u32 i, u32 topk, u32 experts, bool& fault) {
-    const i64 expert = routing.topk_idx[i];
-    bool bad = expert < -1 || expert >= static_cast<i64>(experts);
-    for (u32 j = i - i % topk; j < i; ++j) bad |= expert >= 0 && routing.topk_idx[j] == expert;
+// A warp, each lane with choice k of a token, those of a token side by side: the expert of this lane's, or -1
+// for one that is none, out of range, or in its token's row already. The last two set `fault`.
+__device__ __forceinline__ i32 choice(const Call& call, const Routing& routing, u32 token, u32 k, bool inside,
+                                      bool& fault) {
+    const i64 expert = inside ? routing.topk_idx[token * call.topk + k] : -1;
+    bool bad = expert < -1 || expert >= static_cast<i64>(call.experts());
+    const i32 mine = bad ? -1 : static_cast<i32>(expert);
+    for (u32 step = 1; step < call.topk; ++step) {
+        const i32 earlier = __shfl_up_sync(kFullWarp, mine, step);
+        bad |= k >= step && mine >= 0 && earlier == mine;
+    }
     fault |= bad;
-    return bad ? -1 : static_cast<i32>(expert);
+    return bad ? -1 : mine;
 }
 
 // What a block knows of the routing; in its shared memory.
@@ -48,11 +53,15 @@ __device__ __forceinline__ bool count(const Call& call, const Routing& routing, 
     for (u32 e = threadIdx.x; e < experts; e += blockDim.x) plan.total[e] = plan.next[e] = 0;
     __syncthreads();
     bool fault = false;
-    for (u32 i = threadIdx.x; i < call.tokens * call.topk; i += blockDim.x) {
-        const i32 expert = choice(routing, i, call.topk, experts, fault);
+    const u32 tokens_of_warp = 32 / call.topk, k = lane % call.topk;
+    const u32 stride = blockDim.x / 32 * tokens_of_warp;
+    for (u32 base = threadIdx.x / 32 * tokens_of_warp; base < call.tokens; base += stride) {
+        const u32 token = base + lane / call.topk;
+        const bool inside = lane < tokens_of_warp * call.topk && token < call.tokens;
+        const i32 expert = choice(call, routing, token, k, inside, fault);
         if (expert < 0) continue;
         atomicAdd(plan.total + expert, 1u);
-        if (i < first_token * call.topk) atomicAdd(plan.next + expert, 1u);
+        if (token < first_token) atomicAdd(plan.next + expert, 1u);
     }
     __syncthreads();
     if (threadIdx.x < 32) {
@@ -83,11 +92,10 @@ __device__ __forceinline__ void announce(const Call& call, const Plan& plan, u32
 // The first warp: where a token goes. Plan's entries of `turn`; of the last turn others may still read.
 __device__ __forceinline__ void aim(const Call& call, const Routing& routing, const Plan& plan, u32 token,
                                     u32 turn, u32 lane) {
-    i32 expert = -1;
     u8* target = nullptr;
     bool far = false, fault = false;
+    const i32 expert = choice(call, routing, token, lane, lane < call.topk, fault);
     if (lane < call.topk) {
-        expert = choice(routing, token * call.topk + lane, call.topk, call.experts(), fault);
         i32 place = -1;
         if (expert >= 0) {
             const u32 slot = plan.next[expert]++;  // a token's experts differ, so no two lanes meet
@@ -212,8 +220,9 @@ struct Received {
 // Rows of an expert come by source, then token. kWarpsOfGroup warps take an (expert, source).
 __device__ __forceinline__ bool dispatch_receive(const Call& call, const Received& to, Format format) {
     const u32 lane = threadIdx.x % 32, ranks = call.peers.ranks;
-    const u32 row_bytes = format == Format::kBf16 ? 2 * call.hidden : call.hidden;
-    const u32 tiles = (call.hidden + quantize::kTile - 1) / quantize::kTile;
+    const bool quantised = format != Format::kBf16;
+    const u32 row_bytes = quantised ? call.hidden : 2 * call.hidden;
+    const u32 tiles = quantised ? (call.hidden + quantize::kTile - 1) / quantize::kTile : 0;
     for (u32 task = call.warp(); task < call.experts() * kWarpsOfGroup; task += call.warps()) {
         const u32 segment = task / kWarpsOfGroup, part = task % kWarpsOfGroup;
         const u32 expert = segment / ranks, source = segment % ranks;
@@ -247,12 +256,18 @@ __device__ __forceinline__ bool dispatch_receive(const Call& call, const Receive
         for (u32 i = part; i < rows; i += kWarpsOfGroup) {
             const u8* slot = call.own(call.area.slot(static_cast<u64>(segment) * call.max_tokens + i));
             const u64 row = before + i;
+            const float* scales = reinterpret_cast<const float*>(slot + row_bytes);
+            float held[2] = {};  // under way with the row
+#pragma unroll
+            for (u32 t = 0; t < 2; ++t)
+                if (lane + 32 * t < tiles) held[t] = scales[lane + 32 * t];
             copy(to.out + (static_cast<u64>(expert) * call.received_rows() + row) * row_bytes, slot,
                  row_bytes, lane);
-            if (format == Format::kBf16) continue;
-            const float* scales = reinterpret_cast<const float*>(slot + row_bytes);
             for (u32 t = lane; t < tiles; t += 32)
-                to.scales[expert * to.scale_group_stride + t * to.scale_tile_stride + row] = scales[t];
+                to.scales[expert * to.scale_group_stride + t * to.scale_tile_stride + row] = t < 32 ? held[0]
+                                                                                             : t < 64
+                                                                                                 ? held[1]
+                                                                                                 : scales[t];
         }
     }
     return true;

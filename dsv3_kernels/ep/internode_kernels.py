@@ -212,18 +212,6 @@ def message_bytes(payload: int) -> int:
     return round_up(payload, 16)
 
 
-def split_warps(warps: int, first: int, second: int, least: int) -> int:
-    """How many of `warps` do the first of two kinds of work; as in csrc/kernels/internode.cuh.
-
-    first, second: rows that each moves in this call. In proportion to them; one or more where there is such
-    work, and `least` are left for the second.
-    """
-    if first == 0:
-        return 0
-    both = first + second
-    return max(1, min((2 * warps * first + both) // (2 * both), warps - least))
-
-
 def shape_of_launch(rings: Rings, num_sms: int, warps: int = WARPS) -> tuple[launch.Dim3, launch.Dim3, int]:
     """Grid, block and bytes of shared memory of one rank."""
     shape = rings.shape

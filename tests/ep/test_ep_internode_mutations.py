@@ -168,3 +168,12 @@ def test_a_broken_protocol_is_noticed(name):
         if seen[-1] != "nothing":
             break
     assert seen[-1] in expected, seen
+
+
+@pytest.mark.parametrize("first", [1, 4, 7])
+def test_any_split_of_warps_gives_the_same(first):
+    """Of 8 warps; what the kernels choose themselves is between."""
+    begin = "    u32 best = 1, soonest = ~0u;"
+    both = kernels(begin, f"    if (warps) return min({first}u, warps - least);\n{begin}")
+    for seed in (1, 3, 5):  # 8 warps
+        assert outcome(both, seed) == "nothing", seed

@@ -11,7 +11,7 @@ from test_ep import exchange
 from virtual_node import Node, check, rows_of
 
 from dsv3_kernels import emulator, ep
-from dsv3_kernels.ep import Topology
+from dsv3_kernels.ep import Topology, kernels
 
 SIZES = [1, 2, 3, 4, 8]
 
@@ -61,8 +61,12 @@ def test_a_thousand_seeds(size, fp8, expert_order):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_nvlink_bytes(fp8):
-    """A token to another rank: row, scales, 8 bytes a choice; home: a row. The rest is counts and tails."""
+def test_nvlink_bytes(monkeypatch, fp8):
+    """A token to another rank: row, scales, 8 bytes a choice; home: a row. The rest is counts and tails.
+
+    With one channel; each has counts of its own, and tokens of which a tail announces four.
+    """
+    monkeypatch.setattr(kernels, "MAX_THREADS", 96)
     case = Case(
         Topology(1, 3), fp8=fp8, local_experts=4, hidden=7168, num_topk=8, tokens=8, seed=int(fp8) * 2
     )
@@ -126,16 +130,16 @@ def test_a_cached_handle_moves_rows_and_tails_alone():
         x, idx = inputs.x[rank], inputs.topk_idx[rank]
         got = buffer.dispatch(x, idx, num_sms=4)
         came = got.handle.layout.ranges
-        first, second = (int(came[1 - rank, channel, 1]) for channel in range(2))
-        tails = sum(group.all_gather_object(-(-first // 4) + -(-second // 4)))
-        rows = sum(group.all_gather_object(first + second))
+        each = came[1 - rank, :, 1].tolist()
+        tails = sum(group.all_gather_object(sum(-(-tokens // 4) for tokens in each)))
+        rows = sum(group.all_gather_object(sum(each)))
         for num_sms in (2, 4, 6):
             group.barrier()
             before = cluster.counters["peer_bytes"]
             group.barrier()
             again = buffer.dispatch(-x, num_sms=num_sms, handle=got.handle)
             group.barrier()
-            forms = 2 * 2 * 4  # of each channel
+            forms = 2 * len(each) * 4  # of each channel
             assert cluster.counters["peer_bytes"] - before == rows * 64 + (tails + 2) * 8 + forms
             assert torch.equal(bits(again.x), bits(-got.x)) and torch.equal(again.topk_idx, got.topk_idx)
 

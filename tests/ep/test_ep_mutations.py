@@ -10,7 +10,7 @@ from cases import Case, draw
 from virtual_node import ONCE, Node, check, rows_of
 
 from dsv3_kernels import emulator
-from dsv3_kernels.ep import Topology
+from dsv3_kernels.ep import Topology, kernels
 
 SEEDS = 40
 HAZARD, TIMEOUT, WRONG = "hazard", "timeout", "wrong result"
@@ -65,7 +65,7 @@ MUTATIONS = {
         {TIMEOUT, HAZARD, WRONG},
     ),
     "counts of other channels are not waited for": (
-        "if (lane < channels)\n            kept",
+        "if (lane < channels && lane % teams == number)\n            kept",
         "if (lane == 0)\n            kept",
         {HAZARD, WRONG},
     ),
@@ -111,8 +111,8 @@ MUTATIONS |= {
         {TIMEOUT, HAZARD, WRONG},
     ),
     "a handle's channels are those of its launch": (
-        "for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2)",
-        "for (u32 channel = block / 2; go && kept && channel < channels; channel += channels)",
+        "for (u32 channel = first; go && kept && channel < channels; channel += blocks / 2 * teams)",
+        "for (u32 channel = first; go && kept && channel < channels; channel += channels)",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "tokens share a row": ("next[0] = taken + 1;", "next[0] = taken;", {HAZARD, WRONG}),
@@ -141,6 +141,14 @@ ROUNDS = Case(Topology(1, 3), local_experts=2, hidden=32, num_topk=2, tokens=12,
 AGAIN = replace(ROUNDS, fp8=True, tokens=7, hidden=16)
 TOKENS = replace(AGAIN, expert_order=False, num_topk=3)
 STREAM = Case(Topology(1, 2), local_experts=2, hidden=16, num_topk=2, tokens=32, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def one_channel_a_block(monkeypatch):
+    """So that a channel has many tokens, and a stream its chunks."""
+    monkeypatch.setattr(kernels, "MAX_THREADS", 1)
+
+
 CALLS = {
     AGAIN: ("dispatch", "again", "combine", "again"),
     TOKENS: ("dispatch", "combine", "again"),
