@@ -309,7 +309,14 @@ class KernelLowLatency:
         record = self._record.data_ptr() if source.is_cuda else self._record
         strides = (0, 0) if scales is None else (scales.stride(0), scales.stride(2))
         queue_pairs = connection.queue_pairs
-        peers = (connection.memory, connection.mapped, queue_pairs, connection.rank, area.ranks, queue_pairs.numel())
+        peers = (
+            connection.memory,
+            connection.mapped,
+            queue_pairs,
+            connection.rank,
+            area.ranks,
+            queue_pairs.numel(),
+        )
         place = (area.start, area.slot_bytes, area.ranks, area.flags, area.slots, 0)
         sizes = (shape.local_experts, shape.max_tokens_per_rank, shape.num_topk, shape.hidden)
         return join(
