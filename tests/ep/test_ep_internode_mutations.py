@@ -86,8 +86,8 @@ MUTATIONS = {
         {HAZARD},
     ),
     "the lanes do not see what one acquired": (
-        "ready);\n        __syncwarp();\n        const u64 now",
-        "ready);\n        const u64 now",
+        "ready);\n        __syncwarp();\n        const bool changed",
+        "ready);\n        const bool changed",
         {HAZARD},
     ),
     "positions begin anew": (
