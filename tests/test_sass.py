@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from dsv3_kernels.ep import kernels
 from dsv3_kernels.jit import Kernel
 from dsv3_kernels.jit.compile import compile_source, source_options
 from dsv3_kernels.jit.disassemble import Sass, disassemble
@@ -218,6 +219,15 @@ def test_the_checks_see_what_they_look_for():
     assert resources.spill_store_bytes > 0
     assert resources.registers <= 32
     assert disassemble(done.cubin).local_memory > 0
+
+
+@pytest.mark.parametrize("kernel", [kernels.DISPATCH, kernels.DISPATCH_AGAIN, kernels.COMBINE], ids=str)
+def test_all_to_all_within_a_node(kernel):
+    """Rows move 16 bytes an access; 512 threads share the registers of an SM that they have alone."""
+    cubin = kernel.cubin()
+    sass = disassemble(cubin.image)
+    assert sass.widths("LDG")[128] >= 7 and sass.widths("STG")[128] >= 1
+    check_resources(cubin, sass, 128)
 
 
 def test_counting_of_opcodes():
