@@ -85,12 +85,14 @@ def test_a_run_from_end_to_end(whole_run):
     assert [(r["step"], r["precision"]) for r in rows] == [
         (s, p) for s in range(1, 9) for p in ("fp8", "bf16")
     ]
-    fields = {f.name for f in dataclasses.fields(StepMetrics)} | {"validation_loss", "mfu", "memory"}
+    fields = {f.name for f in dataclasses.fields(StepMetrics)}
+    fields |= {"validation_loss", "validation_loss_ema", "mfu", "memory"}
     for row in rows:
         assert row.keys() == fields
         assert row["loss"] > 0
         assert row["tokens_per_second"] == pytest.approx(24 / row["seconds"])
         assert (row["validation_loss"] is not None) == (row["step"] in (4, 8))
+        assert row["validation_loss_ema"] is None, "there is no average without --ema"
     assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     config = from_json(RunConfig, json.loads((folder / "config.json").read_text()), "config.json")
     assert (config.train.steps, config.train.batch_size, config.preset) == (8, 1, "tiny")
