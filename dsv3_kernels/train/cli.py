@@ -20,8 +20,11 @@ from dsv3_kernels.train.run import execute, read_config
 from dsv3_kernels.train.schedule import load_schedule
 from dsv3_kernels.train.tokens import HEADER, read_header
 
-TRAINABLE = {"tiny": TrainConfig()}
-"""The presets that one machine can train, with their training settings."""
+TRAINABLE = {
+    "tiny": TrainConfig(),
+    "mini": TrainConfig(steps=300, batch_size=8, seq_len=1024, lr=4e-4, warmup_steps=30, bias_speed=1e-3),
+}
+"""The presets that one machine can train, with their training settings; mini wants a GPU."""
 AUTO = Path("auto")
 SAMPLE_BYTES = 120  # with a short prompt no longer than the sequences that the presets train on
 _RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
