@@ -177,13 +177,13 @@ def test_activation_checkpointing(recipe, reentrant, monkeypatch):
 
 @RECIPES
 def test_autocast(recipe):
-    """FP32 parameters under autocast against FP32: BF16's error, and gradients in FP32."""
+    """FP32 parameters under autocast against FP32: BF16's error, and what it moves of the experts' choice."""
     model, tokens = build(recipe, torch.float32), window()
     want = step(model, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         got = step(model, tokens)
     assert all(g.dtype == torch.float32 for g in got)
-    assert abs(got[0] / want[0] - 1) < 0.02
+    assert abs(got[0] / want[0] - 1) < 0.05
     everything = (torch.cat([g.flatten() for g in gradients[2:]]) for gradients in (got, want))
     assert torch.nn.functional.cosine_similarity(*everything, 0) > 0.9
 

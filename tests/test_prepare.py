@@ -22,11 +22,14 @@ ALPHABET = "abc def,\n\t{}é中🙂\u200b\N{COMBINING ACUTE ACCENT}"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A folder of 80 documents, an empty one, one of text that spells sentinels, and a binary file."""
+    """A folder of 80 documents, an empty one, one of one character, one that spells sentinels, a binary file.
+
+    None of the 80 is so short that those for validation, chosen by their names, have no window.
+    """
     folder = tmp_path_factory.mktemp("texts")
     draw = random.Random(os.urandom(8))
-    documents = {f"{i}.txt": "".join(draw.choices(ALPHABET, k=draw.randrange(1, 400))) for i in range(80)}
-    documents |= {"empty.txt": "", "names.txt": "<|end|> and <|fim_hole|> are text here " * 5}
+    documents = {f"{i}.txt": "".join(draw.choices(ALPHABET, k=draw.randrange(100, 400))) for i in range(80)}
+    documents |= {"empty.txt": "", "one.txt": "é", "names.txt": "<|end|> and <|fim_hole|> are text here " * 5}
     for name, content in documents.items():
         (folder / name).write_bytes(content.encode())
     (folder / "image.bin").write_bytes(b"\x00\xff" * 50)
@@ -54,7 +57,7 @@ def test_bytes_are_what_the_trainer_reads_from_the_text_itself(texts, tmp_path):
     assert torch.equal(got.train, expected.train)
     assert torch.equal(got.validation, expected.validation)
     assert (header.dtype, header.vocab_size, got.vocab_size, got.unit) == ("uint8", 256, 256, "byte")
-    assert header.train.documents + header.validation.documents == 82
+    assert header.train.documents + header.validation.documents == 83
     assert header.train.tokens == header.train.text_bytes + header.train.documents
 
 
