@@ -13,12 +13,12 @@ from model_helpers import SMALL
 from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train.actions import label as name_of
 from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.actions import label as name_of
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
 
 SIZE = 4
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05

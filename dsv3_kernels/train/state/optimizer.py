@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsv3_kernels.train.parallel import Placement, add_up, rank_in, size_of
+from dsv3_kernels.train.parallel.groups import Placement, add_up, rank_in, size_of
 
 # Its name since torch 2.13, before which it has another.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

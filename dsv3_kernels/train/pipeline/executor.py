@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, constant_weights, deferred_wgrad
 from dsv3_kernels.nn.interleave import filled, interleaved, observed
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, forward_only, label, works
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
-from dsv3_kernels.train.link import Link, posts
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
-from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, layers_of, split
-from dsv3_kernels.train.trace import Clock, TraceEvent, write_trace
+from dsv3_kernels.train.observe.trace import Clock, TraceEvent, write_trace
+from dsv3_kernels.train.pipeline.actions import Action, Overlap, Schedule, Work, forward_only, label, works
+from dsv3_kernels.train.pipeline.link import Link, posts
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.stages import Output, Stage, StageRunner, cut, layers_of, split
 
 Both = Callable[[Callable[[], None], Callable[[], None]], object]
 

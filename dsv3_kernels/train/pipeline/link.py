@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_kernels.nn.interleave import Observer
-from dsv3_kernels.train.actions import Schedule, Work, works
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.simulate import simulate
+from dsv3_kernels.train.pipeline.actions import Schedule, Work, works
+from dsv3_kernels.train.pipeline.simulate import simulate
 
 
 class Message(NamedTuple):
