@@ -83,10 +83,12 @@ class Trainer:
             self.layout.check(model, batch_size, self.parallel.micro_batches)
         recompute = RECOMPUTE if train.recompute else ()
         self.recipe = Fp8Recipe(precision, train.power_of_2_scales, recompute=recompute)
-        self.model = DeepSeekV3(model, self.recipe, self._buffer())
-        self.model.initialize(train.seed)
+        buffer = self._buffer()
+        with torch.device("meta"):  # memory is for what is left of it on this rank
+            self.model = DeepSeekV3(model, self.recipe, buffer)
         self.executor = _executor(self.model, self.parallel, self.groups)
-        self.model.to(self.device)
+        self.model.to_empty(device=self.device)
+        self.model.initialize(train.seed)
         self.optimizer = AdamW(
             named_parameters(self.executor),
             weight_decay=train.weight_decay,
