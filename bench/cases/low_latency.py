@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import ep, quantize_1x128
+from dsv3_kernels.ep import Topology
 from dsv3_kernels.ep import low_latency_reference as reference
 from dsv3_kernels.quantized import QuantizedTensor
 
 from .. import loopback
 from ..copy_kernel import copy
 from . import Call, Candidates, Case, Tensors, Workload
-from .dispatch import LOCAL_EXPERTS, TOKENS, buffer_of, by_rank, routing
+from .dispatch import LOCAL_EXPERTS, ONE_NODE, TOKENS, buffer_of, by_rank, name_of, routing
+from .dispatch_internode import NODES
 
 NOTE = loopback.NOTE
 HIDDEN = 272  # of `buffer_of`
@@ -27,7 +29,8 @@ def _y(rank: int, counts: Tensor, room: int) -> Tensor:
     return y.masked_fill(torch.arange(room).view(1, -1, 1) >= counts.view(-1, 1, 1), 0.0)
 
 
-def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
+def _case(topology: Topology, fp8: bool, num_sms: int) -> Case:
+    ranks = topology.size
     room = ranks * TOKENS
 
     def inputs(generator: torch.Generator) -> Tensors:
@@ -51,7 +54,7 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
         return torch.where(there, x, torch.zeros_like(x))
 
     def run(*tensors: Tensor) -> Tensors:
-        each, buffer = by_rank(tensors, ranks), buffer_of(ranks, tensors[0].device)
+        each, buffer = by_rank(tensors, ranks), buffer_of(topology, tensors[0].device)
         x, idx, weights, y = zip(*each, strict=True)
         got = buffer.low_latency_dispatch(x, idx, num_sms, fp8=fp8)
         home = buffer.low_latency_combine(y, [part.handle for part in got], weights, num_sms)
@@ -77,11 +80,11 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
             flat += [part.tokens_per_expert, home]
         return tuple(flat)
 
-    name = f"low_latency {'fp8' if fp8 else 'bf16'} {ranks} ranks x {num_sms} SMs"
+    name = f"low_latency {'fp8' if fp8 else 'bf16'} {name_of(topology, num_sms)}"
     return Case(name, inputs, run, expected)
 
 
-CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 5))]
+CASES = [_case(*facts) for facts in itertools.product((*ONE_NODE, *NODES[:2]), (True, False), (2, 5))]
 
 
 def _workload(op: str, setup: loopback.Setup) -> Workload:
