@@ -62,11 +62,11 @@ class InternodeRank(KernelRank):
             )
         return Layout.of(super().arrivals(call, idx, rows), self.shape)
 
-    def dispatch_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.dispatch_call(self.link, *arguments)
+    def dispatch_call(self, operands: kernels.DispatchOperands) -> Struct:
+        return internode_kernels.dispatch_call(self.link, operands)
 
-    def combine_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.combine_call(self.link, *arguments)
+    def combine_call(self, operands: kernels.CombineOperands) -> Struct:
+        return internode_kernels.combine_call(self.link, operands)
 
 
 class InternodeTransport(IntranodeTransport, InternodeRank):
