@@ -69,6 +69,16 @@ class Setup:
         return count
 
     @property
+    def far_rows(self) -> int:
+        """(token, expert) pairs of different nodes."""
+        return int(_far(self).sum())
+
+    @property
+    def far_tokens(self) -> int:
+        """Tokens with an expert on another node."""
+        return int(_far(self).any(2).sum())
+
+    @property
     def rows(self) -> int:
         """(token, expert) pairs, on each rank."""
         return self.tokens * self.topk
@@ -117,10 +127,22 @@ def _routing(tokens: int, experts: int, topk: int) -> Tensor:
     return scores.topk(topk).indices
 
 
+def _owner(setup: Setup) -> Tensor:
+    """Of each token of the first rank: the ranks of its experts. Those of rank r are r further."""
+    return _routing(setup.tokens, setup.experts, setup.topk) // (setup.experts // setup.ranks)
+
+
+@functools.cache
+def _far(setup: Setup) -> Tensor:
+    """[ranks, tokens, topk]: is the expert on another node than the rank?"""
+    rank = torch.arange(setup.ranks).view(-1, 1, 1)
+    return (_owner(setup) + rank) % setup.ranks // setup.gpus != rank // setup.gpus
+
+
 @functools.cache
 def _owners(setup: Setup) -> Tensor:
-    """Of each token of a rank: the ranks that it goes to, once each, and -1."""
-    owner = _routing(setup.tokens, setup.experts, setup.topk) // (setup.experts // setup.ranks)
+    """Of each token of the first rank: the ranks that it goes to, once each, and -1."""
+    owner = _owner(setup)
     again = (owner.unsqueeze(2) == owner.unsqueeze(1)).tril(-1).any(2)
     return owner.masked_fill(again, -1)
 
@@ -168,32 +190,44 @@ class Node:
         return lambda: self.buffer.combine(y, handles, weights, num_sms=self.setup.num_sms)
 
 
-def candidates(setup: Setup, op: str) -> Candidates:
+def workload(group: str, setup: Setup, op: str) -> Workload:
+    def ours() -> Call:
+        node = Node(setup)
+        return node.dispatch if op == "dispatch" else node.combine()
+
+    return against_copy(group, str(setup), setup, setup.hops(op), setup.payload(op), ours)
+
+
+def against_copy(
+    group: str, name: str, setup: Setup, hops: dict[str, int], payload: int, ours: Callable[[], Call]
+) -> Workload:
     """A call of every rank, against a copy that reads and writes as many bytes in all."""
-    node = Node(setup)
-    ours: Call = node.dispatch if op == "dispatch" else node.combine()
-    size = sum(setup.hops(op).values()) // 2 // 16 * 16
+    moved, sms = sum(hops.values()), setup.ranks * setup.num_sms
 
     def peer() -> Call:
+        size = moved // 2 // 16 * 16
         source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-        return lambda: copy(source, target, setup.ranks * setup.num_sms)
+        return lambda: copy(source, target, sms)
 
-    return Candidates(ours, {PEER: peer}, frozenset({PEER}))
+    def build() -> Candidates:
+        return Candidates(ours(), {PEER: peer}, frozenset({PEER}))
+
+    return Workload(group, name, 0, moved, build, "none", payload, sms, hops)
 
 
-def workload(group: str, setup: Setup, op: str) -> Workload:
-    hops = setup.hops(op)
-    return Workload(
-        group,
-        str(setup),
-        0,
-        sum(hops.values()),
-        functools.partial(candidates, setup, op),
-        "none",
-        setup.payload(op),
-        setup.ranks * setup.num_sms,
-        hops,
-    )
+def graphed(call: Call) -> Call:
+    """The call as one replay of a CUDA graph: kernels that end before the host has called for all ranks."""
+    call()  # what is compiled, loaded and allocated once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> object:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def tables(seconds: float) -> None:

@@ -182,13 +182,15 @@ def test_bytes_by_hop_are_those_of_the_protocol(topology):
     gpus, local = topology.gpus_per_node, setup.experts // setup.ranks
     with emulator.virtual_gpu(num_sms=2 * topology.size):
         node = bench.Node(setup, "cpu")
-        messages = arrivals = moved = 0
+        messages = arrivals = moved = far_rows = far_tokens = 0
         for rank, idx in enumerate(node.topk_idx):
             for experts in idx.tolist():
                 ranks = {expert // local for expert in experts}
                 nodes = {r // gpus for r in ranks}
                 messages += len(nodes - {rank // gpus})
                 arrivals += len(ranks)
+                far = sum(expert // local // gpus != rank // gpus for expert in experts)
+                far_rows, far_tokens = far_rows + far, far_tokens + (far > 0)
                 moved += sum(r != r // gpus * gpus + rank % gpus for r in ranks)
         node.dispatch()
         sent = sum(status.bytes_sent for status in node.buffer.status())
@@ -197,5 +199,6 @@ def test_bytes_by_hop_are_those_of_the_protocol(topology):
     hops = setup.hops("dispatch")
     assert hops["InfiniBand"] == 4 * 208 * messages and hops["NVLink"] == 2 * message * arrivals
     assert sent == 208 * (messages + moved)
+    assert (setup.far_rows, setup.far_tokens) == (far_rows, far_tokens)
     assert setup.hops("combine")["InfiniBand"] == 4 * 256 * messages
     assert setup.hops("combine")["NVLink"] == 2 * 256 * arrivals
