@@ -111,7 +111,8 @@ __device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const S
             u8* slot = theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i));
             for (u32 end = stages.bytes, begin; end; end = begin) {
                 for (; under_way < ring.stages() && to_load; ++under_way) {
-                    const u8* row = tokens.data + static_cast<u64>(next + __ffs(to_load) - 1) * tokens.row_bytes;
+                    const u8* row =
+                        tokens.data + static_cast<u64>(next + __ffs(to_load) - 1) * tokens.row_bytes;
                     const u32 load_begin = stages.begin(load_end);
                     bulk::stores_read();
                     ring.load(row + load_begin, min(load_end, tokens.row_bytes) - load_begin);
@@ -181,8 +182,8 @@ __device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring,
 
 // One warp: the tokens of one source, in order. `next` is its part of what `plan` left.
 template <bool kAgain>
-__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, const Stages& stages,
-                                        u32 source, u32 channel, u64 epoch, u32* next) {
+__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, const Stages& stages, u32 source,
+                                        u32 channel, u64 epoch, u32* next) {
     const Rank& self = call.self;
     const Received& out = call.to;
     const Workspace mine = self.mine();
@@ -291,8 +292,8 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32
         if (sender)
             kept = send_channel<kAgain>(call, ring, stages, team, channel, epoch, words);
         else
-            kept = receive<kAgain>(call, ring, stages, warp, channel, epoch,
-                                   words + warp * self.local_experts);
+            kept =
+                receive<kAgain>(call, ring, stages, warp, channel, epoch, words + warp * self.local_experts);
     }
     bulk::stores_read();
     if (!__syncthreads_or(!kept)) finish(self, epoch, blocks);

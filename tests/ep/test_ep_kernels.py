@@ -63,7 +63,7 @@ def test_a_thousand_seeds(monkeypatch, size, fp8, expert_order):
 
 
 def tails(streams):
-    """Of a dispatch's streams of so many tokens: each tells of four when it has stored four more, and of all."""
+    """Of streams of so many tokens: each tells of four when it has stored four more, and of all."""
     return sum(max(n // 4, min(n, 1)) for n in streams)
 
 
