@@ -34,6 +34,12 @@ class Piece:
     shape: torch.Size
 
 
+def share_of(elements: int, ranks: int) -> int:
+    """How many of them each rank keeps."""
+    unit = ranks * ALIGNMENT if ranks > 1 else 1
+    return -(-elements // unit) * unit // ranks
+
+
 class _Bucket:
     """The parameters that one group of ranks holds alike, in one line of which each rank has a share."""
 
@@ -47,9 +53,8 @@ class _Bucket:
         self.group = self.places[0].group
         ranks = size_of(self.group)
         sizes = [parameter.numel() for parameter in self.parameters]
-        unit = ranks * ALIGNMENT if ranks > 1 else 1
-        self.length = -(-sum(sizes) // unit) * unit
-        share = self.length // ranks
+        share = share_of(sum(sizes), ranks)
+        self.length = ranks * share
         self.low = rank_in(self.group) * share
         self.high = self.low + share
         decayed = sum(p.numel() for p in self.parameters if p.dim() >= 2)
