@@ -1,5 +1,6 @@
 """A model that is cut before it is built, and what a rank is said to hold against what it holds."""
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,18 +8,21 @@ import numpy as np
 import pytest
 import torch
 from fp8_helpers import fresh_generator
-from model_helpers import SMALL
+from model_helpers import BYTES, SMALL
 
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model import PRESETS, DeepSeekV3, count_parameters, initial
 from dsv3_kernels.nn import Fp8Recipe
 from dsv3_kernels.nn.recipe import RECOMPUTE
 from dsv3_kernels.train import cli
+from dsv3_kernels.train.config import TrainConfig
+from dsv3_kernels.train.data.corpus import load_corpus
 from dsv3_kernels.train.observe.memory import LiveMemory
 from dsv3_kernels.train.observe.plan import kept_by, plan
 from dsv3_kernels.train.parallel.groups import Layout
 from dsv3_kernels.train.pipeline.schedules import SCHEDULES
 from dsv3_kernels.train.pipeline.stages import StageRunner, cut, split
+from dsv3_kernels.train.trainer import Trainer
 
 CONFIG = replace(SMALL, num_hidden_layers=6)
 NAN = float("nan")
@@ -132,6 +136,30 @@ def test_kept_activations(index, spread):
     blocks, norms = len(stage.blocks) + stage.last, 2 * stage.last
     more = 256 * (blocks * config.num_attention_heads * 2 * config.v_head_dim + norms * 6 * 256)
     assert kept[1] - kept[0] == pytest.approx(kept_by(config, stage, 256, spread) + more, rel=0.015)
+
+
+def test_states_of_one_process(text):
+    """Every storage that a trainer makes, and what is left of a step."""
+    train = TrainConfig(steps=2, batch_size=2, seq_len=16)
+    corpus = load_corpus(text, 18)
+    memory = LiveMemory()
+    with memory:
+        trainer = Trainer(BYTES, train, "fp8", corpus)
+        (rank,) = plan(BYTES, Layout(), "dualpipe", 1, 2, 16)
+        buffers = sum(b.nbytes for b in trainer.model.buffers())
+        assert memory.live == rank.states + rank.gradients + buffers
+        trainer.train_step()  # the order of the windows is there from now on
+        gc.collect()
+        before = memory.live
+        losses = trainer._forward_backward()
+        gc.collect()
+        assert memory.live <= before + 64, "gradients are made beside the optimizer's"
+        trainer.optimizer.gather_gradients()
+        trainer.optimizer.step(1e-3)
+        del losses
+        gc.collect()
+        assert memory.live == before
+    assert rank.parameters == sum(p.numel() for p in trainer.model.parameters())
 
 
 def test_plan_of_v3():

@@ -162,6 +162,7 @@ class Trainer:
         count = schedule.batch_size(self.step, self.config) // self.layout.shares
         first = schedule.first_sample(self.step, self.config) + self.layout.share(self.groups.rank) * count
         windows = self.batches.samples(first, count).to(self.device)
+        self.optimizer.zero_gradients()
         losses = self.executor.forward_backward(
             windows.unflatten(0, (self.parallel.micro_batches, -1)),
             schedule.mtp_weight(self.step, self.config),

@@ -38,9 +38,9 @@ ROUTED = 48
 class RankPlan:
     """One rank of a pipeline; those of the other directions hold as much. Bytes, but for `parameters`.
 
-    weights: BF16. masters: this rank's share, FP32; moments: BF16. gradients: FP32, those of the backward,
-    the same in one line for the exchange, and this rank's share summed. activations: kept for the backwards
-    under way. logits: of one micro-batch, and their gradient, while the head's backward runs.
+    weights: BF16. masters: this rank's share, FP32; moments: BF16. gradients: FP32, and this rank's
+    share of their sum. activations: kept for the backwards under way. logits: of one micro-batch, and their
+    gradient, while the head's backward runs.
     """
 
     parameters: int
@@ -98,7 +98,7 @@ def plan(
                 weights=2 * count,
                 masters=4 * share,
                 moments=4 * share,
-                gradients=4 * (count + lines + summed),
+                gradients=4 * (lines + summed),
                 activations=_most_kept(actions, rank, kept),
                 logits=8 * config.vocab_size * sequences * seq_len if last else 0,
             )
