@@ -17,6 +17,7 @@ from dsv3_kernels.nn.recipe import RECOMPUTE
 from dsv3_kernels.train import cli
 from dsv3_kernels.train.config import TrainConfig
 from dsv3_kernels.train.data.corpus import load_corpus
+from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.observe.memory import LiveMemory
 from dsv3_kernels.train.observe.plan import kept_by, plan
 from dsv3_kernels.train.parallel.groups import Layout
@@ -179,6 +180,14 @@ def test_plan_of_v3():
         assert all(rank.total < 160 << 30 for rank in ranks)
     assert all(rank.activations > 0 for rank in ranks)
     assert [rank.logits > 0 for rank in ranks] == [False] * 15 + [True]
+
+
+def test_v3_in_one_process_is_refused_before_it_is_built(text):
+    train = TrainConfig(steps=1, batch_size=1, seq_len=16)
+    with pytest.raises(
+        TrainError, match=r"has 682,6\d\d million parameters.*Mend: more --pp or --ep; --plan"
+    ):
+        Trainer(PRESETS["v3"], train, "fp8", load_corpus(text, 18))
 
 
 def test_plan_command(capsys):

@@ -30,8 +30,17 @@ from dsv3_kernels.train.schedule import load_schedule
 TRAINABLE = {
     "tiny": TrainConfig(),
     "mini": TrainConfig(steps=300, batch_size=8, seq_len=1024, lr=4e-4, warmup_steps=30, bias_speed=1e-3),
+    "v3": TrainConfig(
+        steps=235_000,
+        batch_size=15_360,
+        seq_len=4096,
+        lr=2.2e-4,
+        warmup_steps=2000,
+        bias_speed=1e-3,
+        recompute=True,
+    ),
 }
-"""The presets that one machine can train, with their training settings; mini wants a GPU."""
+"""The presets with their training settings; mini wants a GPU, v3 a thousand."""
 AUTO = Path("auto")
 SAMPLE_BYTES = 120  # with a short prompt no longer than the sequences that the presets train on
 _RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
