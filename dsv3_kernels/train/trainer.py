@@ -332,10 +332,11 @@ def _require_room(model: DeepSeekV3, device: torch.device) -> None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         there = memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 8 * count > there:
+        needed, room = (f"{size / 2**30:,.0f} GiB" for size in (8 * count, there))
         raise TrainError(
             f"this rank's part of the model has {count / 1e6:,.0f} million parameters, with gradients "
-            f"{8 * count / 2**30:,.0f} GiB in FP32, expected at most the {there / 2**30:,.0f} GiB that it has "
-            f"on {device}. Mend: more --pp or --ep; --plan prints what each rank would hold"
+            f"{needed} in FP32, expected at most the {room} that it has on {device}. Mend: more --pp or --ep; "
+            "--plan prints what each rank would hold"
         )
 
 
