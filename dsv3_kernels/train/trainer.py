@@ -335,8 +335,8 @@ def _require_room(model: DeepSeekV3, device: torch.device) -> None:
         needed, room = (f"{size / 2**30:,.0f} GiB" for size in (8 * count, there))
         raise TrainError(
             f"this rank's part of the model has {count / 1e6:,.0f} million parameters, with gradients "
-            f"{needed} in FP32, expected at most the {room} that it has on {device}. Mend: more --pp or --ep; "
-            "--plan prints what each rank would hold"
+            f"{needed} in FP32, expected at most the {room} that it has on {device}. Mend: more --pp or "
+            "--ep; --plan prints what each rank would hold"
         )
 
 
