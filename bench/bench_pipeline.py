@@ -3,8 +3,8 @@
     python -m bench.bench_pipeline                                 # starts --ranks processes on this machine
     torchrun --nproc-per-node 4 -m bench.bench_pipeline            # or joins those of torchrun
 
-First what no clock decides: simulated step and bubbles (F = W = 1, B = 2), bytes that a rank sends, and the
-share of dispatches and combines that have another micro-batch's computation beside them.
+First what no clock decides: simulated step and bubbles (F = W = 1, B = 2), what a rank sends to neighbours,
+and the share of dispatches and combines that have another micro-batch's computation beside them.
 
 A step is forward and backward of all micro-batches, without an update; the slowest rank counts. Every round
 runs each schedule once, so that a slow moment falls on all, and compares them with each other: a difference
@@ -114,14 +114,9 @@ class Bench:
         state = self.options.batch * self.options.seq_len * self.config.hidden_size * torch.bfloat16.itemsize
         for row in compare(self.size, self.options.micro_batches, Times()):
             schedule = SCHEDULES[row.name](self.size, self.options.micro_batches)
-            sent = [state * messages_from(schedule, rank) for rank in range(self.size)]
-            for name, value, unit in (
-                ("simulated step", row.makespan, ""),
-                ("simulated bubbles", row.bubble, ""),
-                ("bytes that a rank sends", max(sent), "B"),
-                ("dispatches and combines beside computation", 100 * share_beside(schedule), "%"),
-            ):
-                self.line(self.report.add(f"{row.name}, {name}", [value], unit))
+            sent = [state * messages_from(schedule, rank) / 2**10 for rank in range(self.size)]
+            facts = {"bubbles": row.bubble, "KiB_a_rank_sends": max(sent), "beside": share_beside(schedule)}
+            self.line(self.report.add(f"simulated step, {row.name}", [row.makespan], "", **facts))
 
     def schedules(self) -> None:
         windows = self.windows(self.options.micro_batches)
