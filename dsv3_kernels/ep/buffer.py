@@ -341,10 +341,10 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
 def _agreed(shape: Shape, transport: str | None, tuning: Tuning) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    rings = rings_of(shape, tuning) if shape.topology.nodes > 1 else None
+    rings = rings_of(shape, tuning)
     return [
         *(*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)),
-        *((rings.channels, rings.chunk, rings.depth) if rings else (0, 0, 0)),
+        *(rings.channels, rings.chunk, rings.depth),
     ]
 
 
