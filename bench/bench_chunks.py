@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--on", nargs="+", default=["2x1", "2x2", "4x1", "4x2"], help="nodes x GPUs (default: %(default)s)")
     add("--tokens", type=int, nargs="+", default=[48, 192], help="of each rank (default: %(default)s)")
-    add("--chunks", type=int, nargs="+", default=[2, 4, 8, 12, 16, 24], help="(default: %(default)s)")
+    add("--chunks", type=int, nargs="+", default=[2, 4, 8, 16], help="(default: %(default)s)")
     add("--depths", type=int, nargs="+", default=[4, 8, 12], help="(default: %(default)s)")
     add("--channels", type=int, default=1, help="of two SMs each (default %(default)s)")
     add("--network", type=float, nargs=3, metavar=("GB/s", "us", "us"), help="bandwidth, latency, posting")
