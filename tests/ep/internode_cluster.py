@@ -19,6 +19,7 @@ class Cluster:
 
     def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, **options):
         self.case, self.size, self.num_sms, self.warps = case, case.topology.size, num_sms, warps
+        self.seconds = SECONDS
         topology = case.topology
         self.cluster = emulator.VirtualCluster(
             topology.nodes, topology.gpus_per_node, seed, num_sms=num_sms, **options
@@ -111,7 +112,7 @@ class Cluster:
                     mine.came.x,
                     mine.layout,
                     False,
-                    SECONDS,
+                    self.seconds,
                 )
                 mine.call = internode.dispatch_call(self.links[rank], operands)
                 launch(both[0], mine.call)
@@ -140,7 +141,7 @@ class Cluster:
             mine.home,
             mine.home_gradients if case.seed % 2 else None,
             False,
-            SECONDS,
+            self.seconds,
         )
         return internode.combine_call(self.links[rank], operands)
 
