@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fp8_helpers import assert_same, commit_generator, wide
+from fp8_helpers import assert_same, commit_generator, powers, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, quantized, reference, tile
@@ -14,7 +14,6 @@ from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
-powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 GROUPS = (0, 128, 1, 300, 0)
 
 
