@@ -100,16 +100,28 @@ class GemmConfig:
         return _kernel(self)
 
 
+_GROUPINGS: dict[Grouping, str] = {
+    "none": "dsv3::Grouping::kNone",
+    "offsets": "dsv3::Grouping::kOffsets",
+    "counts": "dsv3::Grouping::kCounts",
+}
+
+
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    grouping = {"none": "kNone", "offsets": "kOffsets", "counts": "kCounts"}[config.grouping]
     multicast = {"none": "kNone", "a": "kA", "b": "kB"}[config.multicast]
     template = (
-        f"dsv3::Grouping::{grouping}",
+        _GROUPINGS[config.grouping],
         *(config.block_m, config.block_n, config.stages, config.swap),
         f"dsv3::Multicast::{multicast}",
     )
     return Kernel("gemm.cuh", "fp8_gemm", template)
+
+
+@functools.cache
+def kernel_check(grouping: Grouping) -> Kernel:
+    """Looks at a list of groups where no product needs it."""
+    return Kernel("gemm.cuh", "check_group_list", (_GROUPINGS[grouping],))
 
 
 def config_of_tile(
@@ -150,12 +162,15 @@ def configs(grouping: Grouping) -> tuple[GemmConfig, ...]:
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
-    ops: dict[str, Grouping] = {
-        "fp8_gemm": "none",
-        "grouped_fp8_gemm": "offsets",
-        "masked_grouped_fp8_gemm": "counts",
+
+    def products(grouping: Grouping) -> list[Kernel]:
+        return [config.kernel for config in configs(grouping)]
+
+    return {
+        "fp8_gemm": products("none"),
+        "grouped_fp8_gemm": [*products("offsets"), kernel_check("offsets")],
+        "masked_grouped_fp8_gemm": [*products("counts"), kernel_check("counts")],
     }
-    return {op: [config.kernel for config in configs(grouping)] for op, grouping in ops.items()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -336,6 +351,9 @@ def _run(
 ) -> Tensor:
     out = _fake(a, a_scales, b, b_scales)
     if a.numel() == 0 or b.numel() == 0:
+        if group_list is not None and group_list.numel():
+            arguments = (group_list, b.shape[0], a.shape[-2], launch.error_flag(group_list))
+            launch.launch(kernel_check(grouping), (1, 1, 1), (32, 1, 1), arguments)
         return out.zero_()
     sms = launch.num_sms(a, num_sms)
     groups = 1 if grouping == "none" else b.shape[0]
