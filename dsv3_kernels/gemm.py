@@ -349,7 +349,7 @@ def _run(
     num_sms: int | None,
     expected_m: int | None = None,
 ) -> Tensor:
-    out = _fake(a, a_scales, b, b_scales)
+    out = _fake(a, a_scales, b)
     if a.numel() == 0 or b.numel() == 0:
         if group_list is not None and group_list.numel():
             arguments = (group_list, b.shape[0], a.shape[-2], launch.error_flag(group_list))
@@ -414,36 +414,13 @@ def _blocks(config: GemmConfig, m: int, n: int, groups: int, num_sms: int) -> in
     return max(1, min(rows * ceil_div(n, unit_n), num_sms // config.cluster)) * config.cluster
 
 
-def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:
+def _fake(a: Tensor, a_scales: Tensor, b: Tensor, *_: object) -> Tensor:
     return torch.empty(*a.shape[:-1], b.shape[-2], dtype=torch.bfloat16, device=a.device)
 
 
-def _fake_grouped(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    group_offsets: Tensor,
-    num_sms: int | None = None,
-) -> Tensor:
-    return _fake(a, a_scales, b, b_scales)
-
-
-def _fake_masked(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    counts: Tensor,
-    expected_m: int | None = None,
-    num_sms: int | None = None,
-) -> Tensor:
-    return _fake(a, a_scales, b, b_scales)
-
-
-for _name, _op, _shape in (
-    ("fp8_gemm", _fp8_gemm, _fake),
-    ("grouped_fp8_gemm", _grouped, _fake_grouped),
-    ("masked_grouped_fp8_gemm", _masked, _fake_masked),
+for _name, _op in (
+    ("fp8_gemm", _fp8_gemm),
+    ("grouped_fp8_gemm", _grouped),
+    ("masked_grouped_fp8_gemm", _masked),
 ):
-    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_shape)
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)
