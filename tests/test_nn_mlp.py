@@ -32,11 +32,7 @@ SIZES = [0, 130, 1, 41]
 TOKENS = sum(SIZES)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def draw(inner, recipe, grouped, weighted, dtype=torch.bfloat16):
