@@ -60,7 +60,11 @@ class VirtualGPU:
         shared_bytes: int = 0,
     ) -> None:
         """Run one kernel to its end."""
-        launch = self._machine.submit(ptx, kernel, 0, grid, block, args, cluster, shared_bytes, False)
+        self._run(
+            self._machine.submit(ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False)
+        )
+
+    def _run(self, launch: Any) -> None:
         self._machine.run([launch])
 
     def launch_chain(self, launches: Sequence[Mapping[str, Any]]) -> None:
