@@ -194,6 +194,7 @@ def test_bytes_by_hop_are_those_of_the_protocol(topology):
                 moved += sum(r != r // gpus * gpus + rank % gpus for r in ranks)
         node.dispatch()
         sent = sum(status.bytes_sent for status in node.buffer.status())
+        assert all(part.x.shape == (16, 128) for part in node.combine()())
     message = 128 + 4 + 8 * 8
     assert message % 16 == 4  # so that it travels in 208 bytes
     hops = setup.hops("dispatch")
