@@ -7,13 +7,18 @@
 //
 // DSV3_NVSHMEM_DECLARED: the functions are declared here instead of by NVSHMEM's headers, which take seconds
 // to parse. For the emulator alone, which provides them; the device library has them as templates only.
-// DSV3_ONE_NODE: there is no network, and nothing here is called.
 // DSV3_ONE_GPU: the ranks of all nodes are virtual and share a GPU. A put is a copy by the warp that asks for
 // it, done when it returns, and a signal is released behind it: order holds whatever the queue pair. So
 // nothing here can show that two words belong on one queue pair, nor what a network delays.
+// DSV3_NVSHMEM: what is compiled with NVSHMEM's headers has it. Without any of these there is DSV3_ONE_NODE:
+// no network, and nothing here.
 #pragma once
 
 #include "ptx.cuh"
+
+#if !defined(DSV3_NVSHMEM) && !defined(DSV3_NVSHMEM_DECLARED) && !defined(DSV3_ONE_GPU)
+#define DSV3_ONE_NODE
+#endif
 
 #ifdef DSV3_NVSHMEM_DECLARED
 extern "C" __device__ void nvshmemx_qp_char_put_signal_nbi_warp(char* target, const char* source,
@@ -26,7 +31,7 @@ extern "C" __device__ void nvshmemx_qp_signal_op(unsigned long long* signal, uns
 extern "C" __device__ void nvshmemx_qp_char_put_nbi_warp(char* target, const char* source,
                                                          unsigned long long bytes, int rank, int queue_pair);
 constexpr int NVSHMEM_SIGNAL_SET = 9;
-#elif !defined(DSV3_ONE_NODE) && !defined(DSV3_ONE_GPU)
+#elif defined(DSV3_NVSHMEM)
 #include <nvshmem.h>
 #include <nvshmemx.h>
 #endif

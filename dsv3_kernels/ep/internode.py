@@ -76,7 +76,7 @@ class InternodeTransport(IntranodeTransport, InternodeRank):
 def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:
     """group: an `emulator.Group`."""
     rings = Rings(shape)
-    memory = torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8)
+    memory = group.symmetric((kernels.Workspace(shape).size,), torch.uint8)
     symmetric = tuple(group.symmetric((rings.size,), torch.uint8) for _ in kernels.OPS)
     # Peers' memories live on while they are mapped: their last words come late.
     every = group.all_gather_object((gpu.address_of(memory), memory, symmetric))

@@ -87,7 +87,7 @@ class Connection:
 def kernel(nodes: int, emulated: bool) -> Kernel:
     """The instance for a buffer: within a node it knows of no network."""
     if nodes == 1:
-        return Kernel("low_latency.cuh", "low_latency_step", defines=(("DSV3_ONE_NODE", 1),))
+        return Kernel("low_latency.cuh", "low_latency_step")
     if emulated:
         return Kernel("low_latency.cuh", "low_latency_step", defines=(("DSV3_NVSHMEM_DECLARED", 1),))
     return Kernel("low_latency.cuh", "low_latency_step", nvshmem=True)
