@@ -255,23 +255,24 @@ class _FarRank(InternodeRank):
 
 def _connect(shape: Shape, device: torch.device, timeout: float) -> Sequence[KernelRank]:
     topology, size = shape.topology, kernels.Workspace(shape).size
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if topology.nodes > 1:
+        rings, gpus = Rings(shape), topology.gpus_per_node
+        heap = one_gpu.Heap(topology.size, [size, *(rings.size for _ in kernels.OPS)], device)
+        parts = [heap.memories(rank) for rank in range(topology.size)]
+        table = [launch.address_of(memory) for memory, *_ in parts]
+        ranks = []
+        for rank, (memory, *of_op) in enumerate(parts):
+            on_node, pairs = table[rank // gpus * gpus :][:gpus], heap.queue_pairs(rank, rings.channels)
+            own = rings, rank, memory, on_node, tuple(of_op), pairs, timeout
+            ranks.append(_FarRank(*own, kept=heap, stream=stream))
+        return ranks
     memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(topology.size)]
     addresses = [launch.address_of(memory) for memory in memories]
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    if topology.nodes == 1:
-        return [
-            KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
-            for rank, memory in enumerate(memories)
-        ]
-    rings, ranks = Rings(shape), []
-    of_op = [one_gpu.symmetric(topology.size, rings.size, device) for _ in kernels.OPS]
-    for rank, memory in enumerate(memories):
-        own = tuple(symmetric[rank] for symmetric in of_op)
-        pairs = one_gpu.queue_pairs(rank, of_op[0], rings.channels)
-        near = addresses[rank // topology.gpus_per_node * topology.gpus_per_node :][: topology.gpus_per_node]
-        kept = memories, of_op
-        ranks.append(_FarRank(rings, rank, memory, near, own, pairs, timeout, kept=kept, stream=stream))
-    return ranks
+    return [
+        KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
+        for rank, memory in enumerate(memories)
+    ]
 
 
 def _received(sent: list[Sent]) -> list[Sent]:
