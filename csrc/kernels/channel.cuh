@@ -142,10 +142,14 @@ struct Rank {
         return seen;
     }
 
+    // One lane.
+    __device__ __forceinline__ void add_sent(u32 peer, u32 channel, u64 bytes) const {
+        ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+    }
+
     // A whole warp.
     __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
-        if (threadIdx.x % 32 == 0)
-            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+        if (threadIdx.x % 32 == 0) add_sent(peer, channel, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
