@@ -98,6 +98,12 @@ struct Place : Where {
         return self.wait(link.slots.ack(number(to)), epoch, Role::kSend, like(to), channel) >= epoch;
     }
 
+    // One warp: the slots for what goes to a node are free for this epoch.
+    __device__ __forceinline__ bool may_send(u32 to, u32 channel, u64 epoch) const {
+        const u64* ack = link.slots.ack(number(to));
+        return self.wait_warp(ack, epoch - 1, Role::kSend, like(to), channel) >= epoch - 1;
+    }
+
     // One lane: a word of the channel there, on its queue pair.
     __device__ __forceinline__ void tell_first(u32 to, u32 channel, u64 value) const {
         transport::signal(link.slots.first(number_at(to), channel), value, like(to),

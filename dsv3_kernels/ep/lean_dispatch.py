@@ -76,17 +76,25 @@ class Launch:
         return (self.blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes
 
 
+def words_to_move(shape: Shape, pairs: int) -> int:
+    return pairs * (shape.num_experts + 3 * shape.topology.size)
+
+
+def words_to_order(shape: Shape) -> int:
+    return 2 * shape.num_experts + max(shape.topology.size, shape.local_experts)
+
+
 def move_launch(shape: Shape, message_bytes: int, num_sms: int) -> Launch:
     """Of `MOVE`, and `MOVE_AGAIN`."""
     pairs = pairs_of(num_sms)
-    words = pairs * (shape.num_experts + 3 * shape.topology.size)
+    words = words_to_move(shape, pairs)
     pieces = Pieces.fit(message_bytes, (SHARED - 4 * words) // (2 * pairs))
     return Launch(num_sms, 64 * pairs, words, pieces)
 
 
 def order_launch(shape: Shape, message_bytes: int, blocks: int) -> Launch:
     """Of `ORDER`, and `ORDER_AGAIN`."""
-    words = 2 * shape.num_experts + max(shape.topology.size, shape.local_experts)
+    words = words_to_order(shape)
     pieces = Pieces.fit(message_bytes, (SHARED - 4 * words) // ORDER_WARPS)
     return Launch(blocks, 32 * ORDER_WARPS, words, pieces)
 
