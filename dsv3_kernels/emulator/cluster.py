@@ -112,6 +112,8 @@ class VirtualCluster:
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )
+        if nvlink.posting or ib.posting:
+            self._machine.core.set_posting(nvlink.posting, ib.posting)
         self._machine.core.set_memory(memory.latency, memory.bandwidth)
 
     def launch(

@@ -14,12 +14,14 @@ from ..quantized import QuantizedTensor
 from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
 from .calls import Calls, Sized, shape_of, timeout_of
 from .exchange import Exchange
+from .internode_kernels import Rings
 from .intranode import IntranodeTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvlink, connect_nvshmem
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
+from .tuning import Tuning, rings_of
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 _AGREED = (
     *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
-    *("dtype.itemsize", "transport"),
+    *("dtype.itemsize", "transport", "tuning.channels", "tuning.chunk", "tuning.depth"),
 )
 TRANSPORTS = (None, "nvlink", "portable", "nvshmem")
 
@@ -48,6 +50,8 @@ class Buffer(Sized):
     transport: "nvlink", the kernels on GPUs of one node; "nvshmem", those between nodes; "portable",
         torch.distributed's messages, anywhere. None takes the kernels if they can be, and `status().reason`
         says why not.
+    tuning: of the rings between nodes, an `ep.Tuning`; by default what the topology asks for. Its channels
+        bound `num_sms` there.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
     Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, RuntimeError
@@ -65,23 +69,29 @@ class Buffer(Sized):
         gpus_per_node: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         transport: str | None = None,
+        tuning: Tuning | None = None,
         timeout: float | None = None,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"Buffer: transport is {transport!r}, expected one of {TRANSPORTS}")
+        tuning = Tuning() if tuning is None else tuning
+        if not isinstance(tuning, Tuning):
+            raise TypeError(f"Buffer: tuning is {type(tuning).__name__}, expected an ep.Tuning or None")
         seconds = timeout_of(timeout)
         sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
-            _agree(group.all_gather_object(_agreed(self._shape, transport)))
-            several = self._shape.topology.nodes > 1
+            _agree(group.all_gather_object(_agreed(self._shape, transport, tuning)))
             refused = intranode.refuse(self._shape, internode_kernels.MAX_NODES)
             if refused or transport is not None:
                 raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
-            make = internode.emulated if several else intranode.emulated
-            self._transport = make(group, emulator.current(), self._shape, seconds)
+            if self._shape.topology.nodes > 1:
+                rings = rings_of(self._shape, tuning)
+                self._transport = internode.emulated(group, emulator.current(), rings, seconds)
+            else:
+                self._transport = intranode.emulated(group, emulator.current(), self._shape, seconds)
             self._reason = ""
             self._make_low_latency: Callable[[], low_latency.LowLatencyTransport] = lambda: KernelLowLatency(
                 self._shape, connect_emulated(group, emulator.current(), self._shape), seconds
@@ -92,8 +102,8 @@ class Buffer(Sized):
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
-            self._transport, self._reason = _choose(self._shape, exchange, transport)
+                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport, tuning), device))
+            self._transport, self._reason = _choose(self._shape, exchange, transport, tuning)
             self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, self._transport.name)
         self._low_latency: low_latency.LowLatencyTransport | None = None
         self._calls = Calls(self._shape, self._transport)
@@ -254,14 +264,15 @@ class Buffer(Sized):
         )
 
 
-def _choose(shape: Shape, exchange: Exchange, wanted: str | None) -> tuple[Transport, str]:
+def _choose(shape: Shape, exchange: Exchange, wanted: str | None, tuning: Tuning) -> tuple[Transport, str]:
     """The transport between processes, and why it is no faster one."""
     if wanted == "portable" or (exchange.group is None and wanted is None):
         return PortableTransport(shape, exchange), ""
     several = shape.topology.nodes > 1
-    found = (_over_nvshmem if wanted == "nvshmem" or (wanted is None and several) else _over_nvlink)(
-        shape, exchange
-    )
+    if wanted == "nvshmem" or (wanted is None and several):
+        found = _over_nvshmem(rings_of(shape, tuning), exchange)
+    else:
+        found = _over_nvlink(shape, exchange)
     if not isinstance(found, str):
         return found, ""
     if wanted is not None:
@@ -278,16 +289,16 @@ def _over_nvlink(shape: Shape, exchange: Exchange) -> Transport | str:
     return IntranodeTransport("nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle)
 
 
-def _over_nvshmem(shape: Shape, exchange: Exchange) -> Transport | str:
+def _over_nvshmem(rings: Rings, exchange: Exchange) -> Transport | str:
     group = exchange.group
     if group is None or _device(group).type != "cuda":
         return "the group's backend is not NCCL. Mend: init_process_group('nccl'), one GPU a process"
-    refused = intranode.refuse(shape, internode_kernels.MAX_NODES)
+    refused = intranode.refuse(rings.shape, internode_kernels.MAX_NODES)
     if refused is not None:
         return refused
     try:
-        world = nvshmem.world(group, internode.needed(shape))
-        return nvshmem.together(lambda: internode.over_nvshmem(world, shape, exchange.timeout), group)
+        world = nvshmem.world(group, internode.needed(rings))
+        return nvshmem.together(lambda: internode.over_nvshmem(world, rings, exchange.timeout), group)
     except (nvshmem.NvshmemError, ToolchainError, OSError) as error:
         return str(error)
 
@@ -327,10 +338,14 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _agreed(shape: Shape, transport: str | None) -> list[int]:
+def _agreed(shape: Shape, transport: str | None, tuning: Tuning) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)]
+    rings = rings_of(shape, tuning)
+    return [
+        *(*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)),
+        *(rings.channels, rings.chunk, rings.depth),
+    ]
 
 
 def _agree(every: list[list[int]]) -> None:

@@ -18,7 +18,7 @@ from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
 from .internode_kernels import Layout, Link, Rings
 from .intranode import IntranodeTransport, KernelRank
-from .transport import DispatchCall, Shape
+from .transport import DispatchCall
 
 
 class InternodeRank(KernelRank):
@@ -57,8 +57,9 @@ class InternodeRank(KernelRank):
         most = 2 * self.link.rings.channels
         if call.num_sms > most:
             raise ValueError(
-                f"dispatch: num_sms is {call.num_sms}, expected at most {most}: there are rings for "
-                f"{most // 2} channels of two SMs"
+                f"dispatch: num_sms is {call.num_sms}, expected at most {most}: the buffer was made for "
+                f"{most // 2} channels of two SMs. Mend: ep.Buffer's tuning=ep.Tuning(channels=...), at most "
+                f"{kernels.MAX_CHANNELS}"
             )
         return Layout.of(super().arrivals(call, idx, rows), self.shape)
 
@@ -73,9 +74,9 @@ class InternodeTransport(IntranodeTransport, InternodeRank):
     """A rank that launches alone."""
 
 
-def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:
+def emulated(group: Any, gpu: Any, rings: Rings, timeout: float) -> InternodeTransport:
     """group: an `emulator.Group`."""
-    rings = Rings(shape)
+    shape = rings.shape
     memory = group.symmetric((kernels.Workspace(shape).size,), torch.uint8)
     symmetric = tuple(group.symmetric((rings.size,), torch.uint8) for _ in kernels.OPS)
     # Peers' memories live on while they are mapped: their last words come late.
@@ -88,14 +89,14 @@ def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTra
     )
 
 
-def needed(shape: Shape) -> int:
+def needed(rings: Rings) -> int:
     """Bytes of symmetric memory that a rank takes."""
-    return kernels.Workspace(shape).size + len(kernels.OPS) * Rings(shape).size
+    return kernels.Workspace(rings.shape).size + len(kernels.OPS) * rings.size
 
 
-def over_nvshmem(world: World, shape: Shape, timeout: float) -> InternodeTransport:
+def over_nvshmem(world: World, rings: Rings, timeout: float) -> InternodeTransport:
     """On GPUs; all ranks of the world call. Raises `NvshmemError` before any kernel runs."""
-    rings = Rings(shape)
+    shape = rings.shape
     memory = world.allocate(kernels.Workspace(shape).size)
     mapped = world.mapped(memory)
     symmetric = tuple(world.allocate(rings.size) for _ in kernels.OPS)

@@ -12,11 +12,11 @@ from ..quantized import QuantizedTensor
 from . import intranode, kernels, low_latency, one_gpu
 from .calls import Calls, Sized, integer, shape_of, timeout_of
 from .internode import InternodeRank
-from .internode_kernels import Rings
 from .intranode import KernelRank
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
 from .transport import Shape
+from .tuning import Tuning, rings_of
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
@@ -263,7 +263,7 @@ def _connect(shape: Shape, device: torch.device, timeout: float) -> Sequence[Ker
             KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
             for rank, memory in enumerate(memories)
         ]
-    rings, ranks = Rings(shape), []
+    rings, ranks = rings_of(shape, Tuning()), []
     of_op = [one_gpu.symmetric(topology.size, rings.size, device) for _ in kernels.OPS]
     for rank, memory in enumerate(memories):
         own = tuple(symmetric[rank] for symmetric in of_op)
