@@ -23,17 +23,27 @@ constexpr u32 kTold = 4;         // tokens between two tails
 constexpr u32 kScalesAhead = 2;  // of a lane, read with the token before
 constexpr u32 kForeign = 8;  // in a Form: of rows that the forwarder has not touched, its own are otherwise
 
+// How much of a message a stage holds, and how many of them a warp has.
+struct Pieces {
+    u32 bytes, stages;
+
+    __device__ __forceinline__ u32 bytes_of_warp() const {
+        return stages * (bytes + bulk::Ring::kBarrierBytes);
+    }
+};
+
 // A token as it travels: the expert and weight of each choice, none in a dispatch with a known layout; the
-// row; its scales. It moves in pieces, each as much as a stage holds. All are multiples of 16 bytes.
+// row; its scales. All are multiples of 16 bytes.
 struct Message {
-    u32 bytes, routing_bytes, piece_bytes, stages;
+    u32 bytes, routing_bytes;
+    Pieces pieces;
 };
 
 struct LeanCall {
     Call call;
     lean::Link link;
     Layout layout;
-    Message message;
+    u32 message_bytes, routing_bytes;
 };
 
 // One channel of one call.
@@ -60,9 +70,11 @@ struct Lean {
 struct Cursor {
     u32 item, begin = 0;
 
-    __device__ __forceinline__ u32 end(const Message& m) const { return min(begin + m.piece_bytes, m.bytes); }
+    __device__ __forceinline__ u32 end(const Message& m) const {
+        return min(begin + m.pieces.bytes, m.bytes);
+    }
     __device__ __forceinline__ void advance(const Message& m) {
-        begin += m.piece_bytes;
+        begin += m.pieces.bytes;
         if (begin >= m.bytes) ++item, begin = 0;
     }
 };
@@ -466,15 +478,15 @@ __device__ __forceinline__ u32 words_of_pair(const Rank& self) {
 
 // All blocks of a rank; `block` is this one.
 template <bool kAgain>
-__device__ __forceinline__ void run(const LeanCall& all, u32 block, u32 blocks, u8* shared) {
+__device__ __forceinline__ void run(const LeanCall& all, u32 block, u32 blocks, Pieces pieces, u8* shared) {
     const Rank& self = all.call.self;
-    const Message& m = all.message;
+    const Message m{all.message_bytes, all.routing_bytes, pieces};
     const u32 warp = threadIdx.x / 32, pairs = blockDim.x / 64, pair = warp / 2;
     const bool sends = warp % 2 == 0, go = !kAgain || all.call.to.ranges[1] != kNothing;
     const u64 epoch = self.epoch();
-    const u32 stages_bytes = m.stages * (m.piece_bytes + bulk::Ring::kBarrierBytes);
-    bulk::Ring ring(shared + warp * stages_bytes, m.stages, m.piece_bytes);
-    u32* words = reinterpret_cast<u32*>(shared + 2 * pairs * stages_bytes) + pair * words_of_pair(self);
+    bulk::Ring ring(shared + warp * pieces.bytes_of_warp(), pieces.stages, pieces.bytes);
+    u32* words =
+        reinterpret_cast<u32*>(shared + 2 * pairs * pieces.bytes_of_warp()) + pair * words_of_pair(self);
     u32* taken = words + words_of_pair(self) - self.ranks;
     bool kept = true;
     for (u32 round = 0; round < 2; ++round)  // what has been sent in all channels is watched in all
@@ -501,9 +513,11 @@ __device__ __forceinline__ void run(const LeanCall& all, u32 block, u32 blocks, 
 // GPUs and nodes together at most 24.
 template <bool kAgain>
 __global__ void __launch_bounds__(512, 1)
-    dispatch_lean(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 num_sms) {
+    dispatch_lean(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 num_sms, u32 piece_bytes,
+                  u32 stages) {
     extern __shared__ __align__(128) u8 shared[];
-    dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
+    dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms,
+                          {piece_bytes, stages}, shared);
 }
 
 }  // namespace dsv3

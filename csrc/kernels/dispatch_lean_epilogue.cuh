@@ -85,11 +85,13 @@ struct Plan {
 // The slots of one source in one channel, as this rank received them.
 struct Stream {
     const LeanCall& all;
+    const Message& message;
     const Workspace& mine;
     u32 source, first, total;
 
-    __device__ __forceinline__ Stream(const LeanCall& all, const Workspace& mine, u32 source, u32 channel)
-        : all(all), mine(mine), source(source) {
+    __device__ __forceinline__ Stream(const LeanCall& all, const Message& message, const Workspace& mine,
+                                      u32 source, u32 channel)
+        : all(all), message(message), mine(mine), source(source) {
         const i32* range = all.call.to.ranges + 2 * (source * all.layout.channels + channel);
         first = range[0];
         total = range[1];
@@ -159,7 +161,7 @@ __device__ __forceinline__ void take_rows(const Stream& s, u32* next) {
 __device__ __forceinline__ void copy_rows(const Stream& s, u32 from, u32 step, bulk::Ring& ring) {
     const Received& out = s.all.call.to;
     const Tokens& shape = s.all.call.from;
-    const Message& m = s.all.message;
+    const Message& m = s.message;
     const u32 lane = threadIdx.x % 32;
     Message body = m;  // without its routing
     body.bytes -= m.routing_bytes;
@@ -202,15 +204,15 @@ __device__ __forceinline__ void copy_rows(const Stream& s, u32 from, u32 step, b
 // All blocks of a rank; `block` is this one. A channel has several where there are more blocks than channels;
 // else blocks take channels in turn.
 template <bool kAgain>
-__device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32 blocks, u8* shared) {
+__device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32 blocks, Pieces pieces,
+                                             u8* shared) {
     const Call& call = all.call;
     const Rank& self = call.self;
-    const Message& m = all.message;
+    const Message m{all.message_bytes, all.routing_bytes, pieces};
     const Workspace mine = self.mine();
     const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, channels = all.layout.channels;
-    const u32 stages_bytes = m.stages * (m.piece_bytes + bulk::Ring::kBarrierBytes);
-    bulk::Ring ring(shared + warp * stages_bytes, m.stages, m.piece_bytes);
-    Plan plan(reinterpret_cast<u32*>(shared + warps * stages_bytes), self);
+    bulk::Ring ring(shared + warp * pieces.bytes_of_warp(), pieces.stages, pieces.bytes);
+    Plan plan(reinterpret_cast<u32*>(shared + warps * pieces.bytes_of_warp()), self);
     ptx::grid_dependency_wait();
     if (self.sequence->failures) return;  // of the first launch: not all has come
     const u64 epoch = self.epoch();
@@ -227,13 +229,13 @@ __device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32
                 i32* range = call.to.ranges + 2 * (source * channels + channel);
                 if (threadIdx.x % 32 == 0) range[0] = said->first, range[1] = said->tokens;
                 __syncwarp();
-                take_rows(Stream(all, mine, source, channel), plan.next + source * self.local_experts);
+                take_rows(Stream(all, m, mine, source, channel), plan.next + source * self.local_experts);
             }
         }
         __syncthreads();
         u32 before = 0;  // tokens of the streams before, so that all warps have as many
         for (u32 source = part; source < self.ranks; source += parts) {
-            const Stream s(all, mine, source, channel);
+            const Stream s(all, m, mine, source, channel);
             const u32 form = mine.announcement(source, channel)->form;
             if (kAgain && form != call.from.form) {
                 if (threadIdx.x == 0) record(call, ErrorCode::kDispatchForm, source, 0, form, call.from.form);
@@ -256,9 +258,11 @@ __device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32
 // it. Whole warps, at most 512 threads. Dynamic shared memory: a warp's stages, then 4 * Plan::words bytes.
 template <bool kAgain>
 __global__ void __launch_bounds__(512, 1)
-    dispatch_lean_epilogue(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 blocks) {
+    dispatch_lean_epilogue(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 blocks,
+                           u32 piece_bytes, u32 stages) {
     extern __shared__ __align__(128) u8 shared[];
-    dispatch::put_in_order<kAgain>(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks, shared);
+    dispatch::put_in_order<kAgain>(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks,
+                                   {piece_bytes, stages}, shared);
 }
 
 }  // namespace dsv3

@@ -2,46 +2,74 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from .. import launch
 from ..by_value import Struct, join
 from ..checks import round_up
 from ..jit import Kernel
+from ..quantized import QuantizedTensor
 from . import internode_kernels, kernels
 from .kernels import MAX_CHANNELS, DispatchOperands, Workspace
 from .lean import Link
 from .transport import Shape
 
-MOVE = Kernel("dispatch_lean.cuh", "dispatch_lean", (False,), nvshmem=True)
-MOVE_AGAIN = Kernel("dispatch_lean.cuh", "dispatch_lean", (True,), nvshmem=True)
-ORDER = Kernel("dispatch_lean_epilogue.cuh", "dispatch_lean_epilogue", (False,), nvshmem=True)
-ORDER_AGAIN = Kernel("dispatch_lean_epilogue.cuh", "dispatch_lean_epilogue", (True,), nvshmem=True)
+KERNELS = ("dispatch_lean", "dispatch_lean_epilogue")  # the first launch and the second
+DISPATCH = tuple(Kernel(f"{name}.cuh", name, (False,), nvshmem=True) for name in KERNELS)
+DISPATCH_AGAIN = tuple(Kernel(f"{name}.cuh", name, (True,), nvshmem=True) for name in KERNELS)
 
-MAX_PAIRS = 8  # channels of a block
-ORDER_WARPS = 8
-SHARED = 227 * 1024  # bytes a block may have
+MAX_PAIRS = 8  # channels of a block, two warps each
+EPILOGUE_WARPS = 8  # of a block
+SHARED_BYTES = 227 * 1024  # of a block
 BARRIER = 16  # bytes behind a stage, csrc/kernels/bulk.cuh
-MOST_STAGES = 8
+LEAST_STAGES, MOST_STAGES = 3, 8  # of a warp: two loads under way, and no more than memory needs
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What a stage holds of a message, and how many stages a warp has."""
+    """bytes: what a stage holds of a message. stages: of a warp."""
 
     bytes: int
     stages: int
 
     @classmethod
     def fit(cls, message_bytes: int, room: int) -> "Pieces":
-        """The largest pieces of which three or more stages fit into `room` bytes of shared memory."""
+        """The largest of which enough stages fit into so many bytes of shared memory; whole messages, if so."""
         for count in range(1, message_bytes // 16 + 1):
             size = round_up(-(-message_bytes // count), 16)
             stages = room // (size + BARRIER)
-            if stages >= 3:
+            if stages >= LEAST_STAGES:
                 return cls(size, min(stages, MOST_STAGES))
-        raise ValueError(f"no three stages fit into {room} bytes of shared memory, expected 96 or more")
+        least = LEAST_STAGES * (16 + BARRIER)
+        raise ValueError(f"stages: {room} bytes of shared memory a warp, expected at least {least}")
 
-    def bytes_of(self, warps: int) -> int:
-        return warps * self.stages * (self.bytes + BARRIER)
+
+@dataclass(frozen=True)
+class Blocks:
+    """Of one rank's launch. words: of shared memory behind the stages."""
+
+    count: int
+    warps: int
+    words: int
+
+    def pieces(self, message_bytes: int) -> Pieces:
+        return Pieces.fit(message_bytes, (SHARED_BYTES - 4 * self.words) // self.warps)
+
+    def shape(self, pieces: Pieces) -> tuple[launch.Dim3, launch.Dim3, int]:
+        """Grid, block, bytes of shared memory."""
+        stages = self.warps * pieces.stages * (pieces.bytes + BARRIER)
+        return (self.count, 1, 1), (32 * self.warps, 1, 1), max(stages + 4 * self.words, kernels.OWN_SM)
+
+
+def blocks_of(shape: Shape, num_sms: int, pairs: int | None = None) -> Blocks:
+    """Of the first launch."""
+    pairs = pairs_of(num_sms) if pairs is None else pairs
+    return Blocks(num_sms, 2 * pairs, pairs * (shape.num_experts + 3 * shape.topology.size))
+
+
+def blocks_of_epilogue(shape: Shape, sms: int, warps: int = EPILOGUE_WARPS) -> Blocks:
+    """Of the second one."""
+    return Blocks(sms, warps, 2 * shape.num_experts + max(shape.topology.size, shape.local_experts))
 
 
 def pairs_of(num_sms: int) -> int:
@@ -54,58 +82,17 @@ def channels_of(num_sms: int) -> int:
 
 
 def few_sms(nodes: int) -> int:
-    """As many SMs as let copies of whole tokens fill InfiniBand, by the figures of the public design."""
+    """As many SMs as a public design with copies of whole tokens takes to fill InfiniBand; even."""
     return 12 if nodes <= 2 else 6 if nodes <= 4 else 4
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One of the two launches of a rank: grid, block, shared memory, and pieces."""
-
-    blocks: int
-    threads: int
-    words: int  # of shared memory behind the stages
-    pieces: Pieces
-
-    @property
-    def shared_bytes(self) -> int:
-        return max(self.pieces.bytes_of(self.threads // 32) + 4 * self.words, kernels.OWN_SM)
-
-    @property
-    def shape(self) -> tuple[launch.Dim3, launch.Dim3, int]:
-        return (self.blocks, 1, 1), (self.threads, 1, 1), self.shared_bytes
+def message_of(shape: Shape, x: Tensor | QuantizedTensor, again: bool) -> tuple[int, int]:
+    """Bytes of a message, and of the routing at its head: none where the layout is known."""
+    routing = 0 if again else round_up(8 * shape.num_topk, 16)
+    return round_up(routing + internode_kernels.row_bytes(x), 16), routing
 
 
-def words_to_move(shape: Shape, pairs: int) -> int:
-    return pairs * (shape.num_experts + 3 * shape.topology.size)
-
-
-def words_to_order(shape: Shape) -> int:
-    return 2 * shape.num_experts + max(shape.topology.size, shape.local_experts)
-
-
-def move_launch(shape: Shape, message_bytes: int, num_sms: int) -> Launch:
-    """Of `MOVE`, and `MOVE_AGAIN`."""
-    pairs = pairs_of(num_sms)
-    words = words_to_move(shape, pairs)
-    pieces = Pieces.fit(message_bytes, (SHARED - 4 * words) // (2 * pairs))
-    return Launch(num_sms, 64 * pairs, words, pieces)
-
-
-def order_launch(shape: Shape, message_bytes: int, blocks: int) -> Launch:
-    """Of `ORDER`, and `ORDER_AGAIN`."""
-    words = words_to_order(shape)
-    pieces = Pieces.fit(message_bytes, (SHARED - 4 * words) // ORDER_WARPS)
-    return Launch(blocks, 32 * ORDER_WARPS, words, pieces)
-
-
-def message_of(shape: Shape, o: DispatchOperands) -> tuple[int, int]:
-    """Bytes of a message, and of the routing at its head."""
-    routing = 0 if o.topk_idx is None else round_up(8 * shape.num_topk, 16)
-    return round_up(routing + internode_kernels.row_bytes(o.x), 16), routing
-
-
-def call(link: Link, o: DispatchOperands, message: tuple[int, int], pieces: Pieces) -> Struct:
+def dispatch_call(link: Link, o: DispatchOperands) -> Struct:
     """`dispatch::LeanCall`."""
     shape = link.slots.shape
     return join(
@@ -113,6 +100,6 @@ def call(link: Link, o: DispatchOperands, message: tuple[int, int], pieces: Piec
             kernels.dispatch_call(Workspace(shape), link.peers, o),
             link.struct("dispatch"),
             internode_kernels.layout_of(o).struct(),
-            Struct("IIII", *message, pieces.bytes, pieces.stages),
+            Struct("II", *message_of(shape, o.x, o.topk_idx is None)),
         ]
     )

@@ -13,41 +13,36 @@ def compiled(*parts):
 
 
 class LeanCluster(Cluster):
-    """pairs: channels of a block. pieces: of a message, None for the largest that fit. blocks: of the second
-    launches."""
+    """pairs: channels of a block. pieces: of a message, None for whole ones. blocks: of the second launches."""
 
     def __init__(self, case, seed=0, num_sms=2, pairs=1, pieces=None, blocks=2, **options):
         self.pairs, self.pieces, self.blocks = pairs, pieces, blocks
         super().__init__(case, seed, num_sms, channels=num_sms * pairs, **options)
+
+    def connect(self):
+        links = super().connect()
         slots = lean.Slots(self.shape, self.channels)
         symmetric = [self.cluster.symmetric((slots.size,), torch.uint8) for _ in kernels.OPS]
         self.lean = [
-            lean.Link(slots, link.peers, tuple(of_op[rank] for of_op in symmetric), link.queue_pairs)
-            for rank, link in enumerate(self.links)
+            lean.Link.create(slots, link.peers, tuple(of_op[rank] for of_op in symmetric), link.queue_pairs)
+            for rank, link in enumerate(links)
         ]
+        return links
 
-    def dispatch(self, both, rank, operands):
-        message = lean_dispatch.message_of(self.shape, operands)
-        pieces = self.pieces or lean_dispatch.Pieces.fit(message[0], 20_000)
-        call = lean_dispatch.call(self.lean[rank], operands, message, pieces)
-        parts = []
-        for kernel, blocks, threads, words in (
-            (both[0], self.num_sms, 64 * self.pairs, lean_dispatch.words_to_move(self.shape, self.pairs)),
-            (both[1], self.blocks, 96, lean_dispatch.words_to_order(self.shape)),
-        ):
-            launch = lean_dispatch.Launch(blocks, threads, words, pieces)
-            grid, block, shared = launch.shape
-            parts.append(
-                {
-                    "ptx": kernel[0],
-                    "kernel": kernel[1],
-                    "grid": grid,
-                    "block": block,
-                    "shared_bytes": shared,
-                    "args": (kernels.table([call]), blocks),
-                }
-            )
-        emulator.current().launch_chain(parts)
+    def dispatch(self, compiled, rank, operands):
+        message, _ = lean_dispatch.message_of(self.shape, operands.x, operands.topk_idx is None)
+        pieces = self.pieces or lean_dispatch.Pieces(message, 3)
+        table = kernels.table([lean_dispatch.dispatch_call(self.lean[rank], operands)])
+        of_launch = (
+            lean_dispatch.blocks_of(self.shape, self.num_sms, self.pairs),
+            lean_dispatch.blocks_of_epilogue(self.shape, self.blocks, 3),
+        )
+        chain = []
+        for (ptx, kernel), blocks in zip(compiled, of_launch, strict=False):
+            grid, block, shared = blocks.shape(pieces)
+            args = table, blocks.count, pieces.bytes, pieces.stages
+            chain.append(dict(ptx=ptx, kernel=kernel, grid=grid, block=block, shared_bytes=shared, args=args))
+        emulator.current().launch_chain(chain)
 
-    def combine(self, rest, rank, operands):
-        self.launch(rest[1], internode.combine_call(self.links[rank], operands))
+    def combine(self, compiled, rank, operands):
+        self.launch(compiled[1], internode.combine_call(self.links[rank], operands))
