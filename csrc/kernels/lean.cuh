@@ -2,9 +2,9 @@
 //
 // Ranks, forwarders and what goes over NVLink are those of internode.cuh and channel.cuh. But a rank has a
 // slot for every message that its like on another node may ever send in one call, so that in a call nobody
-// who sends waits for a reader. A channel is one warp that sends and one that forwards, with a queue pair; and
-// an op is two launches: one moves, on few SMs, until all has come; the other, on all, puts it in order and
-// waits for nobody. What a rank has for what comes from its like on each other node:
+// who sends waits for a reader. A channel is one warp that sends and one that forwards, with a queue pair;
+// and an op is two launches: one moves, on few SMs, until all has come; the other, on all, puts it in order
+// and waits for nobody. What a rank has for what comes from its like on each other node:
 //   ack              epoch of which that rank has read all that this one sent
 //   first[channel]   epoch << 32 | what the sender wants to say before all | index of the first message
 //   tail[channel]    epoch << 32 | finished | messages so far, from the first on
@@ -97,7 +97,8 @@ struct Place : Where {
                           link.queue_pairs[channel]);
     }
     __device__ __forceinline__ void tell_tail(u32 to, u32 channel, u64 value) const {
-        transport::signal(link.slots.tail(number_at(to), channel), value, like(to), link.queue_pairs[channel]);
+        transport::signal(link.slots.tail(number_at(to), channel), value, like(to),
+                          link.queue_pairs[channel]);
     }
 
     // One warp: `count` staged messages from `message` on, which lane 0 can see, and then the tail.
@@ -117,6 +118,13 @@ struct Place : Where {
             const u32 to = other(i);
             transport::signal(link.slots.ack(number_at(to)), epoch, like(to), link.queue_pairs[0]);
         }
+    }
+    // By all threads of a block of the launch that reads, after a barrier: as channel.cuh's, for this node
+    // and its likes on the others.
+    __device__ __forceinline__ void finish(u64 epoch, u32 blocks) const {
+        Rank on_node = self;
+        on_node.ranks = self.gpus;
+        if (dsv3::finish(on_node, epoch, blocks)) acknowledge(epoch);
     }
 };
 
