@@ -135,6 +135,13 @@ struct Place : Where {
             transport::signal(link.slots.ack(number_at(to)), epoch, like(to), link.queue_pairs[0]);
         }
     }
+    // By all threads of a block of the launch that reads, after a barrier: as channel.cuh's, for this node
+    // and its likes on the others.
+    __device__ __forceinline__ void finish(u64 epoch, u32 blocks) const {
+        Rank on_node = self;
+        on_node.ranks = self.gpus;
+        if (dsv3::finish(on_node, epoch, blocks)) acknowledge(epoch);
+    }
 
   private:
     __device__ __forceinline__ void put(u32 to, u32 channel, u8* target, const u8* source, u64 bytes,

@@ -34,7 +34,7 @@ class Pieces:
 
     @classmethod
     def fit(cls, message_bytes: int, room: int) -> "Pieces":
-        """The largest of which enough stages fit into so many bytes of shared memory; whole messages, if so."""
+        """The largest of which enough stages fit into so many bytes; whole messages, if those do."""
         for count in range(1, message_bytes // 16 + 1):
             size = round_up(-(-message_bytes // count), 16)
             stages = room // (size + BARRIER)

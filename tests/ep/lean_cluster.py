@@ -13,7 +13,7 @@ def compiled(*parts):
 
 
 class LeanCluster(Cluster):
-    """pairs: channels of a block. pieces: of a message, None for whole ones. blocks: of the second launches."""
+    """pairs: channels of a block. pieces: of a message, None for whole ones. blocks: of second launches."""
 
     def __init__(self, case, seed=0, num_sms=2, pairs=1, pieces=None, blocks=2, **options):
         self.pairs, self.pieces, self.blocks = pairs, pieces, blocks
@@ -39,10 +39,10 @@ class LeanCluster(Cluster):
         )
         chain = []
         for (ptx, kernel), blocks in zip(compiled, of_launch, strict=False):
-            grid, block, shared = blocks.shape(pieces)
-            args = table, blocks.count, pieces.bytes, pieces.stages
-            chain.append(dict(ptx=ptx, kernel=kernel, grid=grid, block=block, shared_bytes=shared, args=args))
-        emulator.current().launch_chain(chain)
+            arguments = table, blocks.count, pieces.bytes, pieces.stages
+            chain.append((ptx, kernel, *blocks.shape(pieces), arguments))
+        names = "ptx", "kernel", "grid", "block", "shared_bytes", "args"
+        emulator.current().launch_chain([dict(zip(names, part, strict=True)) for part in chain])
 
     def combine(self, compiled, rank, operands):
         self.launch(compiled[1], internode.combine_call(self.links[rank], operands))
