@@ -60,10 +60,13 @@ class _RankGPU(VirtualGPU):
         launch = self._machine.submit(
             ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False
         )
+        self._finish([launch])
+
+    def _finish(self, queued: list[Any]) -> None:
         if self._runner is None:
-            self._machine.run([launch])
+            self._machine.run(queued)
         else:
-            self._runner.wait_for(self._rank, launch)
+            self._runner.wait_for(self._rank, queued[-1])
 
 
 class VirtualCluster:
@@ -109,6 +112,8 @@ class VirtualCluster:
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )
+        if nvlink.posting or ib.posting:
+            self._machine.core.set_posting(nvlink.posting, ib.posting)
         self._machine.core.set_memory(memory.latency, memory.bandwidth)
 
     def launch(

@@ -68,11 +68,14 @@ class VirtualGPU:
 
         Each is a mapping of `launch`'s arguments.
         """
-        queued = [
+        self._finish(self._queue(launches))
+
+    def _queue(self, launches: Sequence[Mapping[str, Any]]) -> list[Any]:
+        return [
             self._machine.submit(
                 x["ptx"],
                 x["kernel"],
-                0,
+                self._rank,
                 x["grid"],
                 x["block"],
                 x.get("args", ()),
@@ -82,6 +85,8 @@ class VirtualGPU:
             )
             for i, x in enumerate(launches)
         ]
+
+    def _finish(self, queued: list[Any]) -> None:
         self._machine.run([])
         del queued
 
