@@ -52,7 +52,7 @@ class LeanRank(KernelRank):
 
     def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
         if isinstance(call, CombineCall):
-            return self._combine_launches(call)
+            return self._combine_launches(call, launched)
         again = call.handle is not None
         data = call.x if isinstance(call.x, Tensor) else call.x.data
         message, _ = lean_dispatch.message_of(self.shape, call.x, again)
@@ -61,7 +61,7 @@ class LeanRank(KernelRank):
             lean_dispatch.DISPATCH_AGAIN if again else lean_dispatch.DISPATCH,
             (
                 lean_dispatch.blocks_of(self.shape, call.num_sms),
-                lean_dispatch.blocks_of_epilogue(self.shape, launch.num_sms(data)),
+                lean_dispatch.blocks_of_epilogue(self.shape, launch.num_sms(data) // launched),
             ),
             strict=True,
         ):
@@ -70,14 +70,14 @@ class LeanRank(KernelRank):
             found.append(Launch(kernel, *blocks.shape(pieces), arguments, dependent=bool(found)))
         return found
 
-    def _combine_launches(self, call: CombineCall) -> list[Launch]:
+    def _combine_launches(self, call: CombineCall, launched: int) -> list[Launch]:
         layout = call.handle.layout
         if not isinstance(layout, Layout):
             raise TypeError(
                 f"handle.layout is {type(layout).__name__}, expected that of kernels across nodes"
             )
         grid, block, shared, stages = lean_combine.shape_of_move(layout.ranges.shape[1], call.num_sms)
-        sms = launch.num_sms(call.y)
+        sms = launch.num_sms(call.y) // launched
         epilogue = lean_combine.shape_of_epilogue(sms)
         return [
             Launch(lean_combine.MOVE, grid, block, shared, (call.num_sms, stages)),
