@@ -17,18 +17,17 @@ from ..jit import Kernel
 from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
 from .internode_kernels import Layout, Link, Rings
-from .intranode import IntranodeTransport
+from .intranode import IntranodeTransport, KernelRank
 from .transport import DispatchCall, Shape
 
 
-class InternodeTransport(IntranodeTransport):
+class InternodeRank(KernelRank):
     """addresses: of the memories of this node's ranks, as this rank sees them. symmetric: uint8 zeros,
     `rings.size` of them, for dispatch and for combine. queue_pairs: int32, a handle a channel.
     """
 
     def __init__(
         self,
-        name: str,
         rings: Rings,
         rank: int,
         memory: Tensor,
@@ -40,7 +39,7 @@ class InternodeTransport(IntranodeTransport):
     ) -> None:
         # A rank of another node stands for its forwarder here.
         everybody = list(addresses) * rings.shape.topology.nodes
-        super().__init__(name, rings.shape, rank, memory, everybody, timeout, **options)
+        super().__init__(rings.shape, rank, memory, everybody, timeout, **options)
         self.link = Link.create(rings, self.peers, symmetric, queue_pairs)
 
     def kernel(self, op: str, again: bool = False) -> Kernel:
@@ -70,10 +69,14 @@ class InternodeTransport(IntranodeTransport):
         return internode_kernels.combine_call(self.link, operands)
 
 
+class InternodeTransport(IntranodeTransport, InternodeRank):
+    """A rank that launches alone."""
+
+
 def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:
     """group: an `emulator.Group`."""
     rings = Rings(shape)
-    memory = torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8)
+    memory = group.symmetric((kernels.Workspace(shape).size,), torch.uint8)
     symmetric = tuple(group.symmetric((rings.size,), torch.uint8) for _ in kernels.OPS)
     # Peers' memories live on while they are mapped: their last words come late.
     every = group.all_gather_object((gpu.address_of(memory), memory, symmetric))

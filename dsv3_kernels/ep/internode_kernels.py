@@ -82,6 +82,7 @@ class Link:
     def create(cls, rings: Rings, peers: Peers, symmetric: tuple[Tensor, ...], queue_pairs: Tensor) -> "Link":
         sizes = len(OPS), 2, rings.shape.topology.nodes, rings.channels
         positions = torch.zeros(sizes, dtype=torch.int64, device=peers.table.device)
+        peers.queue_pairs = queue_pairs
         return cls(rings, peers, symmetric, positions, queue_pairs)
 
     def struct(self, op: str) -> Struct:

@@ -65,16 +65,21 @@ class Workspace:
 
     def area(self, op: str) -> int:
         """Where that of dispatch or combine begins."""
-        return round_up(8 * self.shape.topology.size, 16) + OPS.index(op) * self.area_bytes
+        return given_up_bytes(self.shape.topology.size) + OPS.index(op) * self.area_bytes
 
     @property
     def size(self) -> int:
         return self.area(OPS[-1]) + self.area_bytes
 
 
+def given_up_bytes(ranks: int) -> int:
+    """With which a rank's memory begins: csrc/kernels/given_up.cuh."""
+    return round_up(8 * (ranks * ranks + 1), 16)
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Words of the record of a wait that ran out of time: channel.cuh, `Failure`."""
+    """Words of the record of a wait in vain: channel.cuh, `Failure`."""
 
     role: int
     peer: int
@@ -145,6 +150,7 @@ class Peers:
     failure: Tensor  # int64 [2 ops, 7], words of Failure
     fault: Tensor  # int64 [6], words of Fault
     error: Tensor  # int32 [1], as error.cuh; its code is in the fault too
+    queue_pairs: Tensor | None = None  # int32, one or more, where there are other nodes to tell of a failure
 
     def __post_init__(self) -> None:
         """As the host reads them: no operator, no copy."""
@@ -199,7 +205,7 @@ def table(calls: Sequence[Struct]) -> Struct:
 def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
     shape, number = workspace.shape, OPS.index(op)
     return Struct(
-        "PPPPQQQIIIII",
+        "PPPPQQQIIIIIP",
         peers.table,
         peers.sequence[number],
         peers.record(peers.failure[number]),
@@ -212,6 +218,7 @@ def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> 
         shape.local_experts,
         shape.max_tokens_per_rank,
         shape.topology.gpus_per_node,
+        peers.queue_pairs,
     )
 
 

@@ -32,7 +32,7 @@ class Cluster:
         """The link of every rank."""
         gpus, device = self.case.topology.gpus_per_node, torch.device("cpu")
         size = kernels.Workspace(self.shape).size
-        self.memory = [torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)]
+        self.memory = self.cluster.symmetric((size,), torch.uint8)
         addresses = [self.cluster.address_of(m, rank) for rank, m in enumerate(self.memory)]
         symmetric = [self.cluster.symmetric((self.rings.size,), torch.uint8) for _ in kernels.OPS]
         links = []
