@@ -18,28 +18,15 @@
 #pragma once
 
 #include "bulk.cuh"
-#include "combine_internode_node.cuh"
-#include "lean.cuh"
+#include "combine_lean_call.cuh"
 
 namespace dsv3 {
 namespace lean {
 
-using combine::Experts;
-using combine::HomeTokens;
 using combine::kChunk;
 using combine::Sums;
 
 constexpr u32 kNobody = ~0u;
-
-// One channel of one call.
-struct Inbound : combine::Channel {
-    Place place;
-
-    // The node that a warp serves in its i-th turn; the last one is this.
-    __device__ __forceinline__ u32 node_of_turn(u32 i) const {
-        return (where.node() + 1 + i) % place.link.nodes;
-    }
-};
 
 // A sender's tokens, one after the other: of all streams to a node one token, then the next of each.
 class Sending {
@@ -203,11 +190,12 @@ struct Loader {
         if (more) rows_left = walk.rows();
     }
 
-    // As many as there are stages; waits for rows only where nothing is under way. False if they do not come.
+    // As many as there are stages. kWaits: for rows, where nothing is under way; false if they do not come.
+    template <bool kWaits>
     __device__ __forceinline__ bool fill(bulk::Ring& stages, u32 row_bytes) {
         bool kept = true;
         while (more && under_way < stages.stages()) {
-            if (!readable) readable = walk.may_read(under_way == 0, kept);
+            if (!readable) readable = walk.may_read(kWaits && under_way == 0, kept);
             if (!readable) return kept;
             if (rows_left) {
                 const u64 row =
@@ -230,7 +218,8 @@ struct Loader {
 };
 
 // Part by part, for the registers.
-__device__ __forceinline__ void add_stage(Sums& sums, const u8* stage, u32 left, float weight, bool weighted) {
+__device__ __forceinline__ void add_stage(Sums& sums, const u8* stage, u32 left, float weight,
+                                          bool weighted) {
 #pragma unroll
     for (u32 i = 0; i < kAhead; ++i) {
         const u32 at = (i * 32 + threadIdx.x % 32) * 16;
@@ -248,39 +237,44 @@ __device__ __forceinline__ void write_stage(u8* stage, const Piece& piece, u32 l
 }
 
 // One warp: the sum of each token's rows to its target. What was stored is told one piece later, when it has
-// long arrived.
+// long arrived. Whatever may wait or call stands where no sums are in registers.
 template <class Walk>
 __device__ __forceinline__ bool add_rows(const Walk& begin, Stages& stages, u32 row_bytes) {
     Walk walk = begin;
     Loader<Walk> ahead(begin);
-    auto tell = [&] {
-        bulk::stores_done();
-        walk.tell();
-    };
     while (walk.next()) {
         const u32 rows = walk.rows();
         for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
             const u32 bytes = min(kPieceBytes, row_bytes - at);
+            if (ahead.under_way == 0 && walk.owes()) {
+                bulk::stores_done();
+                walk.tell();
+            }
+            if (!ahead.template fill<true>(stages.rows, row_bytes)) return false;
             Sums sums;
             for (u32 left = rows; left; left &= left - 1) {
-                if (ahead.under_way == 0 && walk.owes()) tell();
-                if (!ahead.fill(stages.rows, row_bytes)) return false;
                 const float weight = walk.weight(__ffs(left) - 1);
                 add_stage(sums, stages.rows.wait(), bytes, weight, walk.weighted());
                 --ahead.under_way;
+                ahead.template fill<false>(stages.rows, row_bytes);
             }
-            if (walk.owes())
-                tell();
+            const bool owes = walk.owes();
+            if (owes)
+                bulk::stores_done();
             else
                 bulk::stores_read();
             write_stage(stages.sum, sums.rounded(), bytes);
             bulk::lanes_done();
             bulk::store(walk.target() + at, stages.sum, bytes);
             bulk::commit();
+            if (owes) walk.tell();
         }
         walk.added();
     }
-    if (walk.owes()) tell();
+    if (walk.owes()) {
+        bulk::stores_done();
+        walk.tell();
+    }
     return true;
 }
 
@@ -342,23 +336,6 @@ __device__ __forceinline__ bool watch(const Inbound& o) {
     return __all_sync(kFullWarp, kept);
 }
 
-struct CombineCall {
-    Rank self;
-    Link link;
-    Experts from;
-    HomeTokens to;
-    Layout layout;
-    u32 hidden, topk;
-    u64 message_bytes;
-
-    __device__ __forceinline__ Inbound channel(u32 index) const {
-        return {
-            {self, {self}, layout, hidden, topk, index, self.epoch(), message_bytes, to.gradients != nullptr},
-            {{self}, link}};
-    }
-    __device__ __forceinline__ bool laid_out() const { return from.ranges[1] != kNothing; }
-};
-
 // All blocks of a rank; `block` is this one.
 __device__ __forceinline__ void run(const CombineCall& call, u32 block, u32 blocks, u32 stages, u8* shared) {
     const u32 warp = threadIdx.x / 32, pairs = blockDim.x / 64, first = block + warp / 2 * blocks;
@@ -375,33 +352,6 @@ __device__ __forceinline__ void run(const CombineCall& call, u32 block, u32 bloc
         kept = watch(call.channel(channel));
 }
 
-// One warp: every `warps`th token of this rank.
-__device__ __forceinline__ void bring_home(const CombineCall& call, u32 warp, u32 warps) {
-    const Inbound o = call.channel(0);
-    const u32 lane = threadIdx.x % 32, here = o.where.node(), nodes = o.place.link.nodes;
-    for (u32 token = warp; token < call.to.tokens; token += warps) {
-        i32 index = -1, slot = -1;
-        if (lane < nodes) index = o.layout.sent_index[static_cast<u64>(token) * nodes + lane];
-        const u32 own = __shfl_sync(kFullWarp, index, here);
-        const u8* message = nullptr;
-        if (index >= 0 && lane != here) message = o.place.arrived(lane, index, o.message_bytes);
-        const u32 present = __ballot_sync(kFullWarp, index >= 0);
-        if (lane < o.self.gpus && present >> here & 1) slot = o.layout.slots(here, own, o.self.gpus)[lane];
-        combine::bring_token(o, call.to, token, present, message, slot);
-    }
-}
-
-// All blocks of a rank, after the launch that moved the rows.
-__device__ __forceinline__ void run_epilogue(const CombineCall& call, u32 block, u32 blocks) {
-    const u32 warps = blockDim.x / 32;
-    if (call.self.sequence->failures) return;
-    const u64 epoch = call.self.epoch();
-    if (call.laid_out()) bring_home(call, block * warps + threadIdx.x / 32, blocks * warps);
-    __syncthreads();
-    const Place place{{call.self}, call.link};
-    place.finish(epoch, blocks);
-}
-
 }  // namespace lean
 
 // Grid: num_sms blocks for each rank of the launch, all resident; 64 threads a channel that a block has under
@@ -411,13 +361,6 @@ __global__ void __launch_bounds__(512, 1)
     combine_lean(const __grid_constant__ PerRank<lean::CombineCall> calls, u32 num_sms, u32 stages) {
     extern __shared__ __align__(16) u8 shared[];
     lean::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, stages, shared);
-}
-
-// Grid: `blocks` for each rank of the launch; the next in the stream, dependent or not.
-__global__ void __launch_bounds__(384, 1)
-    combine_lean_epilogue(const __grid_constant__ PerRank<lean::CombineCall> calls, u32 blocks) {
-    ptx::grid_dependency_wait();
-    lean::run_epilogue(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks);
 }
 
 }  // namespace dsv3

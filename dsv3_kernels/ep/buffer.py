@@ -142,8 +142,8 @@ class Buffer(Sized):
         topk_idx: int64 `[T, K]`, contiguous, distinct experts in a row, -1 for none.
         topk_weights: float32 `[T, K]`, contiguous, or None.
         num_sms: even; SMs that the kernels take, two a channel; by default 20. The lean kernels have one or
-            more channels an SM, take 12, 6 or 4 by default, on 2, up to 4 or more nodes, and at the end all for
-            a while. The portable transport has no use for it.
+            more channels an SM, take 12, 6 or 4 by default, on 2, up to 4 or more nodes, and all for a while
+            at the end. The portable transport has no use for it.
         expert_order: rows sorted by local expert, source rank, token, one a (token, expert); else by source
             rank and token, one a token. Alike on all ranks, as are FP8 or BF16, and topk_weights or None.
         max_recv_tokens: the rows of the result; None is as many as arrive, which on a GPU takes a host

@@ -1,4 +1,4 @@
-"""csrc/kernels/combine_lean.cuh: what its two launches pass, and their shapes."""
+"""csrc/kernels/combine_lean.cuh, combine_lean_epilogue.cuh: what its two launches pass, and their shapes."""
 
 from .. import launch
 from ..by_value import Struct
@@ -8,7 +8,7 @@ from .kernels import CombineOperands
 from .lean import Link
 
 MOVE = Kernel("combine_lean.cuh", "combine_lean", nvshmem=True)
-EPILOGUE = Kernel("combine_lean.cuh", "combine_lean_epilogue", nvshmem=True)
+EPILOGUE = Kernel("combine_lean_epilogue.cuh", "combine_lean_epilogue", nvshmem=True)
 KERNELS = (MOVE, EPILOGUE)
 
 MAX_PAIRS = 8  # warps of a block for their registers: a channel takes two

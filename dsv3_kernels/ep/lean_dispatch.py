@@ -19,6 +19,7 @@ DISPATCH = tuple(Kernel(f"{name}.cuh", name, (False,), nvshmem=True) for name in
 DISPATCH_AGAIN = tuple(Kernel(f"{name}.cuh", name, (True,), nvshmem=True) for name in KERNELS)
 
 MAX_PAIRS = 8  # channels of a block, two warps each
+TOKENS = 8  # of a rank for a channel to be worth its warps
 EPILOGUE_WARPS = 8  # of a block
 SHARED_BYTES = 227 * 1024  # of a block
 BARRIER = 16  # bytes behind a stage, csrc/kernels/bulk.cuh
@@ -63,7 +64,7 @@ class Blocks:
 
 def blocks_of(shape: Shape, num_sms: int, pairs: int | None = None) -> Blocks:
     """Of the first launch."""
-    pairs = pairs_of(num_sms) if pairs is None else pairs
+    pairs = pairs_of(shape, num_sms) if pairs is None else pairs
     return Blocks(num_sms, 2 * pairs, pairs * (shape.num_experts + 3 * shape.topology.size))
 
 
@@ -72,13 +73,14 @@ def blocks_of_epilogue(shape: Shape, sms: int, warps: int = EPILOGUE_WARPS) -> B
     return Blocks(sms, warps, 2 * shape.num_experts + max(shape.topology.size, shape.local_experts))
 
 
-def pairs_of(num_sms: int) -> int:
-    """Channels of a block."""
-    return max(1, min(MAX_PAIRS, MAX_CHANNELS // num_sms))
+def pairs_of(shape: Shape, num_sms: int) -> int:
+    """Channels of a block: as many as there are, while each has some tokens."""
+    with_work = shape.max_tokens_per_rank // (TOKENS * num_sms)
+    return max(1, min(MAX_PAIRS, MAX_CHANNELS // num_sms, with_work))
 
 
-def channels_of(num_sms: int) -> int:
-    return num_sms * pairs_of(num_sms)
+def channels_of(shape: Shape, num_sms: int) -> int:
+    return num_sms * pairs_of(shape, num_sms)
 
 
 def few_sms(nodes: int) -> int:

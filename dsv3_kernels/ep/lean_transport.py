@@ -40,7 +40,7 @@ class LeanRank(KernelRank):
         self.link = Link.create(slots, self.peers, symmetric, queue_pairs)
 
     def channels_of(self, num_sms: int) -> int:
-        return lean_dispatch.channels_of(num_sms)
+        return lean_dispatch.channels_of(self.shape, num_sms)
 
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> Layout:
         if call.num_sms > self.link.slots.channels:
