@@ -140,10 +140,14 @@ struct Rank {
         return seen;
     }
 
+    // One lane.
+    __device__ __forceinline__ void add_sent(u32 peer, u32 channel, u64 bytes) const {
+        ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+    }
+
     // A whole warp.
     __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
-        if (threadIdx.x % 32 == 0)
-            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+        if (threadIdx.x % 32 == 0) add_sent(peer, channel, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -218,13 +222,15 @@ __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
 }
 
-// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier.
-__device__ __forceinline__ void finish(const Rank& self, u64 epoch, u32 blocks) {
-    if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
+// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True
+// for the thread that has ended the epoch.
+__device__ __forceinline__ bool finish(const Rank& self, u64 epoch, u32 blocks) {
+    if (threadIdx.x != 0) return false;
+    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return false;
     self.sequence->finished_blocks = 0;
     self.sequence->finished_epochs = epoch;
     acknowledge(self, epoch);
+    return true;
 }
 
 }  // namespace dsv3

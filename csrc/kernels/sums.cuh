@@ -15,14 +15,17 @@ struct Sums {
 
     __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
 #pragma unroll
-        for (u32 i = 0; i < kAhead; ++i) {
-            const u32 words[4] = {row.part[i].x, row.part[i].y, row.part[i].z, row.part[i].w};
+        for (u32 i = 0; i < kAhead; ++i) add(i, row.part[i], weight, weighted);
+    }
+
+    // One of its parts.
+    __device__ __forceinline__ void add(u32 i, U32x4 row, float weight, bool weighted) {
+        const u32 words[4] = {row.x, row.y, row.z, row.w};
 #pragma unroll
-            for (u32 j = 0; j < 8; ++j) {
-                float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
-                if (weighted) value = __fmul_rn(value, weight);
-                part[i][j] = __fadd_rn(part[i][j], value);
-            }
+        for (u32 j = 0; j < 8; ++j) {
+            float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+            if (weighted) value = __fmul_rn(value, weight);
+            part[i][j] = __fadd_rn(part[i][j], value);
         }
     }
 
