@@ -72,16 +72,20 @@ struct GivenUp {
         }
         const u64 first = alarm() - 1;
         const u32 who = static_cast<u32>(first >> 16), whom = static_cast<u32>(first & 0xffff);
-        u32 late_comer = ranks;
+        u32 late_comer = ranks, end_of_link = whom == rank ? who : whom;
+        bool pair = false;
         for (u32 i = 0; i < ranks; ++i) {
             const u32 other = (whom + i) % ranks;  // the one of the alarm, if several could be it
             if (!missed(rank, other)) continue;
             const u64 word = has_given_up(other);
             if (!word) return other;
             if (word == 2 && late_comer == ranks) late_comer = other;
+            for (u32 peer = 0; !pair && peer < ranks; ++peer) {
+                pair = peer != other && peer != rank && missed(other, peer) && missed(peer, other);
+                if (pair) end_of_link = other == rank ? peer : other;
+            }
         }
-        if (late_comer != ranks) return late_comer;
-        return whom == rank ? who : whom;
+        return late_comer == ranks ? end_of_link : late_comer;
     }
 
   private:

@@ -1,4 +1,4 @@
-"""The kernels across nodes when a rank dies or a link fails: all others end in time, and one names who."""
+"""The kernels across nodes when a rank dies or a link fails: all others end in time, and name who."""
 
 import random
 
@@ -39,6 +39,12 @@ def records(cluster, rounds, survivors):
     return found
 
 
+def in_time(cluster, spent):
+    """One wait, a look, and the while that all have to say whom they miss, however long the row of waits."""
+    waited = cluster.cluster.counters["nanoseconds"] - spent["nanoseconds"]
+    assert waited < 1.5 * SECONDS * 1e9, waited
+
+
 @pytest.mark.parametrize("trial", TRIALS)
 def test_a_killed_rank(trial, healthy):
     rounds, spent = healthy
@@ -47,9 +53,9 @@ def test_a_killed_rank(trial, healthy):
     step = chance.randrange(spent["instructions"] * 3 // 4)
     cluster.cluster.kill(victim, step)
     found = records(cluster, rounds, {0, 1, 2, 3} - {victim})
-    assert victim in {record.missing for rank, record in found.items() if rank != victim}, (victim, step)
-    # Three ranks after another at most: each waits for one that has waited itself.
-    assert cluster.cluster.counters["nanoseconds"] - spent["nanoseconds"] < 5 * SECONDS * 1e9
+    found.pop(victim, None)
+    assert found and {record.missing for record in found.values()} == {victim}, (victim, step, found)
+    in_time(cluster, spent)
 
 
 @pytest.mark.parametrize("trial", TRIALS)
@@ -62,11 +68,10 @@ def test_a_lost_message(trial, healthy):
     target = (source + node) % 4
     cluster.cluster.drop(source, target, chance.randrange(spent["links"][source, target]["messages"]))
     found = records(cluster, rounds, {0, 1, 2, 3})
-    if found:  # the last credits of all are missed by nobody
-        assert {(rank, record.missing) for rank, record in found.items()} & {
-            (target, source),
-            (source, target),
-        }
+    for rank, record in found.items():  # the last credits of all are missed by nobody
+        assert record.missing in {source, target} - {rank}, (source, target, rank, record)
+    if found:
+        in_time(cluster, spent)
 
 
 def test_a_stalled_link_that_comes_back(healthy):
