@@ -27,8 +27,8 @@ from bench.report import Report
 from dsv3_kernels import ep
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
 
 
 def arguments() -> argparse.Namespace:

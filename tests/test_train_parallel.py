@@ -12,8 +12,8 @@ from model_helpers import BYTES
 
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig
-from dsv3_kernels.train.data import load_corpus
-from dsv3_kernels.train.parallel import Groups, Layout
+from dsv3_kernels.train.data.corpus import load_corpus
+from dsv3_kernels.train.parallel.groups import Groups, Layout
 from dsv3_kernels.train.trainer import Trainer
 
 SMALL = dataclasses.replace(

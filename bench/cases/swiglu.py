@@ -5,6 +5,7 @@ On a GPU the last bits of its 2^x and 1/x are its own, so CASES, which are compa
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def _gates_and_ups(generator: torch.Generator, rows: int, width: int) -> Tensor:
     return x
 
 
-def _parts(quantized: tuple[QuantizedTensor, ...]) -> Tensors:
+def _parts(quantized: Sequence[QuantizedTensor]) -> Tensors:
     return tuple(part for q in quantized for part in (q.data, q.scales))
 
 
@@ -66,12 +67,10 @@ def _backward(power_of_2: bool, recompute: bool, weighted: bool) -> Case:
 
     def run(dy: Tensor, data: Tensor, scales: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
         x = QuantizedTensor(data, scales, (1, 128))
-        if not weighted:
-            return _parts(dk.swiglu_backward_quantize(dy, x, offsets, recompute=recompute, **options))
         *quantized, gradient = dk.swiglu_backward_quantize(
-            dy, x, offsets, weights=weights, recompute=recompute, **options
+            dy, x, offsets, weights=weights if weighted else None, recompute=recompute, **options
         )
-        return *_parts(tuple(quantized)), gradient
+        return *_parts(quantized[: 2 + recompute]), *([gradient] if weighted else [])
 
     def expected(dy: Tensor, data: Tensor, scales: Tensor, weights: Tensor, offsets: Tensor) -> Tensors:
         x = reference.dequantize(QuantizedTensor(data, scales, (1, 128)))
@@ -118,12 +117,7 @@ def _backward_speed(rows: int, width: int, recompute: bool) -> Workload:
         dy = torch.randn(rows, width, dtype=torch.bfloat16, device="cuda")
         x = dk.quantize_1x128(torch.randn(rows, 2 * width, dtype=torch.bfloat16, device="cuda"))
 
-        def run() -> object:
-            if recompute:
-                return dk.swiglu_backward_quantize(dy, x, recompute=True)
-            return dk.swiglu_backward_quantize(dy, x)
-
-        return Candidates(run)
+        return Candidates(lambda: dk.swiglu_backward_quantize(dy, x, recompute=recompute))
 
     moved = rows * width * 2 + rows * width * 33 // 32 * (2 + 4 + recompute)
     name = f"{rows}x{width}{', recompute' if recompute else ''}"

@@ -13,41 +13,12 @@
 #pragma once
 
 #include "channel.cuh"
-#include "rows.cuh"
+#include "sums.cuh"
 
 namespace dsv3 {
 namespace combine {
 
 constexpr u32 kChunk = 4;  // tokens that a tail announces at a time
-
-// FP32 sums of the BF16 values of a piece.
-struct Sums {
-    float part[kAhead][8];
-
-    __device__ __forceinline__ Sums() : part{} {}
-
-    __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
-#pragma unroll
-        for (u32 i = 0; i < kAhead; ++i) {
-            const u32 words[4] = {row.part[i].x, row.part[i].y, row.part[i].z, row.part[i].w};
-#pragma unroll
-            for (u32 j = 0; j < 8; ++j) {
-                float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
-                if (weighted) value = __fmul_rn(value, weight);
-                part[i][j] = __fadd_rn(part[i][j], value);
-            }
-        }
-    }
-
-    __device__ __forceinline__ Piece rounded() const {
-        Piece row;
-#pragma unroll
-        for (u32 i = 0; i < kAhead; ++i)
-            row.part[i] = {ptx::bf16x2(part[i][0], part[i][1]), ptx::bf16x2(part[i][2], part[i][3]),
-                           ptx::bf16x2(part[i][4], part[i][5]), ptx::bf16x2(part[i][6], part[i][7])};
-        return row;
-    }
-};
 
 // What the experts of this rank returned.
 struct Rows {
@@ -90,20 +61,8 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
         i32 row = -1;
         if (lane < topk)
             row = from.rows[(static_cast<i64>(peer) * self.max_tokens + first + i) * topk + lane];
-        const float weight = from.weights && row >= 0 ? from.weights[row] : 1.0f;
-        const u32 count = __popc(__ballot_sync(kFullWarp, row >= 0));
         u8* slot = home.slot(self.rank, first + i);
-        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
-            Sums sums;
-            Piece piece;
-            for (u32 k = 0; k < count; ++k) {
-                const u64 r = __shfl_sync(kFullWarp, row, k);
-                const float w = __shfl_sync(kFullWarp, weight, k);
-                piece.load<true>(from.y + r * row_bytes + at, row_bytes - at);
-                sums.add(piece, w, from.weights != nullptr);
-            }
-            sums.rounded().store(slot + at, row_bytes - at);
-        }
+        put_sum(from.y, from.weights, row, row_bytes, slot);
         if (from.gradients) {
             const i64 only = __shfl_sync(kFullWarp, row, 0);
             const i64 at = call.token_order && lane < topk ? only * topk + lane : row;

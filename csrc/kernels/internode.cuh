@@ -88,9 +88,9 @@ struct Link {
     }
 };
 
-struct Place {
+// A rank among the nodes.
+struct Where {
     const Rank& self;
-    const Link& link;
 
     __device__ __forceinline__ u32 node() const { return self.rank / self.gpus; }
     __device__ __forceinline__ u32 gpu() const { return self.rank % self.gpus; }
@@ -100,6 +100,10 @@ struct Place {
     // This rank's like on another node, and the i-th of the others.
     __device__ __forceinline__ u32 like(u32 on) const { return on * self.gpus + gpu(); }
     __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
+};
+
+struct Place : Where {
+    const Link& link;
 
     // One warp, after its writes to the staging slot.
     __device__ __forceinline__ void send_chunk(u32 to, u32 channel, u64 position, u64 bytes) const {

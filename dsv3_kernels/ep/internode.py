@@ -17,18 +17,17 @@ from ..jit import Kernel
 from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
 from .internode_kernels import Layout, Link, Rings
-from .intranode import IntranodeTransport
+from .intranode import IntranodeTransport, KernelRank
 from .transport import DispatchCall, Shape
 
 
-class InternodeTransport(IntranodeTransport):
+class InternodeRank(KernelRank):
     """addresses: of the memories of this node's ranks, as this rank sees them. symmetric: uint8 zeros,
     `rings.size` of them, for dispatch and for combine. queue_pairs: int32, a handle a channel.
     """
 
     def __init__(
         self,
-        name: str,
         rings: Rings,
         rank: int,
         memory: Tensor,
@@ -40,7 +39,7 @@ class InternodeTransport(IntranodeTransport):
     ) -> None:
         # A rank of another node stands for its forwarder here.
         everybody = list(addresses) * rings.shape.topology.nodes
-        super().__init__(name, rings.shape, rank, memory, everybody, timeout, **options)
+        super().__init__(rings.shape, rank, memory, everybody, timeout, **options)
         self.link = Link.create(rings, self.peers, symmetric, queue_pairs)
 
     def kernel(self, op: str, again: bool = False) -> Kernel:
@@ -63,11 +62,15 @@ class InternodeTransport(IntranodeTransport):
             )
         return Layout.of(super().arrivals(call, idx, rows), self.shape)
 
-    def dispatch_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.dispatch_call(self.link, *arguments)
+    def dispatch_call(self, operands: kernels.DispatchOperands) -> Struct:
+        return internode_kernels.dispatch_call(self.link, operands)
 
-    def combine_call(self, *arguments: Any) -> Struct:
-        return internode_kernels.combine_call(self.link, *arguments)
+    def combine_call(self, operands: kernels.CombineOperands) -> Struct:
+        return internode_kernels.combine_call(self.link, operands)
+
+
+class InternodeTransport(IntranodeTransport, InternodeRank):
+    """A rank that launches alone."""
 
 
 def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:

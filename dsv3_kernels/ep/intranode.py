@@ -84,11 +84,11 @@ class KernelRank:
     def shape_of_launch(self, num_sms: int, launched: int) -> tuple[launch.Dim3, launch.Dim3, int]:
         return kernels.shape_of_launch(self.shape, num_sms, launched)
 
-    def dispatch_call(self, *arguments: Any) -> Struct:
-        return kernels.dispatch_call(self.workspace, self.peers, *arguments)
+    def dispatch_call(self, operands: kernels.DispatchOperands) -> Struct:
+        return kernels.dispatch_call(self.workspace, self.peers, operands)
 
-    def combine_call(self, *arguments: Any) -> Struct:
-        return kernels.combine_call(self.workspace, self.peers, *arguments)
+    def combine_call(self, operands: kernels.CombineOperands) -> Struct:
+        return kernels.combine_call(self.workspace, self.peers, operands)
 
     def arrivals(self, call: DispatchCall, idx: Tensor, rows: int) -> kernels.Arrivals:
         shape = self.shape
@@ -228,9 +228,10 @@ class _Dispatch:
             self._x = _rows_for(call.x, call.handle.rows)
             self._idx = torch.empty_like(self._came.topk_idx)
         came, order = self._came, call.expert_order if call.handle is None else call.handle.expert_order
-        self.struct = rank.dispatch_call(
+        operands = kernels.DispatchOperands(
             call.x, call.topk_idx, call.topk_weights, self._x, came, not order, rank.timeout
         )
+        self.struct = rank.dispatch_call(operands)
         layout = came.tables()
         self.inputs = [call.x, call.topk_idx, call.topk_weights, *(() if call.handle is None else layout)]
         self.outputs = [self._x, self._idx, self._sizes, *(layout if call.handle is None else ())]
@@ -267,7 +268,7 @@ class _Combine:
         handle, came, grad = call.handle, _layout(call.handle), call.weights_grad
         self._x = call.y.new_empty(handle.num_tokens, rank.shape.hidden)
         self._weights_grad = None if grad is None else grad.new_empty(handle.topk_idx.shape)
-        self.struct = rank.combine_call(
+        operands = kernels.CombineOperands(
             call.y,
             handle.topk_idx,
             came,
@@ -279,6 +280,7 @@ class _Combine:
             not handle.expert_order,
             rank.timeout,
         )
+        self.struct = rank.combine_call(operands)
         self.inputs = [call.y, call.topk_weights, grad, call.bias, handle.topk_idx, *came.tables()]
         self.outputs = [self._x, self._weights_grad]
 

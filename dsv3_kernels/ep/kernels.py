@@ -229,77 +229,80 @@ def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> 
     )
 
 
-def dispatch_call(
-    workspace: Workspace,
-    peers: Peers,
-    x: Tensor | QuantizedTensor,
-    topk_idx: Tensor | None,
-    topk_weights: Tensor | None,
-    out: Tensor | QuantizedTensor,
-    came: Arrivals,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`Call` of csrc/kernels/dispatch_layout.cuh. out: where rows go; came: the layout, made or used again.
+@dataclass(frozen=True, eq=False)
+class DispatchOperands:
+    """Of one rank's call. topk_idx is None where the layout `came` is used again. out: where rows go."""
 
-    topk_idx is None where it is used again.
-    """
-    data, scales = (x, None) if isinstance(x, Tensor) else (x.data, x.scales)
-    out_data, out_scales = (out, None) if isinstance(out, Tensor) else (out.data, out.scales)
-    form = Form.FP8 * (scales is not None) | Form.WEIGHTS * (topk_weights is not None)
+    x: Tensor | QuantizedTensor
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    out: Tensor | QuantizedTensor
+    came: Arrivals
+    token_order: bool
+    timeout: float  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class CombineOperands:
+    """Of one rank's call. topk_idx: of its own tokens; `came` is of their dispatch."""
+
+    y: Tensor
+    topk_idx: Tensor
+    came: Arrivals
+    topk_weights: Tensor | None
+    weights_grad: Tensor | None
+    bias: Tensor | None
+    out: Tensor
+    out_weights_grad: Tensor | None
+    token_order: bool
+    timeout: float  # seconds
+
+
+def dispatch_call(workspace: Workspace, peers: Peers, o: DispatchOperands) -> Struct:
+    """`Call` of csrc/kernels/dispatch_layout.cuh."""
+    data, scales = (o.x, None) if isinstance(o.x, Tensor) else (o.x.data, o.x.scales)
+    out_data, out_scales = (o.out, None) if isinstance(o.out, Tensor) else (o.out.data, o.out.scales)
+    form = Form.FP8 * (scales is not None) | Form.WEIGHTS * (o.topk_weights is not None)
     tokens = Struct(
         "PPqqPPPIIIII",
         data,
         scales,
         0 if scales is None else scales.stride(0),
         0 if scales is None else scales.stride(1),
-        topk_idx,
-        topk_weights,
-        came.sent_slot,
+        o.topk_idx,
+        o.topk_weights,
+        o.came.sent_slot,
         data.shape[0],
         data.shape[1] * data.element_size(),
         0 if scales is None else scales.shape[1],
         workspace.shape.num_topk,
-        form | Form.TOKEN_ORDER * token_order,
+        form | Form.TOKEN_ORDER * o.token_order,
     )
     received = Struct(
         "PPqPPPPPII",
         out_data,
         out_scales,
         0 if out_scales is None else out_scales.stride(1),
-        came.topk_idx,
-        came.topk_weights,
-        came.group_offsets,
-        came.rows,
-        came.ranges,
+        o.came.topk_idx,
+        o.came.topk_weights,
+        o.came.group_offsets,
+        o.came.rows,
+        o.came.ranges,
         out_data.shape[0],
-        came.ranges.shape[1],
+        o.came.ranges.shape[1],
     )
-    rank = rank_struct(workspace, peers, "dispatch", timeout)
+    rank = rank_struct(workspace, peers, "dispatch", o.timeout)
     records = Struct("PP", peers.record(peers.fault), peers.record(peers.error))
     return join([rank, tokens, received, records])
 
 
-def combine_call(
-    workspace: Workspace,
-    peers: Peers,
-    y: Tensor,
-    topk_idx: Tensor,
-    came: Arrivals,
-    topk_weights: Tensor | None,
-    weights_grad: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    out_weights_grad: Tensor | None,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`Call` of csrc/kernels/combine.cuh. `came` is of the dispatch."""
-    shape = workspace.shape
-    rows = Struct("PPPPP", y, topk_weights, weights_grad, came.rows, came.ranges)
-    home = Struct("PPPPP", topk_idx, came.sent_slot, bias, out, out_weights_grad)
-    sizes = out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], token_order
-    return join([rank_struct(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
+def combine_call(workspace: Workspace, peers: Peers, o: CombineOperands) -> Struct:
+    """`Call` of csrc/kernels/combine.cuh."""
+    shape, came = workspace.shape, o.came
+    rows = Struct("PPPPP", o.y, o.topk_weights, o.weights_grad, came.rows, came.ranges)
+    home = Struct("PPPPP", o.topk_idx, came.sent_slot, o.bias, o.out, o.out_weights_grad)
+    sizes = o.out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], o.token_order
+    return join([rank_struct(workspace, peers, "combine", o.timeout), rows, home, Struct("IIIII", *sizes)])
 
 
 def stalls(peers: Peers) -> tuple[Stall, ...]:

@@ -1,4 +1,4 @@
-"""All ranks of a node on one GPU, in one launch: to test and to measure without a second GPU."""
+"""All ranks on one GPU, in one launch: to test and to measure without a second GPU."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from .. import launch
+from ..jit import Kernel
 from ..quantized import QuantizedTensor
-from . import intranode, kernels, low_latency
+from . import intranode, kernels, low_latency, one_gpu
 from .calls import Calls, Sized, integer, shape_of, timeout_of
+from .internode import InternodeRank
+from .internode_kernels import Rings
 from .intranode import KernelRank
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
+from .transport import Shape
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
@@ -20,15 +24,18 @@ Sent = TypeVar("Sent", LowLatencyDispatched, LowLatencyCombined)
 
 
 class LoopbackBuffer(Sized):
-    """`ep.Buffer` for every rank of a node at once; the ranks are virtual, and share one GPU.
+    """`ep.Buffer` for every rank at once; the ranks are virtual, and share one GPU.
 
     The kernels are those of NVLink, and so are the results, bit for bit: a rank has its own memory, which the
     others store into, and its own blocks, `num_sms` of them, all resident in one cooperative launch. A launch
     ends when all its ranks have ended: only between those of one launch can a rank be ahead of another.
+    Between virtual nodes they are those of InfiniBand, for which the GPU's memory stands in: a put is a copy,
+    done before its signal. Nothing is reordered, lost or delayed there.
 
-    num_ranks: 1 to 8. device: a CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms
-    SMs or more. The other arguments are those of `ep.Buffer`; methods take and return a list with an entry a
-    rank wherever `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's number.
+    num_ranks: 1 to 8. gpus_per_node: rank r is on node r // gpus_per_node; by default all on one. device: a
+    CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms SMs or more. The other
+    arguments are those of `ep.Buffer`; methods take and return a list with an entry a rank wherever
+    `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's number.
     """
 
     def __init__(
@@ -39,31 +46,27 @@ class LoopbackBuffer(Sized):
         max_tokens_per_rank: int,
         num_topk: int,
         *,
+        gpus_per_node: int | None = None,
         device: torch.device | str = "cuda",
         timeout: float | None = None,
     ) -> None:
         op = "LoopbackBuffer"
         size, seconds = integer(op, "num_ranks", num_ranks, 1), timeout_of(timeout)
-        shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, size, torch.bfloat16)
-        refused = intranode.refuse(shape)
+        node = size if gpus_per_node is None else gpus_per_node
+        shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, node, torch.bfloat16)
+        refused = intranode.refuse(shape, nodes=size)
+        if size > kernels.MAX_RANKS:
+            refused = f"num_ranks is {size}, expected at most {kernels.MAX_RANKS}: one launch has them all"
         if refused:
             raise ValueError(f"{op}: {refused}")
-        memories = [
-            torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8, device=device) for _ in range(size)
-        ]
-        first = memories[0]
+        first = torch.empty(0, device=device)
         if launch.world(first) == "reference":
             raise ValueError(
                 f"{op}: device is {str(device)!r}, where no kernel runs; pass a CUDA device, or make and use "
                 "the buffer inside `with dsv3_kernels.emulator.virtual_gpu(num_sms=...):`"
             )
-        addresses = [launch.address_of(memory) for memory in memories]
-        stream = torch.cuda.Stream(first.device) if first.is_cuda else None
         self._shape, self._device = shape, first.device
-        self._ranks = [
-            KernelRank(shape, rank, memory, addresses, seconds, memories, stream)
-            for rank, memory in enumerate(memories)
-        ]
+        self._ranks = _connect(shape, first.device, seconds)
         self._calls = [Calls(shape, rank) for rank in self._ranks]
         self._num_sms = launch.num_sms(first)
         self._dispatches = self._combines = 0
@@ -241,6 +244,34 @@ class LoopbackBuffer(Sized):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"rank {rank}: {error}") from None
         return made
+
+
+class _FarRank(InternodeRank):
+    """One of several virtual nodes."""
+
+    def kernel(self, op: str, again: bool = False) -> Kernel:
+        return one_gpu.on_one_gpu(super().kernel(op, again))
+
+
+def _connect(shape: Shape, device: torch.device, timeout: float) -> Sequence[KernelRank]:
+    topology, size = shape.topology, kernels.Workspace(shape).size
+    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(topology.size)]
+    addresses = [launch.address_of(memory) for memory in memories]
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    if topology.nodes == 1:
+        return [
+            KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
+            for rank, memory in enumerate(memories)
+        ]
+    rings, ranks = Rings(shape), []
+    of_op = [one_gpu.symmetric(topology.size, rings.size, device) for _ in kernels.OPS]
+    for rank, memory in enumerate(memories):
+        own = tuple(symmetric[rank] for symmetric in of_op)
+        pairs = one_gpu.queue_pairs(rank, of_op[0], rings.channels)
+        near = addresses[rank // topology.gpus_per_node * topology.gpus_per_node :][: topology.gpus_per_node]
+        kept = memories, of_op
+        ranks.append(_FarRank(rings, rank, memory, near, own, pairs, timeout, kept=kept, stream=stream))
+    return ranks
 
 
 def _received(sent: list[Sent]) -> list[Sent]:

@@ -16,7 +16,7 @@ from ..device_error import DeviceValueError
 from ..jit import Kernel
 from ..nvshmem import World
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
-from . import nvlink
+from . import nvlink, one_gpu
 from .errors import Fault, TimeoutError
 from .kernels import cause_of, given_up_bytes
 from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
@@ -116,13 +116,18 @@ def connect_nvlink(mapped: nvlink.Mapped, shape: Shape, rank: int) -> Connection
 
 
 def connect_loopback(shape: Shape, device: torch.device) -> list[Connection]:
-    """All ranks of a node on one GPU, real or virtual."""
-    size = areas(shape)[1].end
-    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(shape.topology.size)]
-    table = torch.tensor([launch.address_of(memory) for memory in memories], device=device)
-    none = torch.empty(0, dtype=torch.int32, device=device)
-    which = kernel(1, emulated=True)
-    return [Connection(rank, memory, table, none, which, memories) for rank, memory in enumerate(memories)]
+    """All ranks, of one node or several, on one GPU, real or virtual."""
+    node, several = shape.topology.gpus_per_node, shape.topology.nodes > 1
+    memories = one_gpu.symmetric(shape.topology.size, areas(shape)[1].end, device)
+    addresses = [launch.address_of(memory) for memory in memories]
+    within_node = kernel(1, emulated=True)
+    which = one_gpu.on_one_gpu(within_node) if several else within_node
+    found = []
+    for rank, memory in enumerate(memories):
+        mapped = [address * (r // node == rank // node) for r, address in enumerate(addresses)]
+        pairs = one_gpu.queue_pairs(rank, memories, shape.local_experts * several)
+        found.append(Connection(rank, memory, torch.tensor(mapped, device=device), pairs, which, memories))
+    return found
 
 
 def connect_nvshmem(world: World, shape: Shape) -> Connection:

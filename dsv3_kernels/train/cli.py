@@ -12,13 +12,20 @@ import torch
 from rich.console import Console
 
 from dsv3_kernels.model import PRESETS, ModelConfig
-from dsv3_kernels.train import memory
-from dsv3_kernels.train.config import ParallelConfig, PipelineSchedule, RunConfig, TrainConfig, to_json
+from dsv3_kernels.train.config import (
+    ParallelConfig,
+    PipelineSchedule,
+    RunConfig,
+    TrainConfig,
+    read_config,
+    to_json,
+)
+from dsv3_kernels.train.data.tokens import HEADER, read_header
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.processes import choose_device, processes, report
-from dsv3_kernels.train.run import execute, read_config
+from dsv3_kernels.train.observe import memory
+from dsv3_kernels.train.parallel.processes import choose_device, processes, report
+from dsv3_kernels.train.run import execute
 from dsv3_kernels.train.schedule import load_schedule
-from dsv3_kernels.train.tokens import HEADER, read_header
 
 TRAINABLE = {
     "tiny": TrainConfig(),

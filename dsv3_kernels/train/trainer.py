@@ -15,18 +15,19 @@ from dsv3_kernels.model import DeepSeekV3, Losses, ModelConfig
 from dsv3_kernels.nn import Fp8Recipe, set_recipe
 from dsv3_kernels.nn.gate import Gate
 from dsv3_kernels.nn.recipe import RECOMPUTE, Precision
-from dsv3_kernels.train import not_finite, schedule
-from dsv3_kernels.train.checkpoint import Checkpoint
+from dsv3_kernels.train import schedule
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig, from_json, to_json
-from dsv3_kernels.train.data import Batches, Corpus
-from dsv3_kernels.train.ema import Ema
+from dsv3_kernels.train.data.corpus import Batches, Corpus
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor, LocalExecutor
-from dsv3_kernels.train.optimizer import AdamW, Piece
-from dsv3_kernels.train.parallel import Groups, Layout, add_up, gather, named_parameters, rank_in
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
-from dsv3_kernels.train.saver import Saver
+from dsv3_kernels.train.observe import not_finite
+from dsv3_kernels.train.parallel.groups import Groups, Layout, add_up, gather, named_parameters, rank_in
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.state.checkpoint import Checkpoint
+from dsv3_kernels.train.state.ema import Ema
+from dsv3_kernels.train.state.optimizer import AdamW, Piece
+from dsv3_kernels.train.state.saver import Saver
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class Trainer:
             self.layout.check(model, batch_size, self.parallel.micro_batches)
         recompute = RECOMPUTE if train.recompute else ()
         self.recipe = Fp8Recipe(precision, train.power_of_2_scales, recompute=recompute)
-        self.model = DeepSeekV3(model, self.recipe, self._buffer())
-        self.model.initialize(train.seed)
+        buffer = self._buffer()
+        with torch.device("meta"):  # memory is for what is left of it on this rank
+            self.model = DeepSeekV3(model, self.recipe, buffer)
         self.executor = _executor(self.model, self.parallel, self.groups)
-        self.model.to(self.device)
+        self.model.to_empty(device=self.device)
+        self.model.initialize(train.seed)
         self.optimizer = AdamW(
             named_parameters(self.executor),
             weight_decay=train.weight_decay,

@@ -104,8 +104,7 @@ class Cluster:
         def program(rank, group):
             for i, inputs in enumerate(rounds):
                 mine = out[i][rank]
-                mine.call = internode.dispatch_call(
-                    self.links[rank],
+                operands = kernels.DispatchOperands(
                     inputs.x[rank],
                     inputs.topk_idx[rank],
                     inputs.topk_weights[rank] if self.case.weights else None,
@@ -114,6 +113,7 @@ class Cluster:
                     False,
                     SECONDS,
                 )
+                mine.call = internode.dispatch_call(self.links[rank], operands)
                 launch(both[0], mine.call)
                 if combine and not self.links[rank].peers.failure.any():
                     mine.back = self.combine(rank, i, inputs, mine)
@@ -130,8 +130,7 @@ class Cluster:
         mine.y, mine.gradients = results(case, round_, rank, mine.came.topk_idx.shape[0])
         mine.home = torch.full((shape[0], case.hidden), torch.nan).bfloat16()
         mine.home_gradients = torch.full(shape, torch.nan)
-        return internode.combine_call(
-            self.links[rank],
+        operands = kernels.CombineOperands(
             mine.y,
             inputs.topk_idx[rank],
             mine.layout,
@@ -143,6 +142,7 @@ class Cluster:
             False,
             SECONDS,
         )
+        return internode.combine_call(self.links[rank], operands)
 
 
 def expected_of(case, inputs):

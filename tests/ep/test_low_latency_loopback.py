@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fp8_helpers import fresh_generator
-from test_ep_loopback import HostRead, NoFunction, NoOperator, launches_outside  # noqa: F401
+from host_reads import HostRead, no_host_reads
 
 from bench import cases
 from bench.cases import low_latency
@@ -40,14 +40,14 @@ def test_bad_experts_of_a_rank_and_the_next_call():
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_no_call_reads_on_the_host(launches_outside, fp8):  # noqa: F811
+def test_no_call_reads_on_the_host(fp8):
     """So a CUDA graph can hold them."""
     x, idx, weights = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [3]]), torch.ones(2, 1)
     with emulator.virtual_gpu(num_sms=4):
         buffer = ep.LoopbackBuffer(2, 4, 32, 4, 1, device="cpu")
         buffer.low_latency_dispatch([x, x], [idx, idx], 1)  # sets up memory
         y = [torch.full((2, 8, 32), float(r)).bfloat16() for r in range(2)]
-        with NoOperator(), NoFunction():
+        with no_host_reads():
             got = buffer.low_latency_dispatch([x, x], [idx, idx], 1, fp8=fp8)
             home = buffer.low_latency_combine(y, [part.handle for part in got], [weights] * 2, 1)
             with pytest.raises(HostRead):

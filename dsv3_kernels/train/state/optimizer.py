@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsv3_kernels.train.parallel import Placement, add_up, rank_in, size_of
+from dsv3_kernels.train.parallel.groups import Placement, add_up, rank_in, size_of
 
 # Its name since torch 2.13, before which it has another.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -54,19 +54,20 @@ class _Bucket:
         self.high = self.low + share
         decayed = sum(p.numel() for p in self.parameters if p.dim() >= 2)
         self.decayed = min(max(decayed - self.low, 0), share)
-        flat = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.starts = [0]
         for size in sizes:
             self.starts.append(self.starts[-1] + size)
-        self.master = self._padded(flat)[self.low : self.high].clone()
+        self.master = self.parameters[0].new_zeros(share, dtype=torch.float32)
+        for parameter, start in zip(self.parameters, self.starts, strict=False):
+            low, high = max(start, self.low), min(start + parameter.numel(), self.high)
+            if low < high:
+                mine = parameter.detach().flatten()[low - start : high - start]
+                self.master[low - self.low : high - self.low] = mine
         self.exp_avg = torch.zeros_like(self.master, dtype=torch.bfloat16)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self._flat_grad = self.master.new_zeros(self.length)
         self._grads = self._views(self._flat_grad)
         self.grad = self._flat_grad[self.low : self.high]
-
-    def _padded(self, flat: Tensor) -> Tensor:
-        return torch.cat([flat, flat.new_zeros(self.length - flat.numel())])
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = flat[: self.starts[-1]].split([p.numel() for p in self.parameters])
