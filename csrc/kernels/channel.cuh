@@ -17,8 +17,8 @@
 // There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
 // reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
 //
-// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait then;
-// given_up.cuh says how they come to name the one that did not come, not each other.
+// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait
+// then; given_up.cuh says how they come to name the one that did not come, not each other.
 #pragma once
 
 #include "given_up.cuh"
@@ -102,7 +102,7 @@ struct Rank {
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
-    u32 gpus;  // ranks of a node
+    u32 gpus;                // ranks of a node
     const i32* queue_pairs;  // the first one carries what fail tells other nodes; null if there are none
 
     __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
