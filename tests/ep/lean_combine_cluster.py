@@ -44,4 +44,4 @@ class LeanCombine(Cluster):
         sizes = dict(grid=(self.sms, 1, 1), block=(32 * warps, 1, 1))
         sizes["shared_bytes"] = warps * lean_combine.warp_bytes(self.stages)
         gpu.launch(*every[0], args=(call, self.sms, self.stages), **sizes)
-        gpu.launch(*every[1], args=(call, blocks), grid=(blocks, 1, 1), block=(64, 1, 1))
+        gpu.launch(*every[1], args=(call, blocks, self.sms), grid=(blocks, 1, 1), block=(64, 1, 1))
