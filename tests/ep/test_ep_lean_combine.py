@@ -1,5 +1,7 @@
 """csrc/kernels/combine_lean.cuh in the emulator: bit for bit the reference, and the bytes that it moves."""
 
+import collections
+import itertools
 import random
 
 import pytest
@@ -7,7 +9,7 @@ from cases import BETWEEN_NODES, Case, draw
 from fp8_helpers import fresh_generator
 from internode_cluster import check
 from lean_combine_cluster import LeanCombine
-from test_ep_internode import TOPOLOGIES, links_of
+from test_ep_internode import TOPOLOGIES
 
 from dsv3_kernels.ep import Topology, lean_combine
 
@@ -51,25 +53,38 @@ def test_a_thousand_seeds(topology):
         is_right(topology, BETWEEN_NODES[i % len(BETWEEN_NODES)], seed + i)
 
 
-def test_bytes():
-    """A token home: a row from each rank over NVLink, from each other node over InfiniBand. The rest is words:
-    a tail for four rows of a stream, an acknowledgement for each pair of ranks."""
-    case = Case(Topology(2, 2), local_experts=8, hidden=7168, num_topk=8, tokens=12, weights=True, seed=0)
+@pytest.mark.parametrize("hidden, gradients", [(7168, False), (144, True)])
+def test_bytes(hidden, gradients):
+    """A token home: a row from each rank over NVLink, from each other node over InfiniBand, with 4 bytes a
+    choice if gradients travel. The rest is words: a tail for four rows of a stream, and one acknowledgement."""
+    case = Case(Topology(2, 2), local_experts=4, hidden=hidden, num_topk=8, tokens=10, seed=int(gradients))
     inputs = draw(case)
-    alone = LeanCombine(case, 0)
-    alone.run([inputs], combine=False)
-    cluster = LeanCombine(case, 0, pairs=1, stages=3)
-    check(cluster, 0, cluster.run([inputs])[0])
-    dispatched, both, (ib, nvlink) = alone.cluster.counters, cluster.cluster.counters, links_of(case, inputs)
-    row, tails = 2 * 7168, {pair: -(-count // 4) for pair, count in ib.items()}
-    for source, target in ((0, 2), (2, 0), (1, 3), (3, 1)):  # home is `source`
-        spent = both["links"][target, source]["bytes"] - dispatched["links"][target, source]["bytes"]
-        assert spent == ib[source, target] * row + 8 * tails[source, target] + 8
-    for source, target in ((0, 1), (1, 0), (2, 3), (3, 2)):
-        spent = both["peer_bytes_by_link"][target, source] - dispatched["peer_bytes_by_link"][target, source]
-        rows = nvlink[source, target] * row
-        # Two streams, of the node's own tokens and the other's: tails, and the acknowledgement.
-        assert rows + 8 < spent <= rows + 8 * (nvlink[source, target] // 4 + 2) + 8
+    dispatched, both = LeanCombine(case, 0), LeanCombine(case, 0, pairs=1, stages=3)
+    dispatched.run([inputs], combine=False)
+    check(both, 0, both.run([inputs])[0])
+    dispatched, both = dispatched.cluster.counters, both.cluster.counters
+    rows, numbers = collections.Counter(), collections.Counter()  # by (from, to, home's node)
+    for home, idx in enumerate(inputs.topk_idx):
+        for experts in idx.tolist():
+            ranks = collections.Counter(expert // 4 for expert in experts if expert >= 0)
+            for node in {rank // 2 for rank in ranks}:
+                forwarder = node * 2 + home % 2
+                rows[forwarder, home, home // 2] += forwarder != home
+                for rank in ranks:
+                    if rank // 2 == node and rank != forwarder:
+                        rows[rank, forwarder, home // 2] += 1
+                        numbers[rank, forwarder] += 1 + ranks[rank]
+    for source, target in itertools.permutations(range(4), 2):
+        streams = [rows[source, target, node] for node in range(2)]
+        words = 8 * sum(-(-count // 4) for count in streams) + 8
+        payload = sum(streams) * 2 * hidden
+        if source % 2 == target % 2:
+            spent = both["links"][source, target]["bytes"] - dispatched["links"][source, target]["bytes"]
+            assert spent == payload + gradients * sum(streams) * 4 * 8 + words
+        elif source // 2 == target // 2:
+            spent = [c["peer_bytes_by_link"][source, target] for c in (both, dispatched)]
+            assert spent[0] - spent[1] == payload + gradients * numbers[source, target] * 4 + words
+        assert words < 0.02 * payload or not payload or hidden != 7168
 
 
 def test_shapes_of_launches():
