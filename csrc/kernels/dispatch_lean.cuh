@@ -501,7 +501,6 @@ __device__ __forceinline__ void run(const LeanCall& all, u32 block, u32 blocks, 
     if (__syncthreads_or(!kept)) return;
     ptx::launch_dependents();
     if (threadIdx.x != 0 || ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
-    self.sequence->finished_blocks = 0;
     lean::Place{{self}, all.link}.acknowledge(epoch);
 }
 

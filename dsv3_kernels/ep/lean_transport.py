@@ -67,7 +67,8 @@ class LeanTransport(IntranodeTransport):
             strict=True,
         ):
             pieces = blocks.pieces(message)
-            arguments = blocks.count, pieces.bytes, pieces.stages
+            moved = (call.num_sms,) if found else ()
+            arguments = blocks.count, *moved, pieces.bytes, pieces.stages
             found.append(Launch(kernel, *blocks.shape(pieces), arguments, dependent=bool(found)))
         return found
 

@@ -44,8 +44,8 @@ class LeanCluster(Cluster):
             lean_dispatch.blocks_of_epilogue(self.shape, self.blocks, 3),
         )
         self._chain(
-            (*part, *blocks.shape(pieces), (table, blocks.count, pieces.bytes, pieces.stages))
-            for part, blocks in zip(compiled, of_launch, strict=False)
+            (*part, *blocks.shape(pieces), (table, blocks.count, *moved, pieces.bytes, pieces.stages))
+            for part, blocks, moved in zip(compiled, of_launch, ((), (self.num_sms,)), strict=False)
         )
 
     def combine(self, compiled, rank, operands):
