@@ -83,7 +83,7 @@ class LeanTransport(IntranodeTransport):
         epilogue = lean_combine.shape_of_epilogue(sms)
         return [
             Launch(lean_combine.MOVE, grid, block, shared, (call.num_sms, stages)),
-            Launch(lean_combine.EPILOGUE, *epilogue, (sms,), dependent=True),
+            Launch(lean_combine.EPILOGUE, *epilogue, (sms, call.num_sms), dependent=True),
         ]
 
     def dispatch_call(self, operands: kernels.DispatchOperands) -> Struct:

@@ -64,7 +64,7 @@ class LeanCluster(Cluster):
                     warps * lean_combine.warp_bytes(stages),
                     (table, grid[0], stages),
                 ),
-                (*compiled[2], (self.blocks, 1, 1), (96, 1, 1), 0, (table, self.blocks)),
+                (*compiled[2], (self.blocks, 1, 1), (96, 1, 1), 0, (table, self.blocks, grid[0])),
             ]
         )
 
