@@ -15,10 +15,10 @@ from ..quantized import QuantizedTensor
 from . import internode as nodes
 from . import internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
 from .calls import Calls, Sized, shape_of, timeout_of
+from .design import INTERNODE, Design, check_design, design_of
 from .exchange import Exchange
-from .internode import Design, InternodeTransport
+from .internode import InternodeTransport
 from .intranode import IntranodeTransport
-from .lean import Slots
 from .lean_dispatch import few_sms
 from .lean_transport import LeanTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
@@ -37,7 +37,6 @@ _AGREED = (
     *("dtype.itemsize", "transport", "internode", "tuning.channels", "tuning.chunk", "tuning.depth"),
 )
 TRANSPORTS = (None, "nvlink", "portable", "nvshmem")
-INTERNODE = ("rings", "lean")
 
 
 class Buffer(Sized):
@@ -83,11 +82,7 @@ class Buffer(Sized):
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"Buffer: transport is {transport!r}, expected one of {TRANSPORTS}")
-        if internode not in INTERNODE:
-            raise ValueError(f"Buffer: internode is {internode!r}, expected one of {INTERNODE}")
-        tuning = Tuning() if tuning is None else tuning
-        if not isinstance(tuning, Tuning):
-            raise TypeError(f"Buffer: tuning is {type(tuning).__name__}, expected an ep.Tuning or None")
+        tuning = check_design("Buffer", internode, tuning)
         seconds = timeout_of(timeout)
         sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
@@ -99,7 +94,7 @@ class Buffer(Sized):
             if refused or transport is not None:
                 raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
             if self._shape.topology.nodes > 1:
-                design = _design(self._shape, internode, tuning)
+                design = design_of(self._shape, internode, tuning)
                 self._transport = nodes.emulated(group, emulator.current(), design, seconds)
             else:
                 self._transport = intranode.emulated(group, emulator.current(), self._shape, seconds)
@@ -115,7 +110,7 @@ class Buffer(Sized):
                 device = _device(exchange.group)
                 agreed = _agreed(self._shape, transport, internode, tuning)
                 _agree(exchange.all_gather("Buffer", agreed, device))
-            make = functools.partial(_design, self._shape, internode, tuning)
+            make = functools.partial(design_of, self._shape, internode, tuning)
             self._transport, self._reason = _choose(self._shape, exchange, transport, make)
             self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, self._transport.name)
         self._low_latency: low_latency.LowLatencyTransport | None = None
@@ -283,11 +278,6 @@ class Buffer(Sized):
             transport.failure(),
             self._internode,
         )
-
-
-def _design(shape: Shape, internode: str, tuning: Tuning) -> Design:
-    """Of the kernels between nodes."""
-    return Slots(shape) if internode == "lean" else rings_of(shape, tuning)
 
 
 def _choose(

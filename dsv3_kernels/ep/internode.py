@@ -16,6 +16,7 @@ from ..by_value import Struct
 from ..jit import Kernel
 from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
+from .design import Design
 from .internode_kernels import Layout, Link, Rings
 from .intranode import IntranodeTransport, KernelRank
 from .lean import Slots
@@ -74,9 +75,6 @@ class InternodeRank(KernelRank):
 
 class InternodeTransport(IntranodeTransport, InternodeRank):
     """A rank that launches alone."""
-
-
-Design = Rings | Slots  # what the design of the kernels keeps in symmetric memory
 
 
 def emulated(group: Any, gpu: Any, design: Design, timeout: float) -> IntranodeTransport:

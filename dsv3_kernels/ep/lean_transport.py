@@ -13,19 +13,18 @@ from .. import launch
 from ..by_value import Struct
 from . import kernels, lean_combine, lean_dispatch
 from .internode_kernels import Layout
-from .intranode import IntranodeTransport, Launch
+from .intranode import IntranodeTransport, KernelRank, Launch
 from .lean import Link, Slots
 from .transport import CombineCall, DispatchCall
 
 
-class LeanTransport(IntranodeTransport):
+class LeanRank(KernelRank):
     """addresses: of the memories of this node's ranks, as this rank sees them. symmetric: uint8 zeros,
     `slots.size` of them, for dispatch and for combine. queue_pairs: int32, a handle a channel.
     """
 
     def __init__(
         self,
-        name: str,
         slots: Slots,
         rank: int,
         memory: Tensor,
@@ -37,7 +36,7 @@ class LeanTransport(IntranodeTransport):
     ) -> None:
         # A rank of another node stands for its forwarder here.
         everybody = list(addresses) * slots.shape.topology.nodes
-        super().__init__(name, slots.shape, rank, memory, everybody, timeout, **options)
+        super().__init__(slots.shape, rank, memory, everybody, timeout, **options)
         self.link = Link.create(slots, self.peers, symmetric, queue_pairs)
 
     def channels_of(self, num_sms: int) -> int:
@@ -53,7 +52,7 @@ class LeanTransport(IntranodeTransport):
 
     def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
         if isinstance(call, CombineCall):
-            return self._combine_launches(call)
+            return self._combine_launches(call, launched)
         again = call.handle is not None
         data = call.x if isinstance(call.x, Tensor) else call.x.data
         message, _ = lean_dispatch.message_of(self.shape, call.x, again)
@@ -62,7 +61,7 @@ class LeanTransport(IntranodeTransport):
             lean_dispatch.DISPATCH_AGAIN if again else lean_dispatch.DISPATCH,
             (
                 lean_dispatch.blocks_of(self.shape, call.num_sms),
-                lean_dispatch.blocks_of_epilogue(self.shape, launch.num_sms(data)),
+                lean_dispatch.blocks_of_epilogue(self.shape, launch.num_sms(data) // launched),
             ),
             strict=True,
         ):
@@ -72,14 +71,14 @@ class LeanTransport(IntranodeTransport):
             found.append(Launch(kernel, *blocks.shape(pieces), arguments, dependent=bool(found)))
         return found
 
-    def _combine_launches(self, call: CombineCall) -> list[Launch]:
+    def _combine_launches(self, call: CombineCall, launched: int) -> list[Launch]:
         layout = call.handle.layout
         if not isinstance(layout, Layout):
             raise TypeError(
                 f"handle.layout is {type(layout).__name__}, expected that of kernels across nodes"
             )
         grid, block, shared, stages = lean_combine.shape_of_move(layout.ranges.shape[1], call.num_sms)
-        sms = launch.num_sms(call.y)
+        sms = launch.num_sms(call.y) // launched
         epilogue = lean_combine.shape_of_epilogue(sms)
         return [
             Launch(lean_combine.MOVE, grid, block, shared, (call.num_sms, stages)),
@@ -91,3 +90,7 @@ class LeanTransport(IntranodeTransport):
 
     def combine_call(self, operands: kernels.CombineOperands) -> Struct:
         return lean_combine.combine_call(self.link, operands)
+
+
+class LeanTransport(IntranodeTransport, LeanRank):
+    """A rank that launches alone."""
