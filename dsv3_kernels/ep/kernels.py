@@ -91,11 +91,18 @@ class Failure:
     recorded: int
 
     def cause(self, rank: int) -> str:
-        word = f"word is {self.seen:#x}, expected at least {self.expected:#x}"
-        if self.missing == self.peer:
-            return f"its {word}"
-        whom = "this rank, which came too late" if self.missing == rank else f"rank {self.missing}"
-        return f"it needed rank {self.peer}, whose {word}, but that one has given up waiting for {whom}"
+        return cause_of(rank, self.peer, self.missing, self.seen, self.expected)
+
+
+def cause_of(rank: int, peer: int, missing: int, seen: int, expected: int) -> str:
+    """Why `rank`, which waited for `peer`, names `missing`."""
+    word = f"word is {seen:#x}, expected at least {expected:#x}"
+    if missing == peer:
+        return f"its {word}"
+    whom = f"rank {missing}"
+    if missing == rank:
+        whom = "this rank, which came too late or is not heard"
+    return f"it needed rank {peer}, whose {word}, but that one has given up waiting for {whom}"
 
 
 @dataclass(frozen=True)
