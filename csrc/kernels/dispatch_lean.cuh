@@ -419,6 +419,7 @@ __device__ __forceinline__ void forward_messages(const Lean& o, bulk::Ring& ring
 template <bool kAgain>
 __device__ __forceinline__ bool forward(const Lean& o, bulk::Ring& ring, u32* taken) {
     const u32 lane = threadIdx.x % 32, nodes = o.place.link.nodes, gpus = o.self.gpus;
+    __syncwarp();  // the channel before may still be counted
     for (u32 i = lane; i < o.self.ranks; i += 32) taken[i] = 0;
     if (!may_write(o, false)) return false;
     bool open = lane < nodes && lane != o.place.node();
