@@ -17,8 +17,8 @@
 // There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
 // reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
 //
-// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait then;
-// given_up.cuh says how they come to name the one that did not come, not each other.
+// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait
+// then; given_up.cuh says how they come to name the one that did not come, not each other.
 #pragma once
 
 #include "given_up.cuh"
@@ -93,6 +93,13 @@ struct Counters {
     u64 waits, nanoseconds, bytes;
 };
 
+// How a wait has ended: what it saw last; in vain, whether its time was up, or it saw the alarm at its first
+// look.
+struct Waited {
+    u64 seen;
+    bool late, came_after;
+};
+
 // One rank among the others of its node, as a kernel gets it.
 struct Rank {
     u8* const* mappings;  // [ranks], as this rank sees them
@@ -102,7 +109,7 @@ struct Rank {
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
-    u32 gpus;  // ranks of a node
+    u32 gpus;                // ranks of a node
     const i32* queue_pairs;  // the first one carries what fail tells other nodes; null if there are none
 
     __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
@@ -122,8 +129,16 @@ struct Rank {
     // vain.
     __device__ __forceinline__ u64 wait(const u64* address, u64 expected, Role role, u32 peer,
                                         u32 channel) const {
+        const Waited waited = wait_quietly(address, expected, role, peer, channel);
+        if (waited.seen < expected) fail(expected, waited, role, peer, channel);
+        return waited.seen;
+    }
+
+    // The same for who may fail only where it holds little in registers, and then does.
+    __device__ __forceinline__ Waited wait_quietly(const u64* address, u64 expected, Role role, u32 peer,
+                                                   u32 channel) const {
         u64 seen = ptx::load_acquire_system(address);
-        if (seen >= expected) return seen;
+        if (seen >= expected) return {seen, false, false};
         const u64 start = ptx::global_timer(), pause = GivenUp::pause(timeout);
         u64 waited = 0, look = pause;
         while (seen < expected && waited <= timeout) {
@@ -136,8 +151,11 @@ struct Rank {
         }
         ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
         ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
-        if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout, look == pause);
-        return seen;
+        return {seen, waited > timeout, look == pause};
+    }
+    __device__ __forceinline__ void fail(u64 expected, Waited waited, Role role, u32 peer,
+                                         u32 channel) const {
+        fail(expected, waited.seen, role, peer, channel, waited.late, waited.came_after);
     }
 
     // One lane.
@@ -220,6 +238,12 @@ struct Share {
 __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
     for (u32 peer = 0; peer < self.ranks; ++peer)
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
+}
+
+// Whether team `number` of a block sends its channel; that of the block's neighbour receives it. Every block
+// has teams of either role, in all four quarters of its SM, for one loads where the other stores.
+__device__ __forceinline__ bool sends(u32 block, u32 number, u32 ranks) {
+    return (block + number / max(1u, 4 / ranks)) % 2 == 0;
 }
 
 // By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True

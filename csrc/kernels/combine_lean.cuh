@@ -28,6 +28,23 @@ using combine::Sums;
 
 constexpr u32 kNobody = ~0u;
 
+// What a lane has waited for in vain, if anything. Told where a warp ends: once in the code, and where
+// nothing else is in registers.
+struct Miss {
+    bool happened = false;
+    u64 expected;
+    Waited waited;
+    Role role;
+    u32 peer;
+
+    // One lane: as Rank::wait, but true if the word came.
+    __device__ __forceinline__ bool wait(const Inbound& o, const u64* word, u64 value, Role as, u32 whom) {
+        const Waited end = o.self.wait_quietly(word, value, as, whom, o.channel);
+        if (end.seen < value) *this = {true, value, end, as, whom};
+        return end.seen >= value;
+    }
+};
+
 // A sender's tokens, one after the other: of all streams to a node one token, then the next of each.
 class Sending {
   public:
@@ -61,7 +78,7 @@ class Sending {
     }
     __device__ __forceinline__ bool weighted() const { return from_.weights != nullptr; }
     __device__ __forceinline__ float weight(u32 lane) const { return __shfl_sync(kFullWarp, weight_, lane); }
-    __device__ __forceinline__ bool may_read(bool, bool&) { return true; }
+    __device__ __forceinline__ bool may_read(Miss*) { return true; }
 
     __device__ __forceinline__ u8* target() const { return peer().slot(source(), index_); }
     // The token's row is on its way, all but its last store, perhaps.
@@ -119,23 +136,23 @@ class Forwarding {
     __device__ __forceinline__ const u8* row() const { return o_.self.mine().slot(source(), max(slot_, 0)); }
     __device__ __forceinline__ bool weighted() const { return false; }
     __device__ __forceinline__ float weight(u32) const { return 1.0f; }
-    // Whether all rows of the message are here, waiting for them if it must. `kept` becomes false if they do
-    // not come.
-    __device__ __forceinline__ bool may_read(bool must, bool& kept) {
+    // Whether all rows of the message are here; with `miss`, it waits for them.
+    __device__ __forceinline__ bool may_read(Miss* miss) {
         const u64 expected = o_.epoch << 32 | (slot_ - first_ + 1);
         const bool waits = slot_ >= 0 && seen_ < expected;
         if (!__any_sync(kFullWarp, waits)) return true;
+        bool here = true;
         if (waits) {
-            const u32 lane = threadIdx.x % 32;
             const u64* tail = o_.self.mine().tail(source(), o_.channel);
-            seen_ = must ? o_.self.wait(tail, expected, Role::kForward, o_.where.near(lane), o_.channel)
-                         : ptx::load_acquire_system(tail);
+            const u32 peer = o_.where.near(threadIdx.x % 32);
+            if (miss) here = miss->wait(o_, tail, expected, Role::kForward, peer);
+            seen_ = ptx::load_acquire_system(tail);
+            here &= seen_ >= expected;
         }
-        const bool all = __all_sync(kFullWarp, slot_ < 0 || seen_ >= expected);
+        here = __all_sync(kFullWarp, here);
         __syncwarp();
         bulk::acquired();
-        kept = all || !must;
-        return all;
+        return here;
     }
 
     __device__ __forceinline__ u8* target() const {
@@ -190,13 +207,13 @@ struct Loader {
         if (more) rows_left = walk.rows();
     }
 
-    // As many as there are stages. kWaits: for rows, where nothing is under way; false if they do not come.
-    template <bool kWaits>
-    __device__ __forceinline__ bool fill(bulk::Ring& stages, u32 row_bytes) {
-        bool kept = true;
+    // As many as there are stages; with `miss`, it waits for rows where nothing is under way. False if they
+    // do not come.
+    __device__ __forceinline__ bool fill(bulk::Ring& stages, u32 row_bytes, Miss* miss) {
         while (more && under_way < stages.stages()) {
-            if (!readable) readable = walk.may_read(kWaits && under_way == 0, kept);
-            if (!readable) return kept;
+            const bool waits = miss && under_way == 0;
+            if (!readable) readable = walk.may_read(waits ? miss : nullptr);
+            if (!readable) return !waits;
             if (rows_left) {
                 const u64 row =
                     __shfl_sync(kFullWarp, reinterpret_cast<u64>(walk.row()), __ffs(rows_left) - 1);
@@ -239,7 +256,7 @@ __device__ __forceinline__ void write_stage(u8* stage, const Piece& piece, u32 l
 // One warp: the sum of each token's rows to its target. What was stored is told one piece later, when it has
 // long arrived. Whatever may wait or call stands where no sums are in registers.
 template <class Walk>
-__device__ __forceinline__ bool add_rows(const Walk& begin, Stages& stages, u32 row_bytes) {
+__device__ __forceinline__ bool add_rows(const Walk& begin, Stages& stages, u32 row_bytes, Miss& miss) {
     Walk walk = begin;
     Loader<Walk> ahead(begin);
     while (walk.next()) {
@@ -250,13 +267,13 @@ __device__ __forceinline__ bool add_rows(const Walk& begin, Stages& stages, u32 
                 bulk::stores_done();
                 walk.tell();
             }
-            if (!ahead.template fill<true>(stages.rows, row_bytes)) return false;
+            if (!ahead.fill(stages.rows, row_bytes, &miss)) return false;
             Sums sums;
             for (u32 left = rows; left; left &= left - 1) {
                 const float weight = walk.weight(__ffs(left) - 1);
                 add_stage(sums, stages.rows.wait(), bytes, weight, walk.weighted());
                 --ahead.under_way;
-                ahead.template fill<false>(stages.rows, row_bytes);
+                ahead.fill(stages.rows, row_bytes, nullptr);
             }
             const bool owes = walk.owes();
             if (owes)
@@ -279,77 +296,87 @@ __device__ __forceinline__ bool add_rows(const Walk& begin, Stages& stages, u32 
 }
 
 // One warp: the tokens that this rank's experts have seen, to the forwarders.
-__device__ __forceinline__ bool send(const Inbound& o, const Experts& from, Stages& stages) {
+__device__ __forceinline__ bool send(const Inbound& o, const Experts& from, Stages& stages, Miss& miss) {
     const u32 lane = threadIdx.x % 32;
-    bool kept = true;
+    bool free = true;
     if (lane < o.self.gpus) {
         const u32 peer = o.where.near(lane);
-        const u64* ack = o.self.mine().ack(peer);
-        kept = o.self.wait(ack, o.epoch - 1, Role::kSend, peer, o.channel) >= o.epoch - 1;
+        free = miss.wait(o, o.self.mine().ack(peer), o.epoch - 1, Role::kSend, peer);
     }
-    if (!__all_sync(kFullWarp, kept)) return false;
+    if (!__all_sync(kFullWarp, free)) return false;
     __syncwarp();
     for (u32 i = 0; i < o.self.ranks; ++i) {
         const u32 tokens = from.ranges[2 * (i * o.layout.channels + o.channel) + 1];
         o.self.count_sent(o.where.near(i % o.self.gpus), o.channel,
                           tokens * (o.message_bytes + (o.gradients ? 4 : 0)));
     }
-    return add_rows(Sending(o, from), stages, 2 * o.hidden);
+    return add_rows(Sending(o, from), stages, 2 * o.hidden, miss);
 }
 
 // One warp: what has come for other nodes, there.
-__device__ __forceinline__ bool forward(const Inbound& o, Stages& stages) {
+__device__ __forceinline__ bool forward(const Inbound& o, Stages& stages, Miss& miss) {
     const u32 lane = threadIdx.x % 32;
-    bool kept = true;
+    bool free = true;
     if (lane + 1 < o.place.link.nodes) {
         const u32 to = o.node_of_turn(lane);
         const u64* ack = o.place.link.slots.ack(o.place.number(to));
-        kept = o.self.wait(ack, o.epoch - 1, Role::kSend, o.where.like(to), o.channel) >= o.epoch - 1;
+        free = miss.wait(o, ack, o.epoch - 1, Role::kSend, o.where.like(to));
     }
-    if (!__all_sync(kFullWarp, kept)) return false;
+    if (!__all_sync(kFullWarp, free)) return false;
     __syncwarp();
-    return add_rows(Forwarding(o), stages, 2 * o.hidden);
+    return add_rows(Forwarding(o), stages, 2 * o.hidden, miss);
 }
 
 // One warp: until what is meant for the tokens of this rank has come, from the ranks of this node and from
 // its like on the others.
-__device__ __forceinline__ bool watch(const Inbound& o) {
-    const u32 lane = threadIdx.x % 32, here = o.where.node();
-    bool kept = true;
-    if (lane < o.self.gpus) {
-        const u32 total =
-            o.layout.forward_counts[(here * o.layout.channels + o.channel) * o.self.gpus + lane];
-        const u64 expected = o.epoch << 32 | total;
-        const u64* tail = o.self.mine().tail(here * o.self.gpus + lane, o.channel);
-        if (total)
-            kept = o.self.wait(tail, expected, Role::kReceive, o.where.near(lane), o.channel) >= expected;
+__device__ __forceinline__ bool watch(const Inbound& o, Miss& miss) {
+    const u32 lane = threadIdx.x % 32, here = o.where.node(), gpus = o.self.gpus;
+    bool came = true;
+    if (lane < gpus) {
+        const u32 total = o.layout.forward_counts[(here * o.layout.channels + o.channel) * gpus + lane];
+        const u64* tail = o.self.mine().tail(here * gpus + lane, o.channel);
+        if (total) came = miss.wait(o, tail, o.epoch << 32 | total, Role::kReceive, o.where.near(lane));
     }
-    if (lane + 1 < o.place.link.nodes) {
+    if (came && lane + 1 < o.place.link.nodes) {
         const u32 from = o.node_of_turn(lane), total = o.layout.sent(from, o.channel);
         const u64 expected = o.epoch << 32 | kFinished | total;
         u64* tail = o.place.link.slots.tail(o.place.number(from), o.channel);
-        if (total && kept) {
-            kept = o.self.wait(tail, expected, Role::kReceive, o.where.like(from), o.channel) >= expected;
-            if (kept) transport::settle(tail, expected);
-        }
+        if (total) came = miss.wait(o, tail, expected, Role::kReceive, o.where.like(from));
+        if (total && came) transport::settle(tail, expected);
     }
-    return __all_sync(kFullWarp, kept);
+    return __all_sync(kFullWarp, came);
+}
+
+// One warp of a block: all its channels.
+__device__ __forceinline__ bool serve(const CombineCall& call, u32 first, u32 step, Stages& stages) {
+    const bool sends = threadIdx.x / 32 % 2 == 0;
+    const u32 channels = call.layout.channels;
+    bool kept = true;
+    Miss miss;
+    u32 channel = first;
+    for (; kept && channel < channels; channel += step) {
+        const Inbound o = call.channel(channel);
+        kept = sends ? send(o, call.from, stages, miss) : forward(o, stages, miss);
+    }
+    if (kept && !sends)
+        for (channel = first; kept && channel < channels; channel += step)
+            kept = watch(call.channel(channel), miss);
+    if (miss.happened) call.self.fail(miss.expected, miss.waited, miss.role, miss.peer, channel - step);
+    return kept;
 }
 
 // All blocks of a rank; `block` is this one.
 __device__ __forceinline__ void run(const CombineCall& call, u32 block, u32 blocks, u32 stages, u8* shared) {
-    const u32 warp = threadIdx.x / 32, pairs = blockDim.x / 64, first = block + warp / 2 * blocks;
-    if (!call.laid_out()) return;
-    shared += warp * (stages * (kPieceBytes + bulk::Ring::kBarrierBytes) + kPieceBytes);
-    Stages mine{bulk::Ring(shared + kPieceBytes, stages, kPieceBytes), shared};
+    const u32 warp = threadIdx.x / 32, pairs = blockDim.x / 64;
     bool kept = true;
-    for (u32 channel = first; kept && channel < call.layout.channels; channel += blocks * pairs) {
-        const Inbound o = call.channel(channel);
-        kept = warp % 2 == 0 ? send(o, call.from, mine) : forward(o, mine);
+    if (call.laid_out()) {
+        shared += warp * (stages * (kPieceBytes + bulk::Ring::kBarrierBytes) + kPieceBytes);
+        Stages mine{bulk::Ring(shared + kPieceBytes, stages, kPieceBytes), shared};
+        kept = serve(call, block + warp / 2 * blocks, blocks * pairs, mine);
     }
-    if (warp % 2 == 0) return;
-    for (u32 channel = first; kept && channel < call.layout.channels; channel += blocks * pairs)
-        kept = watch(call.channel(channel));
+    // Of all blocks of both launches the last one ends the epoch.
+    if (!__syncthreads_or(!kept) && threadIdx.x == 0)
+        ptx::fetch_add_device(&call.self.sequence->finished_blocks, 1);
 }
 
 }  // namespace lean

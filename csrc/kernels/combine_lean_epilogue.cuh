@@ -1,6 +1,6 @@
 // The lean combine's second launch, on all SMs, dependent on the first, combine_lean.cuh: all rows are here,
-// and a token's nodes' rows and the bias are added. Its last block says that the slots are free. Where the
-// first launch has failed it does nothing.
+// and a token's nodes' rows and the bias are added. Its last block says that the slots are free. Where a
+// block of the first launch has waited in vain it does nothing.
 #pragma once
 
 #include "combine_lean_call.cuh"
@@ -24,24 +24,25 @@ __device__ __forceinline__ void bring_home(const CombineCall& call, u32 warp, u3
     }
 }
 
-// All blocks of a rank, after the launch that moved the rows.
-__device__ __forceinline__ void run_epilogue(const CombineCall& call, u32 block, u32 blocks) {
+// All blocks of a rank, after the `moved` of the launch that moved the rows.
+__device__ __forceinline__ void run_epilogue(const CombineCall& call, u32 block, u32 blocks, u32 moved) {
     const u32 warps = blockDim.x / 32;
-    if (call.self.sequence->failures) return;
+    if (ptx::load_acquire_system(&call.self.sequence->finished_blocks) < moved) return;
     const u64 epoch = call.self.epoch();
     if (call.laid_out()) bring_home(call, block * warps + threadIdx.x / 32, blocks * warps);
     __syncthreads();
     const Place place{{call.self}, call.link};
-    place.finish(epoch, blocks);
+    place.finish(epoch, moved + blocks);
 }
 
 }  // namespace lean
 
-// Grid: `blocks` for each rank of the launch; the next in the stream, dependent or not.
+// Grid: `blocks` for each rank of the launch; the next in the stream, dependent or not. moved: num_sms of the
+// first launch.
 __global__ void __launch_bounds__(384, 1)
-    combine_lean_epilogue(const __grid_constant__ PerRank<lean::CombineCall> calls, u32 blocks) {
+    combine_lean_epilogue(const __grid_constant__ PerRank<lean::CombineCall> calls, u32 blocks, u32 moved) {
     ptx::grid_dependency_wait();
-    lean::run_epilogue(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks);
+    lean::run_epilogue(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks, moved);
 }
 
 }  // namespace dsv3

@@ -419,7 +419,7 @@ __device__ __forceinline__ void forward_messages(const Lean& o, bulk::Ring& ring
 template <bool kAgain>
 __device__ __forceinline__ bool forward(const Lean& o, bulk::Ring& ring, u32* taken) {
     const u32 lane = threadIdx.x % 32, nodes = o.place.link.nodes, gpus = o.self.gpus;
-    __syncwarp();  // the channel before may still be counted
+    __syncwarp();  // of the channel before, all have read it
     for (u32 i = lane; i < o.self.ranks; i += 32) taken[i] = 0;
     if (!may_write(o, false)) return false;
     bool open = lane < nodes && lane != o.place.node();
@@ -502,7 +502,6 @@ __device__ __forceinline__ void run(const LeanCall& all, u32 block, u32 blocks, 
     if (__syncthreads_or(!kept)) return;
     ptx::launch_dependents();
     if (threadIdx.x != 0 || ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
-    self.sequence->finished_blocks = 0;
     lean::Place{{self}, all.link}.acknowledge(epoch);
 }
 

@@ -204,8 +204,8 @@ __device__ __forceinline__ void copy_rows(const Stream& s, u32 from, u32 step, b
 // All blocks of a rank; `block` is this one. A channel has several where there are more blocks than channels;
 // else blocks take channels in turn.
 template <bool kAgain>
-__device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32 blocks, Pieces pieces,
-                                             u8* shared) {
+__device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32 blocks, u32 moved,
+                                             Pieces pieces, u8* shared) {
     const Call& call = all.call;
     const Rank& self = call.self;
     const Message m{all.message_bytes, all.routing_bytes, pieces};
@@ -214,7 +214,8 @@ __device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32
     bulk::Ring ring(shared + warp * pieces.bytes_of_warp(), pieces.stages, pieces.bytes);
     Plan plan(reinterpret_cast<u32*>(shared + warps * pieces.bytes_of_warp()), self);
     ptx::grid_dependency_wait();
-    if (self.sequence->failures) return;  // of the first launch: not all has come
+    // Blocks of the first launch that have kept the protocol: else not all has come.
+    if (ptx::load_acquire_system(&self.sequence->finished_blocks) < moved) return;
     const u64 epoch = self.epoch();
     bool go = !kAgain || call.to.ranges[1] != kNothing;
     if (!kAgain) go = sound(call, mine, block, plan.sizes);
@@ -249,19 +250,20 @@ __device__ __forceinline__ void put_in_order(const LeanCall& all, u32 block, u32
     __syncthreads();
     Rank on_node = self;
     on_node.ranks = self.gpus;
-    finish(on_node, epoch, blocks);
+    finish(on_node, epoch, moved + blocks);
 }
 
 }  // namespace dispatch
 
-// Grid: `blocks` of them for each rank of the launch, behind dispatch_lean of the same call and dependent on
-// it. Whole warps, at most 512 threads. Dynamic shared memory: a warp's stages, then 4 * Plan::words bytes.
+// Grid: `blocks` of them for each rank of the launch, behind dispatch_lean of the same call, which had
+// `moved` of them, and dependent on it. Whole warps, at most 512 threads. Dynamic shared memory: a warp's
+// stages, then 4 * Plan::words bytes.
 template <bool kAgain>
 __global__ void __launch_bounds__(512, 1)
-    dispatch_lean_epilogue(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 blocks,
+    dispatch_lean_epilogue(const __grid_constant__ PerRank<dispatch::LeanCall> calls, u32 blocks, u32 moved,
                            u32 piece_bytes, u32 stages) {
     extern __shared__ __align__(128) u8 shared[];
-    dispatch::put_in_order<kAgain>(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks,
+    dispatch::put_in_order<kAgain>(calls.of[blockIdx.x / blocks], blockIdx.x % blocks, blocks, moved,
                                    {piece_bytes, stages}, shared);
 }
 

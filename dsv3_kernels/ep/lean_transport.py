@@ -66,7 +66,8 @@ class LeanRank(KernelRank):
             strict=True,
         ):
             pieces = blocks.pieces(message)
-            arguments = blocks.count, pieces.bytes, pieces.stages
+            moved = (call.num_sms,) if found else ()
+            arguments = blocks.count, *moved, pieces.bytes, pieces.stages
             found.append(Launch(kernel, *blocks.shape(pieces), arguments, dependent=bool(found)))
         return found
 
@@ -81,7 +82,7 @@ class LeanRank(KernelRank):
         epilogue = lean_combine.shape_of_epilogue(sms)
         return [
             Launch(lean_combine.MOVE, grid, block, shared, (call.num_sms, stages)),
-            Launch(lean_combine.EPILOGUE, *epilogue, (sms,), dependent=True),
+            Launch(lean_combine.EPILOGUE, *epilogue, (sms, call.num_sms), dependent=True),
         ]
 
     def dispatch_call(self, operands: kernels.DispatchOperands) -> Struct:

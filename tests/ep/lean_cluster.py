@@ -44,8 +44,8 @@ class LeanCluster(Cluster):
             lean_dispatch.blocks_of_epilogue(self.shape, self.blocks, 3),
         )
         self._chain(
-            (*part, *blocks.shape(pieces), (table, blocks.count, pieces.bytes, pieces.stages))
-            for part, blocks in zip(compiled, of_launch, strict=False)
+            (*part, *blocks.shape(pieces), (table, blocks.count, *moved, pieces.bytes, pieces.stages))
+            for part, blocks, moved in zip(compiled, of_launch, ((), (self.num_sms,)), strict=False)
         )
 
     def combine(self, compiled, rank, operands):
@@ -64,7 +64,7 @@ class LeanCluster(Cluster):
                     warps * lean_combine.warp_bytes(stages),
                     (table, grid[0], stages),
                 ),
-                (*compiled[2], (self.blocks, 1, 1), (96, 1, 1), 0, (table, self.blocks)),
+                (*compiled[2], (self.blocks, 1, 1), (96, 1, 1), 0, (table, self.blocks, grid[0])),
             ]
         )
 

@@ -28,9 +28,8 @@ class LeanCombine(Cluster):
         links = super().connect()
         slots = lean.Slots(self.shape)
         symmetric = self.cluster.symmetric((slots.size,), torch.uint8)
-        pairs = torch.arange(2, 2 + slots.channels, dtype=torch.int32)
         self.lean = [
-            lean.Link(slots, link.peers, (own, own), pairs)
+            lean.Link(slots, link.peers, (own, own), torch.arange(2, 2 + slots.channels, dtype=torch.int32))
             for link, own in zip(links, symmetric, strict=True)
         ]
         return links
@@ -41,7 +40,11 @@ class LeanCombine(Cluster):
     def combine(self, every, rank, operands):
         call = kernels.table([lean_combine.combine_call(self.lean[rank], operands)])
         gpu, blocks, warps = emulator.current(), self.num_sms, 2 * self.pairs
-        sizes = {"grid": (self.sms, 1, 1), "block": (32 * warps, 1, 1)}
-        sizes["shared_bytes"] = warps * lean_combine.warp_bytes(self.stages)
-        gpu.launch(*every[0], args=(call, self.sms, self.stages), **sizes)
-        gpu.launch(*every[1], args=(call, blocks), grid=(blocks, 1, 1), block=(64, 1, 1))
+        gpu.launch(
+            *every[0],
+            args=(call, self.sms, self.stages),
+            grid=(self.sms, 1, 1),
+            block=(32 * warps, 1, 1),
+            shared_bytes=warps * lean_combine.warp_bytes(self.stages),
+        )
+        gpu.launch(*every[1], args=(call, blocks, self.sms), grid=(blocks, 1, 1), block=(64, 1, 1))
