@@ -118,15 +118,16 @@ def connect_nvlink(mapped: nvlink.Mapped, shape: Shape, rank: int) -> Connection
 def connect_loopback(shape: Shape, device: torch.device) -> list[Connection]:
     """All ranks, of one node or several, on one GPU, real or virtual."""
     node, several = shape.topology.gpus_per_node, shape.topology.nodes > 1
-    memories = one_gpu.symmetric(shape.topology.size, areas(shape)[1].end, device)
+    heap = one_gpu.Heap(shape.topology.size, [areas(shape)[1].end], device)
+    memories = [heap.memories(rank)[0] for rank in range(shape.topology.size)]
     addresses = [launch.address_of(memory) for memory in memories]
     within_node = kernel(1, emulated=True)
     which = one_gpu.on_one_gpu(within_node) if several else within_node
     found = []
     for rank, memory in enumerate(memories):
         mapped = [address * (r // node == rank // node) for r, address in enumerate(addresses)]
-        pairs = one_gpu.queue_pairs(rank, memories, shape.local_experts * several)
-        found.append(Connection(rank, memory, torch.tensor(mapped, device=device), pairs, which, memories))
+        pairs = heap.queue_pairs(rank, shape.local_experts * several)
+        found.append(Connection(rank, memory, torch.tensor(mapped, device=device), pairs, which, heap))
     return found
 
 

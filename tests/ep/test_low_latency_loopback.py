@@ -14,7 +14,7 @@ from dsv3_kernels import emulator, ep
 def test_the_cases_of_the_gpu_report(case):
     generator = fresh_generator()
     inputs = case.inputs(generator)
-    with emulator.virtual_gpu(num_sms=16, seed=generator.initial_seed()) as gpu:
+    with emulator.virtual_gpu(num_sms=32, seed=generator.initial_seed()) as gpu:
         got = case.run(*inputs)
     assert gpu.counters["launches"] == 4
     assert not cases.differences(got, case.reference(*inputs))
