@@ -100,6 +100,21 @@ def empty_transposed(
     return empty_rows((width, padded_tokens(tokens, groups)), device, ue8m0_scales)
 
 
+def empty_both(
+    shape: tuple[int, ...],
+    transpose: bool,
+    group_offsets: Tensor | None,
+    device: torch.device,
+    ue8m0_scales: bool,
+) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """Room for `[tokens, width]` in tiles of 1x128, and transposed; without `transpose` that has no rows."""
+    across = shape[0], shape[1] if transpose else 0
+    return (
+        empty_rows(shape, device, ue8m0_scales),
+        empty_transposed(across, group_offsets, device, ue8m0_scales),
+    )
+
+
 # Facts of operands that passed: what they decide, they decide again.
 _accepted: set[tuple[object, ...]] = set()
 _MOST_ACCEPTED = 4096

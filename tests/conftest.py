@@ -1,4 +1,7 @@
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 # Before any test loads torch: OpenMP threads that spin while they wait slow a busy machine down tenfold.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -17,6 +20,17 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "long" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture
+def seed():
+    """Of torch's own generator, another for each test, printed."""
+    import torch
+
+    value = int(torch.randint(1 << 30, ()))
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
 
 
 @pytest.fixture(scope="session")
@@ -48,4 +62,17 @@ def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     for i in range(60):
         (folder / f"{i}.txt").write_text(f"The {i}th file counts: " + ", ".join(map(str, range(i, i + 80))))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory):
+    """The folder of a stand-in for libcuda, which records the calls."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("driver")
+    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
+    command += [str(Path(__file__).with_name("fake_libcuda.cpp")), "-o", str(folder / "libcuda.so.1")]
+    subprocess.run(command, check=True)
     return folder

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_launch import fake_driver  # noqa: F401
 
 from dsv3_kernels import doctor
 from dsv3_kernels.jit import cache, toolchain
@@ -121,7 +120,7 @@ def test_a_cache_that_others_can_write_is_broken(tmp_path):
 
 
 @pytest.mark.parametrize(("capability", "status"), [("90", "ok"), ("80", "missing")])
-def test_gpus(tmp_path, fake_driver, capability, status):  # noqa: F811
+def test_gpus(tmp_path, fake_driver, capability, status):
     found, summary = findings(tmp_path, LD_LIBRARY_PATH=str(fake_driver), FAKE_CUDA_CAPABILITY=capability)
     assert found["driver"]["found"] == "CUDA 13.0"
     assert found["GPU"]["status"] == status
@@ -131,7 +130,7 @@ def test_gpus(tmp_path, fake_driver, capability, status):  # noqa: F811
     assert summary[2] == ("one GPU: yes" if status == "ok" else "one GPU: no, for want of GPU")
 
 
-def test_a_driver_that_fails_is_broken_and_quoted(tmp_path, fake_driver):  # noqa: F811
+def test_a_driver_that_fails_is_broken_and_quoted(tmp_path, fake_driver):
     found, _ = findings(tmp_path, LD_LIBRARY_PATH=str(fake_driver), FAKE_CUDA_FAIL="cuInit")
     assert found["driver"]["status"] == "broken"
     assert "cuInit: CUDA_ERROR_INVALID_VALUE" in found["driver"]["found"]

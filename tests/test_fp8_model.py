@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from model_helpers import recorded_choices, told_choices
 
-from dsv3_kernels.gate import route
-from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, gate, set_recipe
+from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
 
 WINDOWS, LENGTH = 32, 130
 
@@ -38,7 +38,7 @@ def window_of(corpus, part):
 
 
 @pytest.mark.parametrize("part", range(2))
-def test_loss_and_gradients(trained_tiny, part, monkeypatch):
+def test_loss_and_gradients(trained_tiny, part):
     """The loss within 0.1 %, and with the same experts every gradient within a cosine of 0.99 of BF16's.
 
     With its own choice FP8 sends some 4 % of the tokens, those near a tie, to another expert than BF16 does:
@@ -48,23 +48,16 @@ def test_loss_and_gradients(trained_tiny, part, monkeypatch):
     BF16 with the same choices had 0.9956 or more in every layer.
     """
     model, corpus = trained_tiny
-    window, tape = window_of(corpus, part), []
-
-    def record(*arguments, **options):
-        tape.append(route(*arguments, **options))
-        return tape[-1]
-
-    monkeypatch.setattr(gate, "route", record)
-    want_loss, want = backward(model, BF16, window)
-    bf16_choices = tuple(tape)
+    window = window_of(corpus, part)
+    with recorded_choices() as bf16_choices:
+        want_loss, want = backward(model, BF16, window)
     assert len(want) > 20 and len(bf16_choices) == 3
-    tape.clear()
-    loss, got = backward(model, FP8, window)
-    pairs = zip(tape, bf16_choices, strict=True)
+    with recorded_choices() as fp8_choices:
+        loss, got = backward(model, FP8, window)
+    pairs = zip(fp8_choices, bf16_choices, strict=True)
     moved = torch.cat([(a.experts != b.experts).any(-1) for a, b in pairs]).float().mean()
-    replay = iter(tape)
-    monkeypatch.setattr(gate, "route", lambda *_, **__: next(replay))
-    told_loss, told = backward(model, BF16, window)
+    with told_choices(fp8_choices):
+        told_loss, told = backward(model, BF16, window)
 
     own, same, choices = cosines(got, want), cosines(got, told), cosines(told, want)
     print(f"loss {loss}, BF16 {want_loss}, BF16 with FP8's choices {told_loss}; {moved:.1%} of them moved")

@@ -5,7 +5,6 @@ A stand-in for libcuda records the calls, in a process of its own.
 
 import ctypes.util
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -53,18 +52,6 @@ def expect(error, text, call, *args, **kwargs):
 
 torch._C._cuda_getCurrentRawStream = lambda device: 7 + device
 """
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory):
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("driver")
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden"]
-    command += [str(ROOT / "tests" / "fake_libcuda.cpp"), "-o", str(folder / "libcuda.so.1")]
-    subprocess.run(command, check=True)
-    return folder
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from model_helpers import SMALL, model_of
+from model_helpers import SMALL, model_of, recorded_choices, told_choices
 from op_calls import counting
 from torch.utils.checkpoint import checkpoint
 
@@ -28,19 +28,15 @@ BATCH, LENGTH = 2, 24
 RECIPES = pytest.mark.parametrize("recipe", [FP8, BF16], ids=["fp8", "bf16"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def build(recipe, dtype=torch.bfloat16):
     return model_of(CONFIG, recipe, dtype)
 
 
-def window():
-    return torch.randint(CONFIG.vocab_size, (BATCH, LENGTH + 2))
+def window(batch=BATCH):
+    return torch.randint(CONFIG.vocab_size, (batch, LENGTH + 2))
 
 
 def step(model, tokens, losses=None):
@@ -175,28 +171,38 @@ def test_activation_checkpointing(recipe, reentrant, monkeypatch):
     assert len(loads) == 2
 
 
-@RECIPES
-def test_autocast(recipe):
-    """FP32 parameters under autocast against FP32: BF16's error, and what it moves of the experts' choice."""
-    model, tokens = build(recipe, torch.float32), window()
-    want = step(model, tokens)
-    with torch.autocast("cpu", torch.bfloat16):
+def error(got, want):
+    """Of a tensor, to its norm."""
+    return ((got - want).float().norm() / (want.float().norm() + 1e-9)).item()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss", "gradient"), [(FP8, 0.02, 0.95), (BF16, 0.005, 0.2)], ids=["fp8", "bf16"]
+)
+def test_autocast(recipe, loss, gradient):
+    """FP32 parameters under autocast against FP32 with the same experts: what rounding to BF16 moves.
+
+    In FP8, where values fall to other codes, and BF16, 300 draws of each: of the loss 1.2 and 0.2 %; of a
+    gradient, the worst of all parameters, 0.77 and 0.10 of its norm. One that is lost or doubled is off by 1.
+    """
+    model, tokens = build(recipe, torch.float32), window(8)
+    with recorded_choices() as choices:
+        want = step(model, tokens)
+    with torch.autocast("cpu", torch.bfloat16), told_choices(choices):
         got = step(model, tokens)
     assert all(g.dtype == torch.float32 for g in got)
-    assert abs(got[0] / want[0] - 1) < 0.05
-    everything = (torch.cat([g.flatten() for g in gradients[2:]]) for gradients in (got, want))
-    assert torch.nn.functional.cosine_similarity(*everything, 0) > 0.9
+    assert error(got[0], want[0]) < loss
+    assert max(map(error, got[2:], want[2:])) < gradient
 
 
 def compiled_step(model, tokens, bound, **options):
-    """bound: of a tensor's error, to its norm."""
+    """bound: of a tensor's `error`."""
     torch._dynamo.reset()
     want = step(model, tokens)
     got = step(model, tokens, torch.compile(model.losses, **options))
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
-        error = ((a - b).float().norm() / (b.float().norm() + 1e-9)).item()
-        assert error <= bound
+        assert error(a, b) <= bound
 
 
 NO_MTP = dataclasses.replace(CONFIG, num_nextn_predict_layers=0)

@@ -116,9 +116,10 @@ def swiglu_backward(generator, options):
     x = dk.quantize_1x128(torch.randn(sum(SIZES), 256, generator=generator), **options)
     dy = at_borders(generator, sum(SIZES), 128).bfloat16()
     dx, y = reference.swiglu_backward(dy, dk.dequantize(x))
-    results = dk.swiglu_backward_quantize(dy, x, OFFSETS, recompute=True, **options)
-    yield from zip(results, (dx, by_groups(dx), by_groups(y)), strict=True)
-    yield from zip(dk.swiglu_backward_quantize(dy, x, OFFSETS, **options), (dx, by_groups(dx)), strict=True)
+    for recompute in (False, True):
+        got = dk.swiglu_backward_quantize(dy, x, OFFSETS, recompute=recompute, **options)
+        yield from ((got.dx, dx), (got.dx_t, by_groups(dx)))
+    yield got.y_t, by_groups(y)
 
 
 def permuted(generator, options):
@@ -130,10 +131,8 @@ def permuted(generator, options):
     yield from ((q, rows), (q_t, by_groups(rows)))
 
 
-FORMS = [
-    (form, POWERS) for form in (quantised_x, quantised_w, requantised, swiglu, swiglu_backward, permuted)
-]
-FORMS += [(form, E8M0) for form in (quantised_x, quantised_w)]
+EVERY = (quantised_x, quantised_w, requantised, swiglu, swiglu_backward, permuted)
+FORMS = [(form, options) for options in (POWERS, E8M0) for form in EVERY]
 
 
 @pytest.mark.parametrize("world", ["reference", "emulator"])

@@ -45,20 +45,19 @@ def op_samples():
     yield "dequantize", (*as_tensors(a), 1, torch.bfloat16)
     yield "dequantize", (*as_tensors(b3), 128, torch.float32)
     index = torch.tensor([3, -1, 0, 3], dtype=torch.int32)
-    yield "permute_quantize", (draw(5, 272), index, False)
-    yield "permute_quantize_both", (draw(5, 272), index, OFFSETS[:2] * 0, True)
+    yield "permute_quantize", (draw(5, 272), index, None, False, False, True)
+    yield "permute_quantize", (draw(5, 272), index, OFFSETS[:2] * 0, True, True, False)
     yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), draw(2, 2))
     yield "unpermute", (draw(4, 24).bfloat16(), index.view(2, 2), None)
     yield "pack_e5m6", (draw(5, 256),)
     yield "unpack_e5m6", (*dk.pack_e5m6(draw(5, 256)), torch.bfloat16)
     gate_up, dy = draw(40, 256).bfloat16(), draw(40, 128).bfloat16()
-    yield "swiglu_quantize", (gate_up, None, True)
-    yield "swiglu_quantize_both", (gate_up, draw(40), OFFSETS, False)
+    yield "swiglu_quantize", (gate_up, None, None, False, True, False)
+    yield "swiglu_quantize", (gate_up, draw(40), OFFSETS, True, False, True)
     kept = as_tensors(dk.quantize_1x128(gate_up))
     for weights in (None, draw(40)):
-        backward = (dy, *kept, weights, OFFSETS, True)
-        yield "swiglu_backward_quantize", backward
-        yield "swiglu_backward_quantize_y", backward
+        for recompute in (False, True):
+            yield "swiglu_backward_quantize", (dy, *kept, weights, OFFSETS, recompute, True, recompute)
     yield "fp8_gemm", tuple(as_tensors(a, b))
     yield "grouped_fp8_gemm", (*as_tensors(a, b3), OFFSETS)
     yield "masked_grouped_fp8_gemm", (*as_tensors(a3, b3), torch.tensor([7, 0, 3], dtype=torch.int32))
@@ -101,7 +100,7 @@ def swiglu_step(x, w, dy, out):
     gate_up, dy = x[:, :256].bfloat16().contiguous(), torch.cat([dy] * 4, -1).bfloat16()
     q = dk.swiglu_quantize(gate_up)
     q_both, q_t = dk.swiglu_quantize(gate_up, x[:, 256].contiguous(), transpose=True)
-    pair = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up))
+    pair = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up))[:2]
     weights = x[:, 256].contiguous()
     *triple, d = dk.swiglu_backward_quantize(dy, dk.quantize_1x128(gate_up), weights=weights, recompute=True)
     out.add_(1)

@@ -31,7 +31,7 @@ from dsv3_kernels.nn.recipe import FP8, Fp8Recipe
 from dsv3_kernels.nn.recompute import Remake, remake_of
 from dsv3_kernels.quantize import dequantize, quantize_1x128, quantize_128x128
 from dsv3_kernels.quantized import ROW, TILE, QuantizedTensor
-from dsv3_kernels.swiglu import swiglu_backward_quantize, swiglu_quantize
+from dsv3_kernels.swiglu import SwigluGradient, swiglu_backward_quantize, swiglu_quantize
 
 Layer = Fp8Linear | GroupedFp8Linear
 
@@ -116,25 +116,18 @@ def _swiglu_backward(
     group_offsets: Tensor | None,
     recompute: bool,
     power_of_2: bool,
-) -> tuple[QuantizedTensor, QuantizedTensor, QuantizedTensor | None, Tensor | None]:
-    """dh in both orientations, y transposed if asked, and the gradient of the weights.
-
-    One kernel, where h was kept in FP8 and has whole tiles of gate and up.
-    """
+) -> SwigluGradient:
+    """One kernel, where h was kept in FP8 and has whole tiles of gate and up."""
     if isinstance(h, QuantizedTensor) and dy.shape[1] % TILE == 0:
-        made: list[Any] = list(
-            swiglu_backward_quantize(  # type: ignore[call-overload]
-                dy, h, group_offsets, weights=weights, recompute=recompute, power_of_2_scales=power_of_2
-            )
+        return swiglu_backward_quantize(
+            dy, h, group_offsets, weights=weights, recompute=recompute, power_of_2_scales=power_of_2
         )
-        dweights = None if weights is None else made.pop()
-        return made[0], made[1], made[2] if recompute else None, dweights
     values = dequantize(h) if isinstance(h, QuantizedTensor) else h
     dh, y = reference.swiglu_backward(dy, values, weights)
     dh_q, dh_t = quantize_1x128(dh, transpose=True, group_offsets=group_offsets, power_of_2_scales=power_of_2)
     y_t = transposed_rows(y, group_offsets, power_of_2, power_of_2) if recompute else None
     dweights = None if weights is None else (dy.float() * swiglu(values.float())).sum(1)
-    return dh_q, dh_t, y_t, dweights
+    return SwigluGradient(dh_q, dh_t, y_t, dweights)
 
 
 def swiglu_mlp(
@@ -143,7 +136,8 @@ def swiglu_mlp(
     """down(swiglu(up(x)) · weights), fused where both layers compute in FP8.
 
     x: [..., K], or [T, K] with group_offsets, int32 [G + 1], for grouped layers. weights: FP32 [T], a factor
-    a row. Returns [..., N] in x's dtype. Hooks of `up` and `down` are not called where it is fused.
+    a row. Returns [..., N] in x's dtype. A layer with hooks is called as it is, so that they run: nothing is
+    fused then.
     """
     x = as_autocast_says(x)
     if not _fusible(up, down):
@@ -175,11 +169,15 @@ def swiglu_mlp(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _fusible(up: Layer, down: Layer) -> bool:
     return all(
         type(layer) in (Fp8Linear, GroupedFp8Linear)
         and layer.recipe.precision == "fp8"
         and getattr(layer, "bias", None) is None
+        and not any(getattr(layer, hooks) for hooks in _HOOKS)
         for layer in (up, down)
     )
 
