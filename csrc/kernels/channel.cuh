@@ -17,8 +17,8 @@
 // There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
 // reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
 //
-// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait then;
-// given_up.cuh says how they come to name the one that did not come, not each other.
+// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait
+// then; given_up.cuh says how they come to name the one that did not come, not each other.
 #pragma once
 
 #include "given_up.cuh"
@@ -93,6 +93,13 @@ struct Counters {
     u64 waits, nanoseconds, bytes;
 };
 
+// How a wait has ended: what it saw last; in vain, whether its time was up, or it saw the alarm at its first
+// look.
+struct Waited {
+    u64 seen;
+    bool late, came_after;
+};
+
 // One rank among the others of its node, as a kernel gets it.
 struct Rank {
     u8* const* mappings;  // [ranks], as this rank sees them
@@ -102,7 +109,7 @@ struct Rank {
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
-    u32 gpus;  // ranks of a node
+    u32 gpus;                // ranks of a node
     const i32* queue_pairs;  // the first one carries what fail tells other nodes; null if there are none
 
     __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
@@ -122,8 +129,16 @@ struct Rank {
     // vain.
     __device__ __forceinline__ u64 wait(const u64* address, u64 expected, Role role, u32 peer,
                                         u32 channel) const {
+        const Waited waited = wait_quietly(address, expected, role, peer, channel);
+        if (waited.seen < expected) fail(expected, waited, role, peer, channel);
+        return waited.seen;
+    }
+
+    // The same for who may fail only where it holds little in registers, and then does.
+    __device__ __forceinline__ Waited wait_quietly(const u64* address, u64 expected, Role role, u32 peer,
+                                                   u32 channel) const {
         u64 seen = ptx::load_acquire_system(address);
-        if (seen >= expected) return seen;
+        if (seen >= expected) return {seen, false, false};
         const u64 start = ptx::global_timer(), pause = GivenUp::pause(timeout);
         u64 waited = 0, look = pause;
         while (seen < expected && waited <= timeout) {
@@ -136,14 +151,21 @@ struct Rank {
         }
         ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
         ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
-        if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout, look == pause);
-        return seen;
+        return {seen, waited > timeout, look == pause};
+    }
+    __device__ __forceinline__ void fail(u64 expected, Waited waited, Role role, u32 peer,
+                                         u32 channel) const {
+        fail(expected, waited.seen, role, peer, channel, waited.late, waited.came_after);
+    }
+
+    // One lane.
+    __device__ __forceinline__ void add_sent(u32 peer, u32 channel, u64 bytes) const {
+        ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
     }
 
     // A whole warp.
     __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
-        if (threadIdx.x % 32 == 0)
-            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+        if (threadIdx.x % 32 == 0) add_sent(peer, channel, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -218,13 +240,21 @@ __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
 }
 
-// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier.
-__device__ __forceinline__ void finish(const Rank& self, u64 epoch, u32 blocks) {
-    if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
+// Whether team `number` of a block sends its channel; that of the block's neighbour receives it. Every block
+// has teams of either role, in all four quarters of its SM, for one loads where the other stores.
+__device__ __forceinline__ bool sends(u32 block, u32 number, u32 ranks) {
+    return (block + number / max(1u, 4 / ranks)) % 2 == 0;
+}
+
+// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True
+// for the thread that has ended the epoch.
+__device__ __forceinline__ bool finish(const Rank& self, u64 epoch, u32 blocks) {
+    if (threadIdx.x != 0) return false;
+    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return false;
     self.sequence->finished_blocks = 0;
     self.sequence->finished_epochs = epoch;
     acknowledge(self, epoch);
+    return true;
 }
 
 }  // namespace dsv3

@@ -60,45 +60,11 @@ __device__ __forceinline__ bool forward_chunks(const Inbound& o, u32 warp, u32 w
     return true;
 }
 
-// The tokens of this rank.
-struct HomeTokens {
-    const i64* topk_idx;  // [tokens, topk]
-    const u8* bias;       // BF16 [tokens, hidden], or null
-    u8* out;              // BF16 [tokens, hidden]
-    float* gradients;     // [tokens, topk], or null
-    u32 tokens;
-};
-
-// Lane k: the gradient of choice k, which stands behind those of lower experts: of its node in a ring's
-// message, of its rank in a slot. `message`, lane n: that of node n. `slot`, lane g: that of GPU g of this
-// node.
-__device__ __forceinline__ void bring_gradients(const Inbound& o, const HomeTokens& to, u32 token,
-                                                const u8* message, i32 slot) {
-    const u32 lane = threadIdx.x % 32, local = o.self.local_experts;
-    const u32 width = o.self.gpus * local;
-    i32 expert = -1;
-    if (lane < o.topk) expert = static_cast<i32>(to.topk_idx[static_cast<u64>(token) * o.topk + lane]);
-    const u32 node = max(expert, 0) / width, gpu = max(expert, 0) % width / local;
-    const bool here = node == o.place.node();
-    const i32 lowest = here ? node * width + gpu * local : node * width;
-    u32 place = 0;
-    for (u32 k = 0; k < o.topk; ++k) {
-        const i32 other = __shfl_sync(kFullWarp, expert, k);
-        place += other >= lowest && other < expert;
-    }
-    const u8* from =
-        reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
-    const i32 index = __shfl_sync(kFullWarp, slot, gpu);
-    if (here && index >= 0) from = o.self.mine().slot(node * o.self.gpus + gpu, index);
-    if (lane < o.topk)
-        to.gradients[static_cast<u64>(token) * o.topk + lane] = expert < 0 ? 0.0f : o.behind(from)[place];
-}
-
 // Warp `warp` of `warps`: every `warps`th token of a channel. `readers`, shared memory: how many messages of
 // each slot of each node's ring have been read.
 __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, u32 warp, u32 warps,
                                         u32* readers) {
-    const u32 lane = threadIdx.x % 32, chunk = o.link.rings.chunk, row_bytes = 2 * o.hidden;
+    const u32 lane = threadIdx.x % 32, chunk = o.link.rings.chunk;
     const Share share(to.tokens, o.channel, o.layout.channels);
     const bool ring_of_lane = lane < o.link.nodes && lane != o.place.node();
     const u64 base = ring_of_lane ? *o.link.received_chunks(lane, o.channel) : 0;
@@ -122,30 +88,7 @@ __device__ __forceinline__ bool receive(const Inbound& o, const HomeTokens& to, 
         i32 slot = -1;
         if (nodes >> o.place.node() & 1)
             if (!gather(o, o.place.node(), __shfl_sync(kFullWarp, index, o.place.node()), slot)) return false;
-        const u64 start = static_cast<u64>(token) * row_bytes;
-        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
-            const Piece here = sum_of_node(o, o.place.node(), slot, at);
-            Sums total;
-            Piece piece;
-            for (u32 left = nodes; left; left &= left - 1) {
-                const u32 node = __ffs(left) - 1;
-                if (node == o.place.node()) {
-                    total.add(here, 1.0f, false);
-                    continue;
-                }
-                piece.load<false>(reinterpret_cast<const u8*>(
-                                      __shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node)) +
-                                      at,
-                                  row_bytes - at);
-                total.add(piece, 1.0f, false);
-            }
-            if (to.bias) {
-                piece.load<true>(to.bias + start + at, row_bytes - at);
-                total.add(piece, 1.0f, false);
-            }
-            total.rounded().store(to.out + start + at, row_bytes - at);
-        }
-        if (to.gradients) bring_gradients(o, to, token, message, slot);
+        bring_token(o, to, token, nodes, message, slot);
         __syncwarp();
         if (!rings) continue;
         u32* read = readers + lane * o.link.rings.depth + position % o.link.rings.depth;
@@ -203,8 +146,17 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
     const bool laid_out = all.from.ranges[1] != kNothing;
     bool kept = true;
     for (u32 channel = block / 2; laid_out && kept && channel < all.layout.channels; channel += blocks / 2) {
-        const Inbound o{self,     {self, all.link}, all.link, all.layout,        all.hidden,
-                        all.topk, channel,          epoch,    all.message_bytes, all.to.gradients != nullptr};
+        const Inbound o{{self,
+                         {self},
+                         all.layout,
+                         all.hidden,
+                         all.topk,
+                         channel,
+                         epoch,
+                         all.message_bytes,
+                         all.to.gradients != nullptr},
+                        {self, all.link},
+                        all.link};
         if (block % 2 == 0)
             for (u32 home = warp; kept && home < self.ranks; home += warps) kept = send(o, all.from, home);
         else

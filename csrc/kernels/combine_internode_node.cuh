@@ -1,6 +1,6 @@
 // Combine across nodes, what happens within one: a rank's experts' rows of a token, added, go over NVLink
-// into a slot of the forwarder of the token's rank, which adds what the ranks of its node sent.
-// combine_internode.cuh says what for.
+// into a slot of the forwarder of the token's rank, which adds what the ranks of its node sent. And what is
+// the same however rows cross InfiniBand. combine_internode.cuh and combine_lean.cuh say what for.
 #pragma once
 
 #include "combine.cuh"
@@ -10,10 +10,9 @@ namespace dsv3 {
 namespace combine {
 
 // One channel of one call.
-struct Inbound {
+struct Channel {
     const Rank& self;
-    Place place;
-    const Link& link;
+    Where where;
     const Layout& layout;
     u32 hidden, topk, channel;
     u64 epoch, message_bytes;
@@ -25,6 +24,12 @@ struct Inbound {
     __device__ __forceinline__ const float* behind(const u8* row) const {
         return reinterpret_cast<const float*>(row + 2 * hidden);
     }
+};
+
+// The same with its rings.
+struct Inbound : Channel {
+    Place place;
+    const Link& link;
 };
 
 // What the experts of this rank returned, in the rows of the dispatch.
@@ -40,7 +45,7 @@ struct Experts {
 
 // One warp: a token's numbers, by ascending expert, and how many they are. row: lane k's, as in
 // Experts::rows.
-__device__ __forceinline__ void put_gradients(const Inbound& o, const Experts& from, i32 row, float* target) {
+__device__ __forceinline__ void put_gradients(const Channel& o, const Experts& from, i32 row, float* target) {
     const u32 lane = threadIdx.x % 32;
     i64 at = row;
     u32 place = lane;
@@ -83,14 +88,14 @@ __device__ __forceinline__ bool send(const Inbound& o, const Experts& from, u32 
 
 // Lane g: the slot of a message that GPU g has sent here for `node`, or -1; until all have come. False if one
 // did not.
-__device__ __forceinline__ bool gather(const Inbound& o, u32 node, u32 message, i32& slot) {
+__device__ __forceinline__ bool gather(const Channel& o, u32 node, u32 message, i32& slot) {
     const u32 lane = threadIdx.x % 32;
     slot = lane < o.self.gpus ? o.layout.slots(node, message, o.self.gpus)[lane] : -1;
     bool arrived = true;
     if (slot >= 0) {
         const u64 expected = o.epoch << 32 | (slot - o.layout.first(node, o.channel) + 1);
         arrived = o.self.wait(o.self.mine().tail(node * o.self.gpus + lane, o.channel), expected,
-                              Role::kForward, o.place.near(lane), o.channel) >= expected;
+                              Role::kForward, o.where.near(lane), o.channel) >= expected;
     }
     const bool all = __all_sync(kFullWarp, arrived);
     __syncwarp();
@@ -98,7 +103,7 @@ __device__ __forceinline__ bool gather(const Inbound& o, u32 node, u32 message, 
 }
 
 // A piece, from byte `at` on, of the sum over this node's ranks, rounded; `slot` as from gather.
-__device__ __forceinline__ Piece sum_of_node(const Inbound& o, u32 node, i32 slot, u32 at) {
+__device__ __forceinline__ Piece sum_of_node(const Channel& o, u32 node, i32 slot, u32 at) {
     const Workspace mine = o.self.mine();
     Sums sums;
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
@@ -111,7 +116,7 @@ __device__ __forceinline__ Piece sum_of_node(const Inbound& o, u32 node, i32 slo
 }
 
 // The gradients of a message, one behind another by ascending expert, to `target`.
-__device__ __forceinline__ void join_gradients(const Inbound& o, u32 node, i32 slot, float* target) {
+__device__ __forceinline__ void join_gradients(const Channel& o, u32 node, i32 slot, float* target) {
     const u32 lane = threadIdx.x % 32;
     u32 before = 0;
     for (u32 left = __ballot_sync(kFullWarp, slot >= 0); left; left &= left - 1) {
@@ -121,6 +126,68 @@ __device__ __forceinline__ void join_gradients(const Inbound& o, u32 node, i32 s
         if (lane < count) target[before + lane] = from[lane];
         before += count;
     }
+}
+
+// The tokens of this rank.
+struct HomeTokens {
+    const i64* topk_idx;  // [tokens, topk]
+    const u8* bias;       // BF16 [tokens, hidden], or null
+    u8* out;              // BF16 [tokens, hidden]
+    float* gradients;     // [tokens, topk], or null
+    u32 tokens;
+};
+
+// Lane k: the gradient of choice k, which stands behind those of lower experts: of its node in a ring's
+// message, of its rank in a slot. `message`, lane n: that of node n. `slot`, lane g: that of GPU g of this
+// node.
+__device__ __forceinline__ void bring_gradients(const Channel& o, const HomeTokens& to, u32 token,
+                                                const u8* message, i32 slot) {
+    const u32 lane = threadIdx.x % 32, local = o.self.local_experts;
+    const u32 width = o.self.gpus * local;
+    i32 expert = -1;
+    if (lane < o.topk) expert = static_cast<i32>(to.topk_idx[static_cast<u64>(token) * o.topk + lane]);
+    const u32 node = max(expert, 0) / width, gpu = max(expert, 0) % width / local;
+    const bool here = node == o.where.node();
+    const i32 lowest = here ? node * width + gpu * local : node * width;
+    u32 place = 0;
+    for (u32 k = 0; k < o.topk; ++k) {
+        const i32 other = __shfl_sync(kFullWarp, expert, k);
+        place += other >= lowest && other < expert;
+    }
+    const u8* from =
+        reinterpret_cast<const u8*>(__shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node));
+    const i32 index = __shfl_sync(kFullWarp, slot, gpu);
+    if (here && index >= 0) from = o.self.mine().slot(node * o.self.gpus + gpu, index);
+    if (lane < o.topk)
+        to.gradients[static_cast<u64>(token) * o.topk + lane] = expert < 0 ? 0.0f : o.behind(from)[place];
+}
+
+// One warp: a token, once all its rows have come. nodes, a bit each: where it was; the rest as above.
+__device__ __forceinline__ void bring_token(const Channel& o, const HomeTokens& to, u32 token, u32 nodes,
+                                            const u8* message, i32 slot) {
+    const u32 row_bytes = 2 * o.hidden;
+    const u64 start = static_cast<u64>(token) * row_bytes;
+    for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+        const Piece here = sum_of_node(o, o.where.node(), slot, at);
+        Sums total;
+        Piece piece;
+        for (u32 left = nodes; left; left &= left - 1) {
+            const u32 node = __ffs(left) - 1;
+            if (node == o.where.node()) {
+                total.add(here, 1.0f, false);
+                continue;
+            }
+            const u64 row = __shfl_sync(kFullWarp, reinterpret_cast<u64>(message), node);
+            piece.load<false>(reinterpret_cast<const u8*>(row) + at, row_bytes - at);
+            total.add(piece, 1.0f, false);
+        }
+        if (to.bias) {
+            piece.load<true>(to.bias + start + at, row_bytes - at);
+            total.add(piece, 1.0f, false);
+        }
+        total.rounded().store(to.out + start + at, row_bytes - at);
+    }
+    if (to.gradients) bring_gradients(o, to, token, message, slot);
 }
 
 }  // namespace combine

@@ -169,6 +169,12 @@ __device__ __forceinline__ U32x4 load_shared(const U32x4* address) {
     return v;
 }
 
+__device__ __forceinline__ void store_shared(U32x4* address, U32x4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(address)), "r"(v.x),
+                 "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+}
+
 // The address of the same variable in the shared memory of another block of the cluster.
 __device__ __forceinline__ u32 cluster_address(const void* pointer, u32 rank) {
     u32 d;

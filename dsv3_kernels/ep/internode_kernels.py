@@ -162,13 +162,18 @@ def dispatch_call(link: Link, o: DispatchOperands) -> Struct:
 
 def combine_call(link: Link, o: CombineOperands) -> Struct:
     """`combine::InternodeCall`."""
-    shape, layout = link.rings.shape, layout_of(o)
+    return combine_struct(link.rings.shape, link.peers, link.struct("combine"), o)
+
+
+def combine_struct(shape: Shape, peers: Peers, link: Struct, o: CombineOperands) -> Struct:
+    """The same with any `Link`."""
+    layout = layout_of(o)
     gradients = 0 if o.weights_grad is None else 4 * shape.num_topk
     returned = o.y, o.topk_weights, o.weights_grad, layout.topk_idx, layout.rows, layout.ranges
     return join(
         [
-            kernels.rank_struct(Workspace(shape), link.peers, "combine", o.timeout),
-            link.struct("combine"),
+            kernels.rank_struct(Workspace(shape), peers, "combine", o.timeout),
+            link,
             Struct("PPPPPPI", *returned, o.token_order),
             Struct("PPPPI", o.topk_idx, o.bias, o.out, o.out_weights_grad, o.out.shape[0]),
             layout.struct(),
