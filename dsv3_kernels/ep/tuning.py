@@ -103,7 +103,7 @@ def depth_of(shape: Shape, tuning: Tuning, chunk: int) -> int:
     one, two = (len(OPS) * Rings(shape, chunk, slots, tuning.channels).size for slots in (1, 2))
     if tuning.memory < two:
         raise ValueError(
-            f"Tuning: memory is {tuning.memory}, expected at least {two} bytes for {tuning.channels} channels, "
+            f"Tuning: memory is {tuning.memory}, expected at least {two} bytes: {tuning.channels} channels, "
             f"two chunks of {chunk} messages to each of {shape.topology.nodes} nodes"
         )
     return min(depth, 1 + (tuning.memory - one) // (two - one))

@@ -1,4 +1,4 @@
-"""Chunk and depth of the rings between nodes: what they follow, what is refused, the bench that checks them."""
+"""Chunk and depth of the rings between nodes: what they follow, what is refused, and their bench."""
 
 import argparse
 import dataclasses
@@ -51,7 +51,7 @@ def test_no_more_memory_than_allowed():
         rings = chosen(network={"latency": 1e4}, memory=memory)
         assert 0.5 * memory < 2 * rings.size <= memory
     needed = 2 * chosen(depth=2).size
-    with pytest.raises(ValueError, match=r"memory is 1000, expected at least \d+ bytes for 12 channels"):
+    with pytest.raises(ValueError, match=r"memory is 1000, expected at least \d+ bytes: 12 channels"):
         chosen(memory=1000)
     assert chosen(memory=needed).depth == 2
     with pytest.raises(ValueError, match="memory"):
