@@ -4,8 +4,9 @@
     python -m bench.bench_all2all                        # one GPU: its virtual ranks; none: --ranks processes
 
 Between processes it is timed against `all_to_all_single` of the same bytes, in the same run, on --sms SMs
-where kernels run. On one GPU it is the table of the GPU report (bench/cases/dispatch.py, combine.py: virtual
-ranks against a copy of as many bytes on the same SMs), then bench_overlap.
+where kernels run. On one GPU it is tables of the GPU report (bench/cases/dispatch.py, combine.py and those
+*_internode.py: virtual ranks of one node, and of several, against a copy of as many bytes on the same SMs),
+then bench_overlap.
 
 Between processes routing is node-limited as in DeepSeek-V3: a token's experts are on at most so many nodes as
 --nodes-per-token says. The bytes are those that this rank sends to others, payload only; the peer sends as
@@ -151,7 +152,7 @@ def main() -> None:
     if torch.cuda.is_available() and not options.cpu and not processes.started():
         loopback.tables(options.seconds)
         bench_overlap.main([])
-        print(loopback.NOTE)
+        print(loopback.NOTE, loopback.NOTE_OF_NODES, sep="\n")
         return
     processes.run(measure, options, options.ranks)
 

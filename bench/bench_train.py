@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.report import Report
 from dsv3_kernels.model import PRESETS
 from dsv3_kernels.train.cli import TRAINABLE
-from dsv3_kernels.train.data import load_corpus, validation_windows
+from dsv3_kernels.train.data.corpus import load_corpus, validation_windows
 from dsv3_kernels.train.trainer import Trainer
 
 STUDENT_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}

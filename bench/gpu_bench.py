@@ -142,6 +142,8 @@ def row_facts(
     }
     if row.payload:
         facts["payload_gbytes_per_s_an_sm"] = row.payload / row.sms / ours * 1e-9
+    if row.hops:
+        facts["bytes_by_hop"] = dict(row.hops)
     if medians:
         best = min(medians, key=lambda name: medians[name])
         facts |= {"best_peer": best, "speed_against_best_peer": medians[best] / ours}

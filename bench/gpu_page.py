@@ -78,7 +78,12 @@ def _overlap(findings: Content) -> list[str]:
     for row in findings["results"]:
         times = f"{1e6 * row['alone']:.1f} | {1e6 * row['median']:.1f}"
         lines.append(f"| {row['name']} | {times} | {100 * row['slowdown']:.1f} % |")
-    return lines
+    hits = findings["machine"].get("l2", {"left_out": "the part ended before"})
+    if "left_out" in hits:
+        return [*lines, "", f"Hit rate of L2: not measured, {hits['left_out']}."]
+    lines += ["", "| | of the SMs' lookups L2 had |", "|---|---|"]
+    lines += [f"| {name} | {100 * rate:.1f} % |" for name, rate in hits["rates"].items()]
+    return [*lines, f"| both at once, if neither disturbed the other | {100 * hits['apart']:.1f} % |"]
 
 
 def _bench(op: str, report: Content) -> list[str]:
@@ -122,6 +127,11 @@ def _table(rows: Sequence[Row]) -> list[str]:
     found = ratios(rows)
     if found:
         lines += ["", f"Geometric mean of the speed against the best peer: {geometric_mean(found):.3f}"]
+    hops = dict.fromkeys(tuple(row["bytes_by_hop"].items()) for row in rows if "bytes_by_hop" in row)
+    if hops:
+        counted = (", ".join(f"{hop} {count * 1e-9:.3f} GB" for hop, count in of_hop) for of_hop in hops)
+        lines += ["", "Read and written in a call, in the order of the rows:", ""]
+        lines += [f"- {text}" for text in counted]
     if reasons:
         lines += ["", *(f"- {peer} was left out: {reason}" for peer, reason in reasons.items())]
     return lines

@@ -9,9 +9,9 @@ from typing import Any
 
 from dsv3_kernels.model import DeepSeekV3, Generator, Sampling, from_pretrained
 from dsv3_kernels.nn import Fp8Recipe, set_recipe, store_fp8_weights
+from dsv3_kernels.train.data.tokenizer import Bytes, FromFile, Tokenizer
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.tokenizer import Bytes, FromFile, Tokenizer
-from dsv3_kernels.train.trained import load_trained
+from dsv3_kernels.train.state.trained import load_trained
 
 
 def build_parser() -> argparse.ArgumentParser:

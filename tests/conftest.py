@@ -42,7 +42,7 @@ def trained_tiny():
 
     from dsv3_kernels.model import PRESETS
     from dsv3_kernels.train.cli import TRAINABLE
-    from dsv3_kernels.train.data import load_corpus
+    from dsv3_kernels.train.data.corpus import load_corpus
     from dsv3_kernels.train.trainer import Trainer
 
     threads = torch.get_num_threads()

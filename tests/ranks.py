@@ -14,7 +14,7 @@ PRELOAD = [
     "dsv3_kernels.ep",
     "dsv3_kernels.model",
     "dsv3_kernels.train.run",
-    "dsv3_kernels.train.pipeline",
+    "dsv3_kernels.train.pipeline.executor",
 ]
 
 

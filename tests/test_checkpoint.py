@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from dsv3_kernels.train import checkpoint
-from dsv3_kernels.train.checkpoint import Checkpoint
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.optimizer import Piece
-from dsv3_kernels.train.saver import Saver
+from dsv3_kernels.train.state import checkpoint
+from dsv3_kernels.train.state.checkpoint import Checkpoint
+from dsv3_kernels.train.state.optimizer import Piece
+from dsv3_kernels.train.state.saver import Saver
 
 SHARD = "rank-00000.safetensors"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsv3_kernels.train.data import Batches, load_corpus, validation_windows
+from dsv3_kernels.train.data.corpus import Batches, load_corpus, validation_windows
 from dsv3_kernels.train.errors import TrainError
 
 

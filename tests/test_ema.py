@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from dsv3_kernels.train.ema import CHUNK, Ema
+from dsv3_kernels.train.state.ema import CHUNK, Ema
 
 SHAPES = {"a": (3, 5), "big": (CHUNK + 7,), "one": (1,), "empty": (0,)}
 

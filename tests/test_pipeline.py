@@ -2,7 +2,9 @@
 
 import json
 import re
+import weakref
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import ranks
@@ -13,12 +15,14 @@ from model_helpers import SMALL
 from dsv3_kernels import ep
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
-from dsv3_kernels.train.actions import label as name_of
 from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import LocalExecutor
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
+from dsv3_kernels.train.pipeline import executor as pipeline
+from dsv3_kernels.train.pipeline.actions import label as name_of
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.stages import StageRunner
 
 SIZE = 4
 MTP_WEIGHT, BALANCE_WEIGHT = 0.3, 0.05
@@ -82,6 +86,33 @@ def expert_parallel(rank, seed, results):
         results[label] = result
 
 
+def outputs_alive(size, seed, group):
+    """By schedule: the most bytes of outputs for other ranks that a rank holds as a backward begins, and the
+    most micro-batches that wait for theirs.
+    """
+    made, most = [], {}
+
+    class Watched(StageRunner):
+        def forward(self, stage, window, hidden):
+            output = super().forward(stage, window, hidden)
+            if output.hidden is not None and (name, stage.index) != ("dualpipev", size - 1):
+                made.append(weakref.ref(output.hidden.untyped_storage()))
+            return output
+
+    class Step(pipeline._Step):
+        def _backward(self, work):
+            alive = [storage.nbytes() for ref in made if (storage := ref()) is not None]
+            now = sum(alive), len(self._graphs)
+            most[name] = tuple(map(max, most.get(name, (0, 0)), now))
+            super()._backward(work)
+
+    with mock.patch.multiple(pipeline, StageRunner=Watched, _Step=Step):
+        for name in SCHEDULES:
+            made.clear()
+            PipelineExecutor(model_of(seed), name, group).forward_backward(windows_of(seed, 12), 0.3, 0.0)
+    return most
+
+
 def matrix(rank, size, seed):
     by_size = groups()
     results = {}
@@ -97,6 +128,7 @@ def matrix(rank, size, seed):
                 executor = PipelineExecutor(model, name, by_size[pp])
                 results[f"replicated/{pp}/{name}"] = sorted(executor.replicated)
                 results[f"{label}/{pp}/{name}"] = outcome(executor, windows_of(seed, micro_batches))
+    results["outputs alive"] = outputs_alive(size, seed, by_size[4])
     # A step after a step, of another size, with gradients added up; and models with other ends.
     for label, config in (
         ("no mtp", replace(CONFIG, num_hidden_layers=5, num_nextn_predict_layers=0)),
@@ -159,6 +191,18 @@ def test_fp8_is_bit_equal_where_sums_keep_their_order(results, name):
 def test_fp8_in_dualpipe(results):
     """Two copies of a layer share the micro-batches: the same addends, summed in another order."""
     assert_close(summed(results, "fp8/4/dualpipe"), results[0]["fp8/local"])
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_outputs_go_once_they_are_sent(results, name):
+    """Of those that a rank sends to each neighbour two are there, however many wait for their backward."""
+    state = 2 * 12 * CONFIG.hidden_size * 4
+    found = [of_rank["outputs alive"][name] for of_rank in results]
+    streams = 2 if name.startswith("dual") else 1
+    print(found)
+    assert all(held <= 2 * streams * state for held, _ in found)
+    assert max(waiting for _, waiting in found) > 2 * streams
+    assert max(held for held, _ in found) > 0
 
 
 @pytest.mark.parametrize("label", ["no mtp", "two mtp", "dense"])

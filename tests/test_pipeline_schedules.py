@@ -9,11 +9,11 @@ import pytest
 import torch.distributed.pipelining.schedules as torch_schedules
 
 from dsv3_kernels.train import show_schedule
-from dsv3_kernels.train.actions import Overlap, Schedule, Work, works
 from dsv3_kernels.train.dualpipe import dualpipe, dualpipev
-from dsv3_kernels.train.link import posts
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES, compare, published_bubble
-from dsv3_kernels.train.simulate import Times, simulate
+from dsv3_kernels.train.pipeline.actions import Overlap, Schedule, Work, works
+from dsv3_kernels.train.pipeline.link import posts
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES, compare, published_bubble
+from dsv3_kernels.train.pipeline.simulate import Times, simulate
 
 RANKS = [2, 4, 8, 16]
 EVEN = Times(1, 2, 1)  # F = W = B / 2: where the published formulas are exact

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 
 from dsv3_kernels.train import prepare as prepare_module
-from dsv3_kernels.train import tokens
-from dsv3_kernels.train.data import Batches, load_corpus, validation_windows
+from dsv3_kernels.train.data import tokens
+from dsv3_kernels.train.data.corpus import Batches, load_corpus, validation_windows
+from dsv3_kernels.train.data.tokenizer import Bytes, FromFile, train_bpe
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.prepare import Document, main, pieces, prepare
-from dsv3_kernels.train.tokenizer import Bytes, FromFile, train_bpe
 
 ALPHABET = "abc def,\n\t{}é中🙂\u200b\N{COMBINING ACUTE ACCENT}"
 

@@ -14,7 +14,7 @@ from dsv3_kernels import ep, nn
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.nn import Fp8Recipe, gemms, recompute, set_recipe
 from dsv3_kernels.nn.recipe import RECOMPUTE
-from dsv3_kernels.train.memory import SAVINGS, LiveMemory, build, main
+from dsv3_kernels.train.observe.memory import SAVINGS, LiveMemory, build, main
 
 CONFIG = dataclasses.replace(PRESETS["tiny"], num_hidden_layers=2)
 UNLIKE = dataclasses.replace(CONFIG, v_head_dim=32, num_attention_heads=8)  # values narrower than keys

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dsv3_kernels.model import PRESETS
-from dsv3_kernels.train import metrics as metrics_module
 from dsv3_kernels.train.config import RunConfig
-from dsv3_kernels.train.metrics import Meter, MetricsLog, flops_per_token
-from dsv3_kernels.train.page import write_page
-from dsv3_kernels.train.report import SameWeights, Summary, entropies
+from dsv3_kernels.train.observe import metrics as metrics_module
+from dsv3_kernels.train.observe.metrics import Meter, MetricsLog, flops_per_token
+from dsv3_kernels.train.observe.page import write_page
+from dsv3_kernels.train.observe.report import SameWeights, Summary, entropies
 from dsv3_kernels.train.trainer import StepMetrics
 
 LOADS = {"expert_loads": (1.25, 2.0, 1.5)}

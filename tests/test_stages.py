@@ -8,8 +8,8 @@ from model_helpers import SMALL, model_of
 
 from dsv3_kernels.model import PRESETS
 from dsv3_kernels.train.executor import LocalExecutor
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.stages import cut, split
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.stages import cut, split
 
 WINDOW = torch.zeros(2, 2, 8, dtype=torch.int64)
 

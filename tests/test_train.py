@@ -11,11 +11,11 @@ from torch import nn
 
 from dsv3_kernels.train import schedule
 from dsv3_kernels.train.config import RunConfig, TrainConfig, from_json, to_json
-from dsv3_kernels.train.data import load_corpus
+from dsv3_kernels.train.data.corpus import load_corpus
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.metrics import MetricsLog
-from dsv3_kernels.train.optimizer import AdamW
-from dsv3_kernels.train.report import entropies
+from dsv3_kernels.train.observe.metrics import MetricsLog
+from dsv3_kernels.train.observe.report import entropies
+from dsv3_kernels.train.state.optimizer import AdamW
 from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
 SETTINGS = TrainConfig(steps=20, batch_size=2, seq_len=16, warmup_steps=3, lr=3e-3)

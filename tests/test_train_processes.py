@@ -16,13 +16,14 @@ import pytest
 import ranks
 import torch
 
-from dsv3_kernels.train import cli, processes, trainer
-from dsv3_kernels.train.checkpoint import Checkpoint
+from dsv3_kernels.train import cli, trainer
 from dsv3_kernels.train.config import ParallelConfig
 from dsv3_kernels.train.dualpipe import dualpipe
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.parallel import Layout, require_same
-from dsv3_kernels.train.trained import load_trained
+from dsv3_kernels.train.parallel import processes
+from dsv3_kernels.train.parallel.groups import Layout, require_same
+from dsv3_kernels.train.state.checkpoint import Checkpoint
+from dsv3_kernels.train.state.trained import load_trained
 
 FAST = ["--precision", "bf16", "--batch-size", "4", "--seq-len", "16", "--sample-bytes", "0"]
 FAST += ["--validation-windows", "2", "--device", "cpu"]

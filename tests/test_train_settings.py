@@ -11,7 +11,7 @@ from dsv3_kernels import generate
 from dsv3_kernels.model import PRESETS
 from dsv3_kernels.train import cli, export, schedule
 from dsv3_kernels.train.config import TrainConfig
-from dsv3_kernels.train.data import load_corpus
+from dsv3_kernels.train.data.corpus import load_corpus
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.phases import Schedule
 from dsv3_kernels.train.prepare import prepare

@@ -55,6 +55,7 @@ class Workload:
 
     group: rows of one table. peak: which ceiling `flops` is held against, "fp8" or "none".
     payload: bytes that reach another rank, with which `sms` are busy; 0 where there are no ranks.
+    hops: of `bytes` those of each part of the way between ranks.
     """
 
     group: str
@@ -65,6 +66,7 @@ class Workload:
     peak: str = "fp8"
     payload: float = 0
     sms: int = 0
+    hops: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.group} {self.name}"

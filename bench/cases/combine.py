@@ -1,6 +1,5 @@
 """Combine among virtual ranks of one GPU: bit by bit; speed against a copy of as many bytes on those SMs."""
 
-import functools
 import itertools
 
 import torch
@@ -9,14 +8,15 @@ from torch import Tensor
 from dsv3_kernels.ep import Topology, reference
 
 from .. import loopback
-from . import Case, Tensors, Workload
-from .dispatch import HIDDEN, LOCAL_EXPERTS, ROWS, buffer_of, by_rank, routing
+from . import Case, Tensors
+from .dispatch import HIDDEN, LOCAL_EXPERTS, ONE_NODE, ROWS, buffer_of, by_rank, name_of, routing
 
 NOTE = loopback.NOTE
 
 
-def _case(ranks: int, weighted: bool, num_sms: int) -> Case:
+def case(op: str, topology: Topology, weighted: bool, num_sms: int) -> Case:
     """Weighted: with a bias and gradients of the weights too."""
+    ranks = topology.size
 
     def inputs(generator: torch.Generator) -> Tensors:
         flat: list[Tensor] = []
@@ -29,7 +29,7 @@ def _case(ranks: int, weighted: bool, num_sms: int) -> Case:
 
     def run(*tensors: Tensor) -> Tensors:
         x, idx, weights, y, grads = (list(t) for t in zip(*by_rank(tensors, ranks), strict=True))
-        buffer = buffer_of(ranks, tensors[0].device)
+        buffer = buffer_of(topology, tensors[0].device)
         got = buffer.dispatch(x, idx, weights, num_sms=num_sms, max_recv_tokens=ROWS)
         out = buffer.combine(
             y,
@@ -49,7 +49,7 @@ def _case(ranks: int, weighted: bool, num_sms: int) -> Case:
             [t[: len(part.origin)] for t, part in zip(y, came, strict=True)],
             came,
             counts,
-            Topology(1, ranks),
+            topology,
             [part.topk_weights for part in came] if weighted else None,
             x if weighted else None,
         )
@@ -59,20 +59,8 @@ def _case(ranks: int, weighted: bool, num_sms: int) -> Case:
         home = reference.combine_weights_grad(cut, came, counts, idx[0].shape[1])
         return tuple(t for pair in zip(sums, home, strict=True) for t in pair)
 
-    return Case(f"combine {ranks} ranks x {num_sms} SMs weighted={weighted}", inputs, run, expected)
+    return Case(f"{op} {name_of(topology, num_sms)} weighted={weighted}", inputs, run, expected)
 
 
-CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 4))]
-WORKLOADS = [
-    Workload(
-        "combine BF16",
-        str(setup),
-        0,
-        setup.combine_bytes,
-        functools.partial(loopback.candidates, setup, "combine"),
-        "none",
-        setup.arrivals * 2 * setup.hidden,
-        setup.ranks * setup.num_sms,
-    )
-    for setup in loopback.SETUPS
-]
+CASES = [case("combine", *facts) for facts in itertools.product(ONE_NODE, (True, False), (2, 4))]
+WORKLOADS = [loopback.workload("combine BF16", setup, "combine") for setup in loopback.SETUPS]

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from dsv3_kernels import ep, quantize_1x128
-from dsv3_kernels.ep import reference
+from dsv3_kernels.ep import Topology, reference
 from dsv3_kernels.quantized import ROW, QuantizedTensor
 
 from .. import loopback
-from . import Case, Tensors, Workload
+from . import Case, Tensors
 
 NOTE = loopback.NOTE
 TOKENS, HIDDEN, LOCAL_EXPERTS, TOPK = 10, 272, 3, 3
@@ -20,15 +20,21 @@ ROWS = 8 * TOKENS * TOPK  # more than any of these cases brings
 
 
 @functools.cache
-def _kept(ranks: int, device: torch.device) -> ep.LoopbackBuffer:
+def _kept(topology: Topology, device: torch.device) -> ep.LoopbackBuffer:
     """Also across a CUDA graph's capture, which can allocate nothing that outlives it."""
-    experts = ranks * LOCAL_EXPERTS
-    return ep.LoopbackBuffer(ranks, experts, HIDDEN, TOKENS, min(TOPK, experts), device=device)
+    ranks, node = topology.size, topology.gpus_per_node
+    sizes = ranks * LOCAL_EXPERTS, HIDDEN, TOKENS, min(TOPK, ranks * LOCAL_EXPERTS)
+    return ep.LoopbackBuffer(ranks, *sizes, gpus_per_node=node, device=device)
 
 
-def buffer_of(ranks: int, device: torch.device) -> ep.LoopbackBuffer:
+def buffer_of(topology: Topology, device: torch.device) -> ep.LoopbackBuffer:
     """Each virtual GPU has memory of its own, so that only a real one's buffer can be kept."""
-    return _kept(ranks, device) if device.type == "cuda" else _kept.__wrapped__(ranks, device)
+    return _kept(topology, device) if device.type == "cuda" else _kept.__wrapped__(topology, device)
+
+
+def name_of(topology: Topology, num_sms: int) -> str:
+    nodes, gpus = topology.nodes, topology.gpus_per_node
+    return f"{nodes}x{gpus} ranks x {num_sms} SMs" if nodes > 1 else f"{gpus} ranks x {num_sms} SMs"
 
 
 def routing(ranks: int, generator: torch.Generator) -> list[Tensor]:
@@ -67,7 +73,9 @@ def padded(x: Tensor, filler: float = 0) -> Tensor:
     return out
 
 
-def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
+def case(op: str, topology: Topology, fp8: bool, num_sms: int) -> Case:
+    ranks = topology.size
+
     def inputs(generator: torch.Generator) -> Tensors:
         flat: list[Tensor] = []
         for idx in routing(ranks, generator):
@@ -85,7 +93,7 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
 
     def run(*tensors: Tensor) -> Tensors:
         each = by_rank(tensors, ranks)
-        got = buffer_of(ranks, tensors[0].device).dispatch(
+        got = buffer_of(topology, tensors[0].device).dispatch(
             [tokens(parts) for parts in each],
             [parts[-2] for parts in each],
             [parts[-1] for parts in each],
@@ -114,20 +122,10 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
             flat += [padded(part.topk_idx, -1), padded(part.topk_weights), part.group_offsets]
         return tuple(flat)
 
-    return Case(f"dispatch {'fp8' if fp8 else 'bf16'} {ranks} ranks x {num_sms} SMs", inputs, run, expected)
+    name = f"{op} {'fp8' if fp8 else 'bf16'} {name_of(topology, num_sms)}"
+    return Case(name, inputs, run, expected)
 
 
-CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 4))]
-WORKLOADS = [
-    Workload(
-        "dispatch FP8",
-        str(setup),
-        0,
-        setup.dispatch_bytes,
-        functools.partial(loopback.candidates, setup, "dispatch"),
-        "none",
-        setup.arrivals * setup.dispatch_row,
-        setup.ranks * setup.num_sms,
-    )
-    for setup in loopback.SETUPS
-]
+ONE_NODE = [Topology(1, ranks) for ranks in (2, 1, 3)]
+CASES = [case("dispatch", *facts) for facts in itertools.product(ONE_NODE, (True, False), (2, 4))]
+WORKLOADS = [loopback.workload("dispatch FP8", setup, "dispatch") for setup in loopback.SETUPS]

@@ -6,18 +6,21 @@ import itertools
 import torch
 from torch import Tensor
 
-from dsv3_kernels import ep, quantize_1x128
+from dsv3_kernels import quantize_1x128
+from dsv3_kernels.ep import Topology
 from dsv3_kernels.ep import low_latency_reference as reference
 from dsv3_kernels.quantized import QuantizedTensor
 
 from .. import loopback
-from ..copy_kernel import copy
-from . import Call, Candidates, Case, Tensors, Workload
-from .dispatch import LOCAL_EXPERTS, TOKENS, buffer_of, by_rank, routing
+from . import Call, Case, Tensors, Workload
+from .dispatch import LOCAL_EXPERTS, ONE_NODE, TOKENS, buffer_of, by_rank, name_of, routing
+from .dispatch_internode import NODES
 
-NOTE = loopback.NOTE
+NOTE = (
+    "To reach at 8 ranks x 16 SMs: half the speed of the copy, which is one kernel. An op is two launches, "
+    f"here as one CUDA graph. {loopback.NOTE} {loopback.NOTE_OF_NODES}"
+)
 HIDDEN = 272  # of `buffer_of`
-PEER = loopback.PEER
 
 
 def _y(rank: int, counts: Tensor, room: int) -> Tensor:
@@ -27,7 +30,8 @@ def _y(rank: int, counts: Tensor, room: int) -> Tensor:
     return y.masked_fill(torch.arange(room).view(1, -1, 1) >= counts.view(-1, 1, 1), 0.0)
 
 
-def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
+def _case(topology: Topology, fp8: bool, num_sms: int) -> Case:
+    ranks = topology.size
     room = ranks * TOKENS
 
     def inputs(generator: torch.Generator) -> Tensors:
@@ -51,7 +55,7 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
         return torch.where(there, x, torch.zeros_like(x))
 
     def run(*tensors: Tensor) -> Tensors:
-        each, buffer = by_rank(tensors, ranks), buffer_of(ranks, tensors[0].device)
+        each, buffer = by_rank(tensors, ranks), buffer_of(topology, tensors[0].device)
         x, idx, weights, y = zip(*each, strict=True)
         got = buffer.low_latency_dispatch(x, idx, num_sms, fp8=fp8)
         home = buffer.low_latency_combine(y, [part.handle for part in got], weights, num_sms)
@@ -77,46 +81,55 @@ def _case(ranks: int, fp8: bool, num_sms: int) -> Case:
             flat += [part.tokens_per_expert, home]
         return tuple(flat)
 
-    name = f"low_latency {'fp8' if fp8 else 'bf16'} {ranks} ranks x {num_sms} SMs"
+    name = f"low_latency {'fp8' if fp8 else 'bf16'} {name_of(topology, num_sms)}"
     return Case(name, inputs, run, expected)
 
 
-CASES = [_case(*facts) for facts in itertools.product((2, 1, 3), (True, False), (2, 5))]
+CASES = [_case(*facts) for facts in itertools.product((*ONE_NODE, *NODES[:2]), (True, False), (2, 5))]
+
+
+def _hops(op: str, setup: loopback.Setup) -> dict[str, int]:
+    """Bytes read and written by the part of the way.
+
+    A row to a near rank is written to its slot and read there. To a far rank it is staged first, by dispatch
+    once a token, and the put reads it too.
+    """
+    sent, home = setup.dispatch_row, 2 * setup.hidden
+    rows, tokens, far = setup.ranks * setup.rows, setup.ranks * setup.tokens, setup.far_rows
+    width = sent if op == "dispatch" else home
+    staged = setup.far_tokens if op == "dispatch" else far
+    found = {
+        "tokens": tokens * home,
+        "InfiniBand": (staged + 3 * far) * width,
+        "NVLink": 2 * (rows - far) * width,
+        "rows of experts": rows * width,
+    }
+    return {hop: count for hop, count in found.items() if count}
 
 
 def _workload(op: str, setup: loopback.Setup) -> Workload:
-    """Of a row: written over a link, read and written there; and dispatch reads a token, combine a row."""
-    rows, tokens = setup.ranks * setup.rows, setup.ranks * setup.tokens
-    sent, home = setup.dispatch_row, 2 * setup.hidden
-    moved = tokens * home + 3 * rows * sent if op == "dispatch" else 3 * rows * home + tokens * home
-
-    def build() -> Candidates:
-        buffer = ep.LoopbackBuffer(setup.ranks, setup.experts, setup.hidden, setup.tokens, setup.topk)
+    def ours() -> Call:
         node = loopback.Node(setup)
-        weights = node.topk_weights
         x = [torch.randn(setup.tokens, setup.hidden, device="cuda").bfloat16() for _ in range(setup.ranks)]
-        dispatch = functools.partial(buffer.low_latency_dispatch, x, node.topk_idx, setup.num_sms)
-        ours: Call = dispatch
-        if op == "combine":
-            got = dispatch()
-            shape = (buffer.local_experts, setup.ranks * setup.tokens, setup.hidden)
-            y = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in got]
-            handles = [part.handle for part in got]
-            ours = functools.partial(buffer.low_latency_combine, y, handles, weights, setup.num_sms)
+        dispatch = functools.partial(node.buffer.low_latency_dispatch, x, node.topk_idx, setup.num_sms)
+        if op == "dispatch":
+            return loopback.graphed(dispatch)
+        got = dispatch()
+        shape = (node.buffer.local_experts, setup.ranks * setup.tokens, setup.hidden)
+        y = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in got]
+        handles = [part.handle for part in got]
+        combine = node.buffer.low_latency_combine
+        return loopback.graphed(lambda: combine(y, handles, node.topk_weights, setup.num_sms))
 
-        def peer() -> Call:
-            size = moved // 2 // 16 * 16
-            source, target = (torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2))
-            return lambda: copy(source, target, setup.ranks * setup.num_sms)
-
-        return Candidates(ours, {PEER: peer}, frozenset({PEER}))
-
-    link = rows * (sent if op == "dispatch" else home)
+    hops = _hops(op, setup)
+    payload = setup.ranks * setup.rows * (setup.dispatch_row if op == "dispatch" else 2 * setup.hidden)
     name = f"{setup.tokens} tokens, {setup}"
-    return Workload(f"low latency {op}", name, 0, moved, build, "none", link, setup.ranks * setup.num_sms)
+    return loopback.against_copy(f"low latency {op}", name, setup, hops, payload, ours)
 
 
-WORKLOADS = [
-    _workload(op, loopback.Setup(8, num_sms, tokens=128))
-    for op, num_sms in itertools.product(("dispatch", "combine"), (16, 8))
+SETUPS = [
+    loopback.Setup(8, 16, tokens=128),
+    loopback.Setup(8, 8, tokens=128),
+    loopback.Setup(8, 16, tokens=128, nodes=2),
 ]
+WORKLOADS = [_workload(op, setup) for op in ("dispatch", "combine") for setup in SETUPS]

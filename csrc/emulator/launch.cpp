@@ -379,6 +379,7 @@ void Machine::cta_may_finish(Cta& cta) {
         for (auto& w : c->warps) {
             w->registers = {};
             w->local = {};
+            for (const Knowledge& k : w->known) l.seen.join(k.generic);
             w->known = {};
             w->fences.reset();
         }
@@ -394,6 +395,7 @@ void Machine::finish_launch(Launch& l) {
     counts.launch_cycles = l.ends_at - l.starts_at;
     Clock done = d.done.generic;
     for (Agent a : l.agents) done.add(a, ~0u, in_flight - 1);
+    done.join(l.seen);
     d.done = everything(done);
     wake(Wait::Dependency, static_cast<uint64_t>(l.device));
     for (auto& cta : l.ctas)

@@ -239,6 +239,7 @@ struct Launch {
     bool dependent = false;      ///< programmatic dependent launch: may start before its predecessor ends
     std::shared_ptr<Launch> predecessor;
     Knowledge before;            ///< what is ordered before it
+    Clock seen;                  ///< what threads that have ended had acquired: ordered before the next launch
     uint64_t starts_at = 0, ends_at = 0, triggered_at = 0;  ///< cycles
     std::vector<std::unique_ptr<Cluster>> cluster_list;
     std::vector<std::unique_ptr<Cta>> ctas;

@@ -2,8 +2,8 @@
 // written by one warp there and read by one warp here, through memory of the destination that every rank has
 // mapped.
 //
-// A rank's mapping begins with given_up[s], 1 + the rank that s has waited for in vain, or 0. Behind it each
-// op has an area, which holds, for what comes from each source s (and its channel c):
+// A rank's mapping begins with the words of given_up.cuh. Behind them each op has an area, which holds, for
+// what comes from each source s (and its channel c):
 //   ack[s]       epoch that rank s has finished reading, as a destination of this rank
 //   tail[s][c]   epoch << 32 | tokens written so far; the epoch alone says that the counts stand
 //   counts[s][c] tokens of each local expert, then the Announcement, then the rows that go to each rank
@@ -17,21 +17,19 @@
 // There is a slot for every token that a source may have, so that no wait inside an epoch can depend on a
 // reader: waits go from reader to writer, and from epoch n to epoch n - 1, and cannot form a circle.
 //
-// Every wait has a deadline. A rank that misses another past it says so to all, lets a while pass in which
-// that other may say whom it misses itself, records the end of that chain, and ends its block; who waits for
-// a rank that has given up follows at once. So all ranks end and name the one that did not come, not each
-// other.
+// Every wait has a deadline. A rank that misses another past it ends its blocks, and so do all that wait
+// then; given_up.cuh says how they come to name the one that did not come, not each other.
 #pragma once
 
+#include "given_up.cuh"
 #include "ptx.cuh"
+#include "transport.cuh"
 
 namespace dsv3 {
 
 constexpr u32 kMaxRanks = 8;      // of a node: a warp each
 constexpr u32 kMaxChannels = 32;  // one lane of a warp each
 constexpr u32 kFullWarp = 0xffffffffu;
-constexpr u64 kGrace = 500000000;  // nanoseconds that a rank gives another to say whom it misses, at most
-constexpr u64 kLook = 10000000;    // nanoseconds between looks at whether a peer has given up, at most
 
 enum class Role : u32 { kSend = 1, kReceive = 2, kForward = 3 };
 
@@ -55,7 +53,6 @@ struct Workspace {
     u64 slot_bytes;
     u32 ranks, local_experts, max_tokens;
 
-    __device__ __forceinline__ u64* given_up(u32 rank) const { return reinterpret_cast<u64*>(base) + rank; }
     __device__ __forceinline__ u64* ack(u32 peer) const { return reinterpret_cast<u64*>(base + area) + peer; }
     __device__ __forceinline__ u64* tail(u32 source, u32 channel) const {
         return ack(ranks) + source * kMaxChannels + channel;
@@ -85,7 +82,7 @@ struct Sequence {
     u64 finished_epochs, finished_blocks, failures, faults;
 };
 
-// What a wait that ran out of time leaves behind. `missing` did not come: `peer`, or whom that one missed.
+// What a wait in vain leaves behind. `missing` is to blame: `peer`, or whom that one missed, and so on.
 // `recorded` is released at system scope, last. python: dsv3_kernels.ep.kernels.Failure
 struct Failure {
     u64 role, peer, channel, expected, seen, missing, recorded;
@@ -94,6 +91,13 @@ struct Failure {
 // How often, and how long, a role of a channel has waited for a peer; and what it has sent there.
 struct Counters {
     u64 waits, nanoseconds, bytes;
+};
+
+// How a wait has ended: what it saw last; in vain, whether its time was up, or it saw the alarm at its first
+// look.
+struct Waited {
+    u64 seen;
+    bool late, came_after;
 };
 
 // One rank among the others of its node, as a kernel gets it.
@@ -105,7 +109,8 @@ struct Rank {
     u64 area, slot_bytes;
     u64 timeout;  // nanoseconds that a wait may last
     u32 rank, ranks, local_experts, max_tokens;
-    u32 gpus;  // ranks of a node
+    u32 gpus;                // ranks of a node
+    const i32* queue_pairs;  // the first one carries what fail tells other nodes; null if there are none
 
     __device__ __forceinline__ u32 first_of_node() const { return rank / gpus * gpus; }
     // Whom this rank waits for, as a destination of `source`: the rank of this node that writes what comes
@@ -124,13 +129,21 @@ struct Rank {
     // vain.
     __device__ __forceinline__ u64 wait(const u64* address, u64 expected, Role role, u32 peer,
                                         u32 channel) const {
+        const Waited waited = wait_quietly(address, expected, role, peer, channel);
+        if (waited.seen < expected) fail(expected, waited, role, peer, channel);
+        return waited.seen;
+    }
+
+    // The same for who may fail only where it holds little in registers, and then does.
+    __device__ __forceinline__ Waited wait_quietly(const u64* address, u64 expected, Role role, u32 peer,
+                                                   u32 channel) const {
         u64 seen = ptx::load_acquire_system(address);
-        if (seen >= expected) return seen;
-        const u64 start = ptx::global_timer(), pause = min(timeout / 16, kLook);
+        if (seen >= expected) return {seen, false, false};
+        const u64 start = ptx::global_timer(), pause = GivenUp::pause(timeout);
         u64 waited = 0, look = pause;
         while (seen < expected && waited <= timeout) {
             if (waited > look) {
-                if (ptx::load_acquire_system(mine().given_up(peer))) break;
+                if (given_up().alarm()) break;
                 look = waited + pause;
             }
             seen = ptx::load_acquire_system(address);
@@ -138,14 +151,21 @@ struct Rank {
         }
         ptx::fetch_add_device(&counters_of(role, peer, channel).waits, 1);
         ptx::fetch_add_device(&counters_of(role, peer, channel).nanoseconds, waited);
-        if (seen < expected) fail(expected, seen, role, peer, channel, waited > timeout);
-        return seen;
+        return {seen, waited > timeout, look == pause};
+    }
+    __device__ __forceinline__ void fail(u64 expected, Waited waited, Role role, u32 peer,
+                                         u32 channel) const {
+        fail(expected, waited.seen, role, peer, channel, waited.late, waited.came_after);
+    }
+
+    // One lane.
+    __device__ __forceinline__ void add_sent(u32 peer, u32 channel, u64 bytes) const {
+        ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
     }
 
     // A whole warp.
     __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
-        if (threadIdx.x % 32 == 0)
-            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+        if (threadIdx.x % 32 == 0) add_sent(peer, channel, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -158,38 +178,36 @@ struct Rank {
         return seen;
     }
 
-    // The wait ran out of time (`late`), or the peer has given up.
-    __device__ __forceinline__ void fail(u64 expected, u64 seen, Role role, u32 peer, u32 channel,
-                                         bool late) const {
-        const u32 first = late ? peer : who_is_missing(peer, late);
-        for (u32 to = 0; to < ranks; ++to) ptx::store_release_system(workspace(to).given_up(rank), first + 1);
-        const u64 start = ptx::global_timer();
-        while (ptx::global_timer() - start < min(timeout / 4, kGrace)) {
-        }
-        if (ptx::fetch_add_device(&sequence->failures, 1) != 0) return;
+    __device__ __forceinline__ GivenUp given_up() const {
+        return {reinterpret_cast<u64*>(mappings[rank]), rank, ranks};
+    }
+
+    // One lane: its wait ran out of time (`late`), or it has seen the alarm, at the first look if
+    // `came_after`.
+    __device__ __forceinline__ void fail(u64 expected, u64 seen, Role role, u32 peer, u32 channel, bool late,
+                                         bool came_after = false) const {
+        const bool told = given_up().tell(peer, late, came_after, timeout, [&](u32 to, u64 word, u64 value) {
+            if (to / gpus == rank / gpus) {
+                ptx::store_release_system(reinterpret_cast<u64*>(mappings[to]) + word, value);
+                return;
+            }
+#ifndef DSV3_ONE_NODE
+            if (queue_pairs) transport::signal(given_up().words + word, value, to, queue_pairs[0]);
+#endif
+        });
+        if (!told || ptx::fetch_add_device(&sequence->failures, 1) != 0) return;
         failure->role = static_cast<u64>(role);
         failure->peer = peer;
         failure->channel = channel;
         failure->expected = expected;
         failure->seen = seen;
-        failure->missing = who_is_missing(peer, late);
+        failure->missing = given_up().to_blame();
         ptx::store_release_system(&failure->recorded, 1);
     }
 
   private:
     __device__ __forceinline__ Counters& counters_of(Role role, u32 peer, u32 channel) const {
         return counters[((static_cast<u32>(role) - 1) * kMaxChannels + channel) * ranks + peer];
-    }
-
-    // `peer`, or whom it misses itself, and so on: perhaps this rank, which then was late; but where two miss
-    // each other, each names the other.
-    __device__ __forceinline__ u32 who_is_missing(u32 peer, bool late) const {
-        for (u32 i = 0; i < ranks; ++i) {
-            const u64 next = ptx::load_acquire_system(mine().given_up(peer));
-            if (!next || (late && next == rank + 1)) break;
-            peer = static_cast<u32>(next) - 1;
-        }
-        return peer;
     }
 };
 
@@ -222,13 +240,21 @@ __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
 }
 
-// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier.
-__device__ __forceinline__ void finish(const Rank& self, u64 epoch, u32 blocks) {
-    if (threadIdx.x != 0) return;
-    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return;
+// Whether team `number` of a block sends its channel; that of the block's neighbour receives it. Every block
+// has teams of either role, in all four quarters of its SM, for one loads where the other stores.
+__device__ __forceinline__ bool sends(u32 block, u32 number, u32 ranks) {
+    return (block + number / max(1u, 4 / ranks)) % 2 == 0;
+}
+
+// By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True
+// for the thread that has ended the epoch.
+__device__ __forceinline__ bool finish(const Rank& self, u64 epoch, u32 blocks) {
+    if (threadIdx.x != 0) return false;
+    if (ptx::fetch_add_device(&self.sequence->finished_blocks, 1) + 1 != blocks) return false;
     self.sequence->finished_blocks = 0;
     self.sequence->finished_epochs = epoch;
     acknowledge(self, epoch);
+    return true;
 }
 
 }  // namespace dsv3

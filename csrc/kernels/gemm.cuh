@@ -19,7 +19,7 @@
 #include "error.cuh"
 #include "output_panel.cuh"
 #include "pipeline.cuh"
-#include "ptx.cuh"
+#include "ptx_wgmma.cuh"
 #include "tile_scheduler.cuh"
 
 namespace dsv3 {

@@ -88,9 +88,9 @@ struct Link {
     }
 };
 
-struct Place {
+// A rank among the nodes.
+struct Where {
     const Rank& self;
-    const Link& link;
 
     __device__ __forceinline__ u32 node() const { return self.rank / self.gpus; }
     __device__ __forceinline__ u32 gpu() const { return self.rank % self.gpus; }
@@ -100,6 +100,10 @@ struct Place {
     // This rank's like on another node, and the i-th of the others.
     __device__ __forceinline__ u32 like(u32 on) const { return on * self.gpus + gpu(); }
     __device__ __forceinline__ u32 other(u32 i) const { return i + (i >= node()); }
+};
+
+struct Place : Where {
+    const Link& link;
 
     // One warp, after its writes to the staging slot.
     __device__ __forceinline__ void send_chunk(u32 to, u32 channel, u64 position, u64 bytes) const {
@@ -182,7 +186,7 @@ struct Patience {
     u32 fruitless = 0;
 
     // All lanes; `waits`: this one has found its word to be `seen`. The lanes that may go on, or none; `kept`
-    // becomes false once the time is up, which is then recorded.
+    // becomes false once the time is up, or the alarm is there: then all lanes that wait have given up.
     __device__ __forceinline__ u32 look(const Rank& self, bool ready, bool waits, u64 expected, u64 seen,
                                         u32 peer, u32 channel, bool& kept) {
         const u32 found = __ballot_sync(kFullWarp, ready);
@@ -194,10 +198,11 @@ struct Patience {
         fruitless = found || changed ? 0 : fruitless + 1;
         if (fruitless % 4 != 3) return found;
         const u64 now = ptx::global_timer();
-        if (idle_since == 0) idle_since = now;
-        kept = !__any_sync(kFullWarp, now - idle_since > self.timeout);
-        if (!kept && threadIdx.x % 32 == __ffs(__ballot_sync(kFullWarp, waits)) - 1)
-            self.fail(expected, seen, Role::kForward, peer, channel, true);
+        const bool first = idle_since == 0;
+        if (first) idle_since = now;
+        const bool late = now - idle_since > self.timeout;
+        kept = !__any_sync(kFullWarp, late || (!first && self.given_up().alarm()));
+        if (!kept && waits) self.fail(expected, seen, Role::kForward, peer, channel, late, fruitless == 7);
         return 0;
     }
 };

@@ -21,7 +21,7 @@
 
 #include "error.cuh"
 #include "pipeline.cuh"
-#include "ptx.cuh"
+#include "ptx_wgmma.cuh"
 #include "tile_scheduler.cuh"
 
 namespace dsv3 {

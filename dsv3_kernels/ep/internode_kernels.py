@@ -11,7 +11,15 @@ from ..checks import round_up
 from ..jit import Kernel
 from ..quantized import QuantizedTensor
 from . import kernels
-from .kernels import MAX_CHANNELS, OPS, Arrivals, Peers, Workspace
+from .kernels import (
+    MAX_CHANNELS,
+    OPS,
+    Arrivals,
+    CombineOperands,
+    DispatchOperands,
+    Peers,
+    Workspace,
+)
 from .transport import Shape
 
 MAX_NODES = 16
@@ -31,9 +39,9 @@ class Rings:
     """
 
     shape: Shape
-    chunk: int = 8
-    depth: int = 8
-    channels: int = 12
+    chunk: int
+    depth: int
+    channels: int
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.depth < 1 or not 1 <= self.channels <= MAX_CHANNELS:
@@ -74,6 +82,7 @@ class Link:
     def create(cls, rings: Rings, peers: Peers, symmetric: tuple[Tensor, ...], queue_pairs: Tensor) -> "Link":
         sizes = len(OPS), 2, rings.shape.topology.nodes, rings.channels
         positions = torch.zeros(sizes, dtype=torch.int64, device=peers.table.device)
+        peers.queue_pairs = queue_pairs
         return cls(rings, peers, symmetric, positions, queue_pairs)
 
     def struct(self, op: str) -> Struct:
@@ -142,62 +151,41 @@ class Layout(Arrivals):
         return Struct("PPPPPPII", *self._own(), self.sent_counts.shape[1], self.forward_slot.shape[1])
 
 
-def dispatch_call(
-    link: Link,
-    x: Tensor | QuantizedTensor,
-    topk_idx: Tensor | None,
-    topk_weights: Tensor | None,
-    out: Tensor | QuantizedTensor,
-    layout: Layout,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`dispatch::InternodeCall`. out: where rows go; layout: made, or used again where topk_idx is None."""
+def dispatch_call(link: Link, o: DispatchOperands) -> Struct:
+    """`dispatch::InternodeCall`."""
     shape = link.rings.shape
-    call = kernels.dispatch_call(
-        Workspace(shape),
-        link.peers,
-        x,
-        topk_idx,
-        topk_weights,
-        out,
-        layout,
-        token_order,
-        timeout,
-    )
-    metadata = 0 if topk_idx is None else 8 * shape.num_topk
-    size = Struct("Q", message_bytes(row_bytes(x) + metadata))
-    return join([call, link.struct("dispatch"), layout.struct(), size])
+    call = kernels.dispatch_call(Workspace(shape), link.peers, o)
+    metadata = 0 if o.topk_idx is None else 8 * shape.num_topk
+    size = Struct("Q", message_bytes(row_bytes(o.x) + metadata))
+    return join([call, link.struct("dispatch"), layout_of(o).struct(), size])
 
 
-def combine_call(
-    link: Link,
-    y: Tensor,
-    topk_idx: Tensor,
-    layout: Layout,
-    topk_weights: Tensor | None,
-    weights_grad: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    out_weights_grad: Tensor | None,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`combine::InternodeCall`. topk_idx: of the tokens of this rank."""
-    shape, came = link.rings.shape, layout
-    gradients = 0 if weights_grad is None else 4 * shape.num_topk
+def combine_call(link: Link, o: CombineOperands) -> Struct:
+    """`combine::InternodeCall`."""
+    return combine_struct(link.rings.shape, link.peers, link.struct("combine"), o)
+
+
+def combine_struct(shape: Shape, peers: Peers, link: Struct, o: CombineOperands) -> Struct:
+    """The same with any `Link`."""
+    layout = layout_of(o)
+    gradients = 0 if o.weights_grad is None else 4 * shape.num_topk
+    returned = o.y, o.topk_weights, o.weights_grad, layout.topk_idx, layout.rows, layout.ranges
     return join(
         [
-            kernels.rank_struct(Workspace(shape), link.peers, "combine", timeout),
-            link.struct("combine"),
-            Struct(
-                "PPPPPPI", y, topk_weights, weights_grad, came.topk_idx, came.rows, came.ranges, token_order
-            ),
-            Struct("PPPPI", topk_idx, bias, out, out_weights_grad, out.shape[0]),
+            kernels.rank_struct(Workspace(shape), peers, "combine", o.timeout),
+            link,
+            Struct("PPPPPPI", *returned, o.token_order),
+            Struct("PPPPI", o.topk_idx, o.bias, o.out, o.out_weights_grad, o.out.shape[0]),
             layout.struct(),
             Struct("IIQ", shape.hidden, shape.num_topk, message_bytes(2 * shape.hidden + gradients)),
         ]
     )
+
+
+def layout_of(o: DispatchOperands | CombineOperands) -> Layout:
+    if not isinstance(o.came, Layout):
+        raise TypeError(f"came is {type(o.came).__name__}, expected the layout of kernels across nodes")
+    return o.came
 
 
 def row_bytes(x: Tensor | QuantizedTensor) -> int:

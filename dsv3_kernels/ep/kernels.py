@@ -20,6 +20,7 @@ MAX_CHANNELS = 32  # csrc/kernels/channel.cuh
 MAX_RANKS = 8  # of a node: a warp each
 MAX_TOPK = 32  # a lane each
 MAX_THREADS = 512  # of a block, for their registers
+SHARED_BYTES = 227 * 1024  # of a block: all that an SM gives one
 OWN_SM = 116 * 1024  # bytes of shared memory: more than half of an SM's, so that a block has it alone
 
 DISPATCH = Kernel("dispatch.cuh", "dispatch_tokens")
@@ -65,16 +66,21 @@ class Workspace:
 
     def area(self, op: str) -> int:
         """Where that of dispatch or combine begins."""
-        return round_up(8 * self.shape.topology.size, 16) + OPS.index(op) * self.area_bytes
+        return given_up_bytes(self.shape.topology.size) + OPS.index(op) * self.area_bytes
 
     @property
     def size(self) -> int:
         return self.area(OPS[-1]) + self.area_bytes
 
 
+def given_up_bytes(ranks: int) -> int:
+    """With which a rank's memory begins: csrc/kernels/given_up.cuh."""
+    return round_up(8 * (ranks * ranks + 1), 16)
+
+
 @dataclass(frozen=True)
 class Failure:
-    """Words of the record of a wait that ran out of time: channel.cuh, `Failure`."""
+    """Words of the record of a wait in vain: channel.cuh, `Failure`."""
 
     role: int
     peer: int
@@ -85,11 +91,18 @@ class Failure:
     recorded: int
 
     def cause(self, rank: int) -> str:
-        word = f"word is {self.seen:#x}, expected at least {self.expected:#x}"
-        if self.missing == self.peer:
-            return f"its {word}"
-        whom = "this rank, which came too late" if self.missing == rank else f"rank {self.missing}"
-        return f"it needed rank {self.peer}, whose {word}, but that one has given up waiting for {whom}"
+        return cause_of(rank, self.peer, self.missing, self.seen, self.expected)
+
+
+def cause_of(rank: int, peer: int, missing: int, seen: int, expected: int) -> str:
+    """Why `rank`, which waited for `peer`, names `missing`."""
+    word = f"word is {seen:#x}, expected at least {expected:#x}"
+    if missing == peer:
+        return f"its {word}"
+    whom = f"rank {missing}"
+    if missing == rank:
+        whom = "this rank, which came too late or is not heard"
+    return f"it needed rank {peer}, whose {word}, but that one has given up waiting for {whom}"
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,7 @@ class Peers:
     failure: Tensor  # int64 [2 ops, 7], words of Failure
     fault: Tensor  # int64 [6], words of Fault
     error: Tensor  # int32 [1], as error.cuh; its code is in the fault too
+    queue_pairs: Tensor | None = None  # int32, one or more, where there are other nodes to tell of a failure
 
     def __post_init__(self) -> None:
         """As the host reads them: no operator, no copy."""
@@ -199,7 +213,7 @@ def table(calls: Sequence[Struct]) -> Struct:
 def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> Struct:
     shape, number = workspace.shape, OPS.index(op)
     return Struct(
-        "PPPPQQQIIIII",
+        "PPPPQQQIIIIIP",
         peers.table,
         peers.sequence[number],
         peers.record(peers.failure[number]),
@@ -212,80 +226,84 @@ def rank_struct(workspace: Workspace, peers: Peers, op: str, timeout: float) -> 
         shape.local_experts,
         shape.max_tokens_per_rank,
         shape.topology.gpus_per_node,
+        peers.queue_pairs,
     )
 
 
-def dispatch_call(
-    workspace: Workspace,
-    peers: Peers,
-    x: Tensor | QuantizedTensor,
-    topk_idx: Tensor | None,
-    topk_weights: Tensor | None,
-    out: Tensor | QuantizedTensor,
-    came: Arrivals,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`Call` of csrc/kernels/dispatch_layout.cuh. out: where rows go; came: the layout, made or used again.
+@dataclass(frozen=True, eq=False)
+class DispatchOperands:
+    """Of one rank's call. topk_idx is None where the layout `came` is used again. out: where rows go."""
 
-    topk_idx is None where it is used again.
-    """
-    data, scales = (x, None) if isinstance(x, Tensor) else (x.data, x.scales)
-    out_data, out_scales = (out, None) if isinstance(out, Tensor) else (out.data, out.scales)
-    form = Form.FP8 * (scales is not None) | Form.WEIGHTS * (topk_weights is not None)
+    x: Tensor | QuantizedTensor
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    out: Tensor | QuantizedTensor
+    came: Arrivals
+    token_order: bool
+    timeout: float  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class CombineOperands:
+    """Of one rank's call. topk_idx: of its own tokens; `came` is of their dispatch."""
+
+    y: Tensor
+    topk_idx: Tensor
+    came: Arrivals
+    topk_weights: Tensor | None
+    weights_grad: Tensor | None
+    bias: Tensor | None
+    out: Tensor
+    out_weights_grad: Tensor | None
+    token_order: bool
+    timeout: float  # seconds
+
+
+def dispatch_call(workspace: Workspace, peers: Peers, o: DispatchOperands) -> Struct:
+    """`Call` of csrc/kernels/dispatch_layout.cuh."""
+    data, scales = (o.x, None) if isinstance(o.x, Tensor) else (o.x.data, o.x.scales)
+    out_data, out_scales = (o.out, None) if isinstance(o.out, Tensor) else (o.out.data, o.out.scales)
+    form = Form.FP8 * (scales is not None) | Form.WEIGHTS * (o.topk_weights is not None)
     tokens = Struct(
         "PPqqPPPIIIII",
         data,
         scales,
         0 if scales is None else scales.stride(0),
         0 if scales is None else scales.stride(1),
-        topk_idx,
-        topk_weights,
-        came.sent_slot,
+        o.topk_idx,
+        o.topk_weights,
+        o.came.sent_slot,
         data.shape[0],
         data.shape[1] * data.element_size(),
         0 if scales is None else scales.shape[1],
         workspace.shape.num_topk,
-        form | Form.TOKEN_ORDER * token_order,
+        form | Form.TOKEN_ORDER * o.token_order,
     )
     received = Struct(
         "PPqPPPPPII",
         out_data,
         out_scales,
         0 if out_scales is None else out_scales.stride(1),
-        came.topk_idx,
-        came.topk_weights,
-        came.group_offsets,
-        came.rows,
-        came.ranges,
+        o.came.topk_idx,
+        o.came.topk_weights,
+        o.came.group_offsets,
+        o.came.rows,
+        o.came.ranges,
         out_data.shape[0],
-        came.ranges.shape[1],
+        o.came.ranges.shape[1],
     )
-    rank = rank_struct(workspace, peers, "dispatch", timeout)
+    rank = rank_struct(workspace, peers, "dispatch", o.timeout)
     records = Struct("PP", peers.record(peers.fault), peers.record(peers.error))
     return join([rank, tokens, received, records])
 
 
-def combine_call(
-    workspace: Workspace,
-    peers: Peers,
-    y: Tensor,
-    topk_idx: Tensor,
-    came: Arrivals,
-    topk_weights: Tensor | None,
-    weights_grad: Tensor | None,
-    bias: Tensor | None,
-    out: Tensor,
-    out_weights_grad: Tensor | None,
-    token_order: bool,
-    timeout: float,
-) -> Struct:
-    """`Call` of csrc/kernels/combine.cuh. `came` is of the dispatch."""
-    shape = workspace.shape
-    rows = Struct("PPPPP", y, topk_weights, weights_grad, came.rows, came.ranges)
-    home = Struct("PPPPP", topk_idx, came.sent_slot, bias, out, out_weights_grad)
-    sizes = out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], token_order
-    return join([rank_struct(workspace, peers, "combine", timeout), rows, home, Struct("IIIII", *sizes)])
+def combine_call(workspace: Workspace, peers: Peers, o: CombineOperands) -> Struct:
+    """`Call` of csrc/kernels/combine.cuh."""
+    shape, came = workspace.shape, o.came
+    rows = Struct("PPPPP", o.y, o.topk_weights, o.weights_grad, came.rows, came.ranges)
+    home = Struct("PPPPP", o.topk_idx, came.sent_slot, o.bias, o.out, o.out_weights_grad)
+    sizes = o.out.shape[0], shape.hidden, shape.num_topk, came.ranges.shape[1], o.token_order
+    return join([rank_struct(workspace, peers, "combine", o.timeout), rows, home, Struct("IIIII", *sizes)])
 
 
 def stalls(peers: Peers) -> tuple[Stall, ...]:
@@ -318,7 +336,7 @@ def shape_of_launch(shape: Shape, num_sms: int, launched: int = 1) -> tuple[laun
     """Grid, block and bytes of shared memory of as many ranks, num_sms blocks each."""
     ranks, teams = shape.topology.size, teams_of(shape, num_sms)
     needed = 4 * teams * (ranks * shape.local_experts + max(ranks, shape.local_experts))
-    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), max(needed, OWN_SM)
+    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), SHARED_BYTES
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:

@@ -1,6 +1,7 @@
-"""All ranks of a node on one GPU, in one launch: to test and to measure without a second GPU."""
+"""All ranks on one GPU, in one launch: to test and to measure without a second GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -8,11 +9,17 @@ from torch import Tensor
 
 from .. import launch
 from ..quantized import QuantizedTensor
-from . import intranode, kernels, low_latency
+from . import intranode, kernels, low_latency, one_gpu
 from .calls import Calls, Sized, integer, shape_of, timeout_of
-from .intranode import KernelRank
+from .design import Design, check_design, design_of
+from .internode import InternodeRank
+from .intranode import KernelRank, Launch
+from .lean import Slots
+from .lean_transport import LeanRank
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
+from .transport import CombineCall, DispatchCall, Shape
+from .tuning import Tuning
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
@@ -20,15 +27,19 @@ Sent = TypeVar("Sent", LowLatencyDispatched, LowLatencyCombined)
 
 
 class LoopbackBuffer(Sized):
-    """`ep.Buffer` for every rank of a node at once; the ranks are virtual, and share one GPU.
+    """`ep.Buffer` for every rank at once; the ranks are virtual, and share one GPU.
 
     The kernels are those of NVLink, and so are the results, bit for bit: a rank has its own memory, which the
     others store into, and its own blocks, `num_sms` of them, all resident in one cooperative launch. A launch
     ends when all its ranks have ended: only between those of one launch can a rank be ahead of another.
+    Between virtual nodes they are those of InfiniBand, for which the GPU's memory stands in: a put is a copy,
+    done before its signal. Nothing is reordered, lost or delayed there.
 
-    num_ranks: 1 to 8. device: a CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms
-    SMs or more. The other arguments are those of `ep.Buffer`; methods take and return a list with an entry a
-    rank wherever `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's number.
+    num_ranks: 1 to 8. gpus_per_node: rank r is on node r // gpus_per_node; by default all on one. device: a
+    CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms SMs or more. The other
+    arguments, internode and tuning among them, are those of `ep.Buffer`; methods take and return a list with
+    an entry a rank wherever `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's
+    number.
     """
 
     def __init__(
@@ -39,31 +50,34 @@ class LoopbackBuffer(Sized):
         max_tokens_per_rank: int,
         num_topk: int,
         *,
+        gpus_per_node: int | None = None,
+        internode: str = "rings",
+        tuning: Tuning | None = None,
         device: torch.device | str = "cuda",
         timeout: float | None = None,
     ) -> None:
         op = "LoopbackBuffer"
         size, seconds = integer(op, "num_ranks", num_ranks, 1), timeout_of(timeout)
-        shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, size, torch.bfloat16)
-        refused = intranode.refuse(shape)
+        tuning = check_design(op, internode, tuning)
+        node = size if gpus_per_node is None else gpus_per_node
+        shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, node, torch.bfloat16)
+        refused = intranode.refuse(shape, nodes=size)
+        if size > kernels.MAX_RANKS:
+            refused = f"num_ranks is {size}, expected at most {kernels.MAX_RANKS}: one launch has them all"
         if refused:
             raise ValueError(f"{op}: {refused}")
-        memories = [
-            torch.zeros(kernels.Workspace(shape).size, dtype=torch.uint8, device=device) for _ in range(size)
-        ]
-        first = memories[0]
+        first = torch.empty(0, device=device)
         if launch.world(first) == "reference":
             raise ValueError(
                 f"{op}: device is {str(device)!r}, where no kernel runs; pass a CUDA device, or make and use "
                 "the buffer inside `with dsv3_kernels.emulator.virtual_gpu(num_sms=...):`"
             )
-        addresses = [launch.address_of(memory) for memory in memories]
-        stream = torch.cuda.Stream(first.device) if first.is_cuda else None
         self._shape, self._device = shape, first.device
-        self._ranks = [
-            KernelRank(shape, rank, memory, addresses, seconds, memories, stream)
-            for rank, memory in enumerate(memories)
-        ]
+        if shape.topology.nodes > 1:
+            self._ranks = _on_nodes(design_of(shape, internode, tuning), first.device, seconds)
+        else:
+            self._ranks = _on_one_node(shape, first.device, seconds)
+        self._internode = internode if shape.topology.nodes > 1 else ""
         self._calls = [Calls(shape, rank) for rank in self._ranks]
         self._num_sms = launch.num_sms(first)
         self._dispatches = self._combines = 0
@@ -197,6 +211,7 @@ class LoopbackBuffer(Sized):
                 kernels.bytes_sent(rank.peers),
                 kernels.stalls(rank.peers),
                 None if rank.error is None else str(rank.error),
+                self._internode,
             )
             for rank in self._ranks
         ]
@@ -243,11 +258,65 @@ class LoopbackBuffer(Sized):
         return made
 
 
+class _RankOfRings(InternodeRank):
+    """Of several virtual nodes."""
+
+    def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
+        found = super().launches(call, launched)
+        return [replace(part, kernel=one_gpu.on_one_gpu(part.kernel)) for part in found]
+
+
+class _LeanRank(LeanRank):
+    def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
+        return [
+            replace(part, kernel=one_gpu.on_one_gpu(part.kernel), grid=(part.grid[0] * launched, 1, 1))
+            for part in super().launches(call, launched)
+        ]
+
+
+def _on_one_node(shape: Shape, device: torch.device, timeout: float) -> Sequence[KernelRank]:
+    size, stream = kernels.Workspace(shape).size, _stream(device)
+    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(shape.topology.size)]
+    addresses = [launch.address_of(memory) for memory in memories]
+    return [
+        KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
+        for rank, memory in enumerate(memories)
+    ]
+
+
+def _on_nodes(design: Design, device: torch.device, timeout: float) -> Sequence[KernelRank]:
+    shape, stream = design.shape, _stream(device)
+    size, gpus = shape.topology.size, shape.topology.gpus_per_node
+    sizes = [kernels.Workspace(shape).size, *(design.size for _ in kernels.OPS)]
+    heap = one_gpu.Heap(size, sizes, device)
+    parts = [heap.memories(rank) for rank in range(size)]
+    addresses = [launch.address_of(memory) for memory, *_ in parts]
+    ranks: list[KernelRank] = []
+    for rank, (memory, *of_op) in enumerate(parts):
+        on_node, pairs = addresses[rank // gpus * gpus :][:gpus], heap.queue_pairs(rank, design.channels)
+        rest = rank, memory, on_node, tuple(of_op), pairs, timeout
+        if isinstance(design, Slots):
+            ranks.append(_LeanRank(design, *rest, kept=heap, stream=stream))
+        else:
+            ranks.append(_RankOfRings(design, *rest, kept=heap, stream=stream))
+    return ranks
+
+
+def _stream(device: torch.device) -> "torch.cuda.Stream | None":
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def _received(sent: list[Sent]) -> list[Sent]:
-    """The last rank's hook launches for all."""
+    """The last rank's hook launches for all, so all are called, whatever one raises."""
+    errors: list[Exception] = []
     for part in sent:
-        if part.hook is not None:
-            part.hook()
+        try:
+            if part.hook is not None:
+                part.hook()
+        except (ValueError, RuntimeError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return sent
 
 

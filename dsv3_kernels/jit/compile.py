@@ -79,7 +79,7 @@ def source_options(
     if nvshmem:
         # Relocatable: NVSHMEM's table stays extern, for the linker or the emulator to provide.
         include_dirs = (*include_dirs, *toolchain.nvshmem_headers().folders)
-        options.append("--relocatable-device-code=true")
+        options += ["--relocatable-device-code=true", "--define-macro=DSV3_NVSHMEM"]
     options += [f"--include-path={path}" for path in (kernel_dir(), *include_dirs)]
     options += [f"--define-macro={name}={value}" for name, value in (defines or {}).items()]
     options += ["--generate-line-info"] if lineinfo else []

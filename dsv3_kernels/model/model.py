@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.model.attention import LatentCache, MultiHeadLatentAttention
 from dsv3_kernels.model.config import ModelConfig
+from dsv3_kernels.model.initial import fill_normal
 from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import (
     FP8,
@@ -199,18 +200,26 @@ class DeepSeekV3(nn.Module):
 
     @torch.no_grad()
     def initialize(self, seed: int) -> None:
-        """Draws all weights from N(0, initializer_range²), norms one; a seed gives the same everywhere."""
-        generator = torch.Generator().manual_seed(seed)
+        """Draws all weights from N(0, initializer_range²), norms one, and expert biases zero.
+
+        A weight is a function of the seed and its name alone, an expert's of its number too: whatever is cut
+        off (`train.pipeline.stages.cut`), and however experts are spread, what is left gets the bits that it
+        has in one process. So a model too large for one is built on the meta device, cut, given memory
+        (`to_empty`), and then initialised.
+        """
+        std = self.config.initializer_range
         shares = {p: m for m in self.modules() if isinstance(m, Experts) for p in m.parameters()}
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-                continue
-            shape, first = list(parameter.shape), 0
-            if parameter in shares:  # every rank draws all experts
-                first, shape[0] = shares[parameter].first_expert, shares[parameter].num_experts
-            draw = torch.randn(shape, generator=generator) * self.config.initializer_range
-            parameter.copy_(draw[first : first + parameter.shape[0]])
+            elif parameter in shares:
+                for number, expert in enumerate(parameter, start=shares[parameter].first_expert):
+                    fill_normal(expert, std, seed, name, number)
+            else:
+                fill_normal(parameter, std, seed, name)
+        for gate in self.gates():
+            gate.bias.zero_()
+            gate.load.zero_()
 
     def gates(self) -> Iterator[Gate]:
         return (module for module in self.modules() if isinstance(module, Gate))

@@ -1,9 +1,11 @@
 """Settings of a run, and their JSON form, which is checked field by field when read back."""
 
 import dataclasses
+import json
 import types
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dsv3_kernels.model import PRESETS, ModelConfig
@@ -102,6 +104,28 @@ class RunConfig:
         for name in ("checkpoint_every", "validate_every", "validation_windows", "keep"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name} is {getattr(self, name)}, expected at least 1")
+
+
+def read_json(path: Path, option: str = "", *, expected: str = "", mend: str = "") -> Any:
+    """What a JSON file holds. Raises TrainError where it cannot be read.
+
+    option: that named it, as messages begin; expected: what there was to be; mend: of a damaged one.
+    """
+    begin = f"{option}: " if option else ""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        after = f"; expected {expected}" if expected else ""
+        raise TrainError(f"{begin}cannot read {path}: {error.strerror}{after}") from error
+    except (ValueError, RecursionError) as error:
+        after = f". Mend: {mend}" if mend else ""
+        raise TrainError(f"{begin}{path} is not JSON: {error}{after}") from error
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Of the run in this folder."""
+    path = folder / "config.json"
+    return from_json(RunConfig, read_json(path, expected="the folder of a run"), str(path))
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ what is far is the way back.
 
 from collections import deque
 
-from dsv3_kernels.train.actions import Action, Kind, Overlap, Schedule, Work
+from dsv3_kernels.train.pipeline.actions import Action, Kind, Overlap, Schedule, Work
 
 
 def dualpipe(ranks: int, micro_batches: int) -> Schedule:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dsv3_kernels.model import save_pretrained
 from dsv3_kernels.model.pretrained import PretrainedError
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.trained import load_trained
+from dsv3_kernels.train.state.trained import load_trained
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

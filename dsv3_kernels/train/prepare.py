@@ -20,10 +20,19 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dsv3_kernels.train.data import VALIDATION_SHARE, held_out, no_text, read_text, text_files
+from dsv3_kernels.train.data.corpus import VALIDATION_SHARE, held_out, no_text, read_text, text_files
+from dsv3_kernels.train.data.tokenizer import Bytes, DataTokenizer, FromFile, Sentinels, train_bpe
+from dsv3_kernels.train.data.tokens import (
+    FORMAT,
+    HEADER,
+    PARTS,
+    Header,
+    Part,
+    dtype_of,
+    map_part,
+    read_header,
+)
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.tokenizer import Bytes, DataTokenizer, FromFile, Sentinels, train_bpe
-from dsv3_kernels.train.tokens import FORMAT, HEADER, PARTS, Header, Part, dtype_of, map_part, read_header
 
 ENCODED_AT_ONCE = 1 << 22
 """Characters of text that are encoded at a time, in parallel."""

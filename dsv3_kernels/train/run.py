@@ -15,18 +15,19 @@ from torch import Tensor
 from dsv3_kernels.model import Generator, Sampling, count_parameters
 from dsv3_kernels.nn import BF16, set_recipe
 from dsv3_kernels.nn.recipe import Precision
-from dsv3_kernels.train import checkpoint, report
-from dsv3_kernels.train.checkpoint import replace_file
-from dsv3_kernels.train.config import RunConfig, from_json, to_json
-from dsv3_kernels.train.data import load_corpus, validation_windows
+from dsv3_kernels.train.config import RunConfig, to_json
+from dsv3_kernels.train.data.corpus import load_corpus, validation_windows
+from dsv3_kernels.train.data.tokenizer import FromFile
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.metrics import Meter, MetricsLog
-from dsv3_kernels.train.page import write_page
-from dsv3_kernels.train.parallel import Layout, gather
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.processes import Processes, agree
-from dsv3_kernels.train.saver import Saver
-from dsv3_kernels.train.tokenizer import FromFile
+from dsv3_kernels.train.observe import report
+from dsv3_kernels.train.observe.metrics import Meter, MetricsLog
+from dsv3_kernels.train.observe.page import write_page
+from dsv3_kernels.train.parallel.groups import Layout, gather
+from dsv3_kernels.train.parallel.processes import Processes, agree
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.state import checkpoint
+from dsv3_kernels.train.state.checkpoint import replace_file
+from dsv3_kernels.train.state.saver import Saver
 from dsv3_kernels.train.trainer import StepMetrics, Trainer
 
 TEMPERATURE = 0.7
@@ -48,17 +49,6 @@ class StopRequest:
     def restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def read_config(folder: Path) -> RunConfig:
-    path = folder / "config.json"
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise TrainError(f"cannot read {path}: {error.strerror}; expected the folder of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise TrainError(f"{path} is not JSON: {error}") from error
-    return from_json(RunConfig, value, str(path))
 
 
 def new_folder() -> Path:

@@ -4,7 +4,6 @@ python -m dsv3_kernels.train.schedule --schedule paper --steps 1000 --out schedu
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_kernels.train import phases
-from dsv3_kernels.train.config import TrainConfig, from_json
+from dsv3_kernels.train.config import TrainConfig, from_json, read_json
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.phases import Schedule, Steps
 
@@ -75,14 +74,7 @@ def load_schedule(name: str, batch_size: int, multiple: int = 1) -> Schedule | N
         return None
     if name == "paper":
         return phases.paper(batch_size, multiple)
-    try:
-        value = json.loads(Path(name).read_bytes())
-    except OSError as error:
-        raise TrainError(
-            f"--schedule: cannot read {name}: {error.strerror}; expected cosine, paper or a JSON file"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise TrainError(f"--schedule: {name} is not JSON: {error}") from error
+    value = read_json(Path(name), "--schedule", expected="cosine, paper or a JSON file")
     return from_json(Schedule, value, f"--schedule: {name}")
 
 

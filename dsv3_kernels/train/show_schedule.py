@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from dsv3_kernels.train.actions import Work, label, works
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES, compare
-from dsv3_kernels.train.simulate import Span, Timeline, Times, simulate
-from dsv3_kernels.train.trace import TraceEvent, write_trace
+from dsv3_kernels.train.observe.trace import TraceEvent, write_trace
+from dsv3_kernels.train.pipeline.actions import Work, label, works
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES, compare
+from dsv3_kernels.train.pipeline.simulate import Span, Timeline, Times, simulate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,6 +1,7 @@
 """One model in training: a step, its validation, and what a checkpoint of it holds."""
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,18 +16,19 @@ from dsv3_kernels.model import DeepSeekV3, Losses, ModelConfig
 from dsv3_kernels.nn import Fp8Recipe, set_recipe
 from dsv3_kernels.nn.gate import Gate
 from dsv3_kernels.nn.recipe import RECOMPUTE, Precision
-from dsv3_kernels.train import not_finite, schedule
-from dsv3_kernels.train.checkpoint import Checkpoint
+from dsv3_kernels.train import schedule
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig, from_json, to_json
-from dsv3_kernels.train.data import Batches, Corpus
-from dsv3_kernels.train.ema import Ema
+from dsv3_kernels.train.data.corpus import Batches, Corpus
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import Executor, LocalExecutor
-from dsv3_kernels.train.optimizer import AdamW, Piece
-from dsv3_kernels.train.parallel import Groups, Layout, add_up, gather, named_parameters, rank_in
-from dsv3_kernels.train.pipeline import PipelineExecutor
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
-from dsv3_kernels.train.saver import Saver
+from dsv3_kernels.train.observe import not_finite
+from dsv3_kernels.train.parallel.groups import Groups, Layout, add_up, gather, named_parameters, rank_in
+from dsv3_kernels.train.pipeline.executor import PipelineExecutor
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.state.checkpoint import Checkpoint
+from dsv3_kernels.train.state.ema import Ema
+from dsv3_kernels.train.state.optimizer import AdamW, Piece
+from dsv3_kernels.train.state.saver import Saver
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,13 @@ class Trainer:
             self.layout.check(model, batch_size, self.parallel.micro_batches)
         recompute = RECOMPUTE if train.recompute else ()
         self.recipe = Fp8Recipe(precision, train.power_of_2_scales, recompute=recompute)
-        self.model = DeepSeekV3(model, self.recipe, self._buffer())
-        self.model.initialize(train.seed)
+        buffer = self._buffer()
+        with torch.device("meta"):  # memory is for what is left of it on this rank
+            self.model = DeepSeekV3(model, self.recipe, buffer)
         self.executor = _executor(self.model, self.parallel, self.groups)
-        self.model.to(self.device)
+        _require_room(self.model, self.device)
+        self.model.to_empty(device=self.device)
+        self.model.initialize(train.seed)
         self.optimizer = AdamW(
             named_parameters(self.executor),
             weight_decay=train.weight_decay,
@@ -159,6 +164,7 @@ class Trainer:
         count = schedule.batch_size(self.step, self.config) // self.layout.shares
         first = schedule.first_sample(self.step, self.config) + self.layout.share(self.groups.rank) * count
         windows = self.batches.samples(first, count).to(self.device)
+        self.optimizer.zero_gradients()
         losses = self.executor.forward_backward(
             windows.unflatten(0, (self.parallel.micro_batches, -1)),
             schedule.mtp_weight(self.step, self.config),
@@ -315,6 +321,23 @@ class Trainer:
         found.read(pieces, names)
         self.optimizer.steps, self.step = state["updates"], state["step"]
         self.optimizer.write_parameters()
+
+
+def _require_room(model: DeepSeekV3, device: torch.device) -> None:
+    """Raises TrainError where weights and gradients alone are more than the machine has for this rank."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 8 * count > there:
+        needed, room = (f"{size / 2**30:,.0f} GiB" for size in (8 * count, there))
+        raise TrainError(
+            f"this rank's part of the model has {count / 1e6:,.0f} million parameters, with gradients "
+            f"{needed} in FP32, expected at most the {room} that it has on {device}. Mend: more --pp or "
+            "--ep; --plan prints what each rank would hold"
+        )
 
 
 def _executor(model: DeepSeekV3, parallel: ParallelConfig, groups: Groups) -> Executor:

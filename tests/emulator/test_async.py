@@ -17,7 +17,7 @@ compiled = functools.cache(jit.compile_ptx)
 def run(source, args, *, seed=0, grid=1, block=128, cluster=1, shared_bytes=0):
     gpu = emulator.VirtualGPU(num_sms=4, seed=seed)
     gpu.launch(
-        compiled('#include "ptx.cuh"\nusing namespace dsv3;\n' + source),
+        compiled('#include "ptx_wgmma.cuh"\nusing namespace dsv3;\n' + source),
         "k",
         grid=(grid, 1, 1),
         block=(block, 1, 1),

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import torch
 from cases import bits, draw, results
+from test_ep import check_weights_grad
 
 from dsv3_kernels import emulator
 from dsv3_kernels.ep import internode_kernels as internode
@@ -17,21 +18,23 @@ SECONDS = 2e-3  # of virtual time, a wait's limit
 class Cluster:
     """The ranks of a case, their memories and what they keep between calls."""
 
-    def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, **options):
+    def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, channels=None, **options):
         self.case, self.size, self.num_sms, self.warps = case, case.topology.size, num_sms, warps
+        self.seconds = SECONDS
         topology = case.topology
         self.cluster = emulator.VirtualCluster(
             topology.nodes, topology.gpus_per_node, seed, num_sms=num_sms, **options
         )
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, topology)
-        self.rings = internode.Rings(self.shape, chunk, depth, channels=num_sms // 2)
+        self.channels = channels or num_sms // 2
+        self.rings = internode.Rings(self.shape, chunk, depth, channels=self.channels)
         self.links = self.connect()
 
     def connect(self):
         """The link of every rank."""
         gpus, device = self.case.topology.gpus_per_node, torch.device("cpu")
         size = kernels.Workspace(self.shape).size
-        self.memory = [torch.zeros(size, dtype=torch.uint8) for _ in range(self.size)]
+        self.memory = self.cluster.symmetric((size,), torch.uint8)
         addresses = [self.cluster.address_of(m, rank) for rank, m in enumerate(self.memory)]
         symmetric = [self.cluster.symmetric((self.rings.size,), torch.uint8) for _ in kernels.OPS]
         links = []
@@ -63,17 +66,18 @@ class Cluster:
             x = QuantizedTensor(data, scales, ROW)
         else:
             x = torch.full((rows, case.hidden), torch.nan).bfloat16()
+        shape = (rows,) if case.expert_order else (rows, case.topk)
         came = kernels.Arrivals(
             x,
-            torch.full((rows,), -9),
-            torch.full((rows,), torch.nan) if case.weights else None,
+            torch.full(shape, -9),
+            torch.full(shape, torch.nan) if case.weights else None,
             *(
                 torch.full(sizes, -9, dtype=torch.int32)
                 for sizes in (
                     (case.local_experts + 1,),
                     (count, self.size),
                     (self.size, case.tokens, case.topk),
-                    (self.size, self.num_sms // 2, 2),
+                    (self.size, self.channels, 2),
                 )
             ),
         )
@@ -88,7 +92,6 @@ class Cluster:
         if both is None:
             compiled = [kernel.ptx(lineinfo=True) for kernel in (internode.DISPATCH, internode.COMBINE)]
             both = [(ptx.text, ptx.name) for ptx in compiled]
-        grid, block, shared = internode.shape_of_launch(self.rings, self.num_sms, self.warps)
         out = [
             [
                 self.outputs(len(self.expected[i][rank].origin), inputs.topk_idx[rank].shape[0])
@@ -97,57 +100,64 @@ class Cluster:
             for i, inputs in enumerate(rounds)
         ]
 
-        def launch(kernel, call):
-            arguments = (kernels.table([call]), self.num_sms)
-            emulator.current().launch(*kernel, grid=grid, block=block, shared_bytes=shared, args=arguments)
-
         def program(rank, group):
             for i, inputs in enumerate(rounds):
                 mine = out[i][rank]
-                mine.call = internode.dispatch_call(
-                    self.links[rank],
+                operands = kernels.DispatchOperands(
                     inputs.x[rank],
                     inputs.topk_idx[rank],
                     inputs.topk_weights[rank] if self.case.weights else None,
                     mine.came.x,
                     mine.layout,
-                    False,
-                    SECONDS,
+                    not self.case.expert_order,
+                    self.seconds,
                 )
-                launch(both[0], mine.call)
+                self.dispatch(both, rank, operands)
                 if combine and not self.links[rank].peers.failure.any():
-                    mine.back = self.combine(rank, i, inputs, mine)
-                    launch(both[1], mine.back)
+                    mine.operands = self.operands(rank, i, inputs, mine)
+                    self.combine(both[1:], rank, mine.operands)
                 if self.links[rank].peers.failure.any():
                     return
 
         self.cluster.run(program)
         return out
 
-    def combine(self, rank, round_, inputs, mine):
-        """The argument of a rank's combine."""
+    def launch(self, kernel, call):
+        grid, block, shared = internode.shape_of_launch(self.rings, self.num_sms, self.warps)
+        arguments = (kernels.table([call]), self.num_sms)
+        emulator.current().launch(*kernel, grid=grid, block=block, shared_bytes=shared, args=arguments)
+
+    def dispatch(self, compiled, rank, operands):
+        self.launch(compiled[0], internode.dispatch_call(self.links[rank], operands))
+
+    def combine(self, compiled, rank, operands):
+        """A rank's launches."""
+        self.launch(*compiled, internode.combine_call(self.links[rank], operands))
+
+    def operands(self, rank, round_, inputs, mine):
+        """Of a rank's combine."""
         case, shape = self.case, inputs.topk_idx[rank].shape
         mine.y, mine.gradients = results(case, round_, rank, mine.came.topk_idx.shape[0])
         mine.home = torch.full((shape[0], case.hidden), torch.nan).bfloat16()
         mine.home_gradients = torch.full(shape, torch.nan)
-        return internode.combine_call(
-            self.links[rank],
+        return kernels.CombineOperands(
             mine.y,
             inputs.topk_idx[rank],
             mine.layout,
-            mine.came.topk_weights,
+            mine.came.topk_weights if case.expert_order else None,
             mine.gradients if case.seed % 2 else None,
             inputs.bias[rank] if round_ == 1 else None,
             mine.home,
             mine.home_gradients if case.seed % 2 else None,
-            False,
-            SECONDS,
+            not case.expert_order,
+            self.seconds,
         )
 
 
 def expected_of(case, inputs):
+    weights = inputs.topk_weights if case.weights else None
     return reference.dispatch(
-        inputs.x, inputs.topk_idx, inputs.topk_weights if case.weights else None, case.num_experts
+        inputs.x, inputs.topk_idx, weights, case.num_experts, expert_order=case.expert_order
     )
 
 
@@ -160,7 +170,8 @@ def check(cluster, round_, out, combine=True):
     where = f"round {round_}, {case}"
     for rank, (mine, expected) in enumerate(zip(out, want, strict=True)):
         at = f"rank {rank}, {where}"
-        assert torch.equal(mine.came.group_offsets, expected.group_offsets), at
+        if case.expert_order:
+            assert torch.equal(mine.came.group_offsets, expected.group_offsets), at
         assert torch.equal(mine.came.topk_idx, expected.topk_idx), at
         for got, right in zip(tensors(mine.came.x), tensors(expected.x), strict=True):
             assert torch.equal(bits(got), bits(right)), at
@@ -168,7 +179,7 @@ def check(cluster, round_, out, combine=True):
             assert torch.equal(mine.came.topk_weights, expected.topk_weights), at
     if not combine:
         return
-    weights = [part.topk_weights for part in want] if case.weights else None
+    weights = [part.topk_weights for part in want] if case.weights and case.expert_order else None
     home = reference.combine(
         [mine.y for mine in out],
         want,
@@ -180,7 +191,5 @@ def check(cluster, round_, out, combine=True):
     for rank, (mine, right) in enumerate(zip(out, home, strict=True)):
         assert torch.equal(bits(mine.home), bits(right)), f"rank {rank}, {where}"
     if case.seed % 2:
-        counts = [t.shape[0] for t in inputs.topk_idx]
-        gradients = reference.combine_weights_grad([m.gradients for m in out], want, counts, case.topk)
-        for rank, (mine, right) in enumerate(zip(out, gradients, strict=True)):
-            assert torch.equal(mine.home_gradients, right), f"gradients, rank {rank}, {where}"
+        got = [mine.home_gradients for mine in out]
+        check_weights_grad(case, inputs, want, [mine.gradients for mine in out], got)

@@ -115,17 +115,10 @@ class Node:
         emulator.current().launch(*self.kernels[kernel], args=(kernels.table([call]), num_sms), **sizes)
 
     def dispatch(self, rank, x, topk_idx, weights, out, came):
-        return kernels.dispatch_call(
-            self.workspace,
-            self.peers[rank],
-            x,
-            topk_idx,
-            weights,
-            out,
-            came,
-            not self.case.expert_order,
-            SECONDS,
+        operands = kernels.DispatchOperands(
+            x, topk_idx, weights, out, came, not self.case.expert_order, SECONDS
         )
+        return kernels.dispatch_call(self.workspace, self.peers[rank], operands)
 
     def combine(self, rank, round_, inputs, came):
         case = self.case
@@ -134,9 +127,7 @@ class Node:
         home_gradients = torch.full(inputs.topk_idx[rank].shape, torch.nan)
         came.homes.append((home, home_gradients))
         came.kept += [y, gradients]
-        return kernels.combine_call(
-            self.workspace,
-            self.peers[rank],
+        operands = kernels.CombineOperands(
             y,
             inputs.topk_idx[rank],
             came,
@@ -148,6 +139,7 @@ class Node:
             not case.expert_order,
             SECONDS,
         )
+        return kernels.combine_call(self.workspace, self.peers[rank], operands)
 
     def empty_rows(self, rows):
         """Poisoned."""

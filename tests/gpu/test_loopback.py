@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from dsv3_kernels import ep, launch, quantize_1x128
-from dsv3_kernels.ep import Topology, reference
+from dsv3_kernels.ep import reference
 from dsv3_kernels.quantized import ROW, QuantizedTensor
 
 RANKS, EXPERTS, HIDDEN, TOKENS, TOPK = 4, 32, 1024, 96, 6
 ROWS = RANKS * TOKENS * TOPK
 SLEEP = 50_000_000  # cycles, about 30 ms
+MOST_SMS = {1: 32, 2: 24}  # of a rank, by nodes: 128 of the GPU's; as many channels as there are rings for
 
 
-@pytest.fixture
-def buffer():
-    return ep.LoopbackBuffer(RANKS, EXPERTS, HIDDEN, TOKENS, TOPK, timeout=10.0)
+@pytest.fixture(params=list(MOST_SMS), ids=["one node", "2 nodes"])
+def buffer(request):
+    node = RANKS // request.param
+    return ep.LoopbackBuffer(RANKS, EXPERTS, HIDDEN, TOKENS, TOPK, gpus_per_node=node, timeout=10.0)
 
 
 def draw(seed, fp8=False):
@@ -62,7 +64,7 @@ def both(buffer, x, idx, weights, bias, y, **options):
     return got, out
 
 
-def check(got, out, x, idx, weights, bias, y):
+def check(buffer, got, out, x, idx, weights, bias, y):
     want = reference.dispatch(x, idx, weights, EXPERTS)
     counts = [len(part.origin) for part in want]
     for mine, expected, count in zip(got, want, counts, strict=True):
@@ -76,15 +78,16 @@ def check(got, out, x, idx, weights, bias, y):
         assert torch.equal(mine.group_offsets.cpu(), expected.group_offsets)
     cut = [t[:count] for t, count in zip(y, counts, strict=True)]
     factors = [part.topk_weights for part in want]
-    sums = reference.combine(cut, want, [TOKENS] * RANKS, Topology(1, RANKS), factors, bias)
+    sums = reference.combine(cut, want, [TOKENS] * RANKS, buffer.topology, factors, bias)
     for mine, expected in zip(out, sums, strict=True):
         assert torch.equal(mine.x.cpu(), expected)
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("num_sms", [2, 8, 20, 32])
+@pytest.mark.parametrize("num_sms", [2, 8, 20, max(MOST_SMS.values())])
 def test_many_rounds_without_a_pause(buffer, fp8, num_sms):
     """Slots are used again while what came before may still be under way."""
+    num_sms = min(num_sms, MOST_SMS[buffer.topology.nodes])
     rounds = [draw(seed, fp8) for seed in range(6)]
     on_gpu = [[there(values) for values in inputs] for inputs in rounds]
     y = [[results(seed, rank) for rank in range(RANKS)] for seed in range(6)]
@@ -92,7 +95,7 @@ def test_many_rounds_without_a_pause(buffer, fp8, num_sms):
     found = [both(buffer, *on_gpu[i % 6], y_gpu[i % 6], num_sms=num_sms) for i in range(24)]
     launch.synchronize()
     for i in (*range(6), *range(18, 24)):
-        check(*found[i], *rounds[i % 6], y[i % 6])
+        check(buffer, *found[i], *rounds[i % 6], y[i % 6])
 
 
 def test_nothing_makes_the_host_wait(buffer):
@@ -130,7 +133,7 @@ def test_a_call_comes_behind_what_the_caller_has_queued(buffer, options):
                 target.zero_()
     launch.synchronize()
     assert all(torch.equal(a, b.x) for a, b in zip(copies, out, strict=True))
-    check(got, out, *new, y)
+    check(buffer, got, out, *new, y)
 
 
 def test_behind_an_event_a_call_does_not_wait_for_the_callers_stream(buffer):
@@ -163,10 +166,10 @@ def test_a_graph_replays_with_other_routings(buffer):
                 target.copy_(value)
         graph.replay()
         launch.synchronize()
-        check(got, out, *rounds[seed], y[seed])
+        check(buffer, got, out, *rounds[seed], y[seed])
         eager = both(buffer, *tensors, y_gpu)
         launch.synchronize()
-        check(*eager, *rounds[seed], y[seed])
+        check(buffer, *eager, *rounds[seed], y[seed])
 
 
 def test_a_fault_is_raised_where_the_host_waits(buffer):
@@ -189,7 +192,7 @@ def test_a_fault_is_raised_where_the_host_waits(buffer):
         buffer.dispatch(*inputs[:3], max_recv_tokens=ROWS, async_op=True)[0].event.synchronize()
     got, out = both(buffer, *[there(values) for values in good], there(y))
     launch.synchronize()
-    check(got, out, *good, y)
+    check(buffer, got, out, *good, y)
 
 
 def test_more_rows_than_declared_leave_what_lies_behind_alone(buffer):

@@ -6,11 +6,10 @@ import torch
 
 from dsv3_kernels.model import DeepSeekV3
 from dsv3_kernels.nn.recipe import Fp8Recipe, Precision
-from dsv3_kernels.train.checkpoint import Checkpoint
-from dsv3_kernels.train.config import RunConfig
+from dsv3_kernels.train.config import RunConfig, read_config
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.optimizer import Piece
-from dsv3_kernels.train.run import read_config
+from dsv3_kernels.train.state.checkpoint import Checkpoint
+from dsv3_kernels.train.state.optimizer import Piece
 
 
 def load_trained(

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dsv3_kernels.train.actions import Schedule, one_f_one_b, zero_bubble
 from dsv3_kernels.train.dualpipe import dualpipe, dualpipev
-from dsv3_kernels.train.simulate import Times, simulate
+from dsv3_kernels.train.pipeline.actions import Schedule, one_f_one_b, zero_bubble
+from dsv3_kernels.train.pipeline.simulate import Times, simulate
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_f_one_b,

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dsv3_kernels.train.parallel import Placement, add_up, rank_in, size_of
+from dsv3_kernels.train.parallel.groups import Placement, add_up, rank_in, size_of
 
 # Its name since torch 2.13, before which it has another.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -34,6 +34,12 @@ class Piece:
     shape: torch.Size
 
 
+def share_of(elements: int, ranks: int) -> int:
+    """How many of them each rank keeps."""
+    unit = ranks * ALIGNMENT if ranks > 1 else 1
+    return -(-elements // unit) * unit // ranks
+
+
 class _Bucket:
     """The parameters that one group of ranks holds alike, in one line of which each rank has a share."""
 
@@ -47,33 +53,38 @@ class _Bucket:
         self.group = self.places[0].group
         ranks = size_of(self.group)
         sizes = [parameter.numel() for parameter in self.parameters]
-        unit = ranks * ALIGNMENT if ranks > 1 else 1
-        self.length = -(-sum(sizes) // unit) * unit
-        share = self.length // ranks
+        share = share_of(sum(sizes), ranks)
+        self.length = ranks * share
         self.low = rank_in(self.group) * share
         self.high = self.low + share
         decayed = sum(p.numel() for p in self.parameters if p.dim() >= 2)
         self.decayed = min(max(decayed - self.low, 0), share)
-        flat = torch.cat([p.detach().float().flatten() for p in self.parameters])
         self.starts = [0]
         for size in sizes:
             self.starts.append(self.starts[-1] + size)
-        self.master = self._padded(flat)[self.low : self.high].clone()
+        self.master = self.parameters[0].new_zeros(share, dtype=torch.float32)
+        for parameter, start in zip(self.parameters, self.starts, strict=False):
+            low, high = max(start, self.low), min(start + parameter.numel(), self.high)
+            if low < high:
+                mine = parameter.detach().flatten()[low - start : high - start]
+                self.master[low - self.low : high - self.low] = mine
         self.exp_avg = torch.zeros_like(self.master, dtype=torch.bfloat16)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         self._flat_grad = self.master.new_zeros(self.length)
         self._grads = self._views(self._flat_grad)
         self.grad = self._flat_grad[self.low : self.high]
 
-    def _padded(self, flat: Tensor) -> Tensor:
-        return torch.cat([flat, flat.new_zeros(self.length - flat.numel())])
-
     def _views(self, flat: Tensor) -> list[Tensor]:
         parts = flat[: self.starts[-1]].split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def zero_gradients(self) -> None:
+        self._flat_grad.zero_()
+        for view, parameter in zip(self._grads, self.parameters, strict=True):
+            parameter.grad = view
+
     def reduce(self, scale: float) -> None:
-        """Moves the gradients here; this rank's share becomes their sum over the group, times scale.
+        """Takes the gradients; this rank's share becomes their sum over the group, times scale.
 
         The sum is taken in the order of the ranks, whatever the transport, and so is bit for bit that of one
         process which sees the ranks' sequences one after the other.
@@ -81,9 +92,9 @@ class _Bucket:
         for view, parameter in zip(self._grads, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
-            else:
+            elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
-                parameter.grad = None
+            parameter.grad = None
         if self.group is None:
             if scale != 1:
                 self.grad.mul_(scale)
@@ -174,6 +185,14 @@ class AdamW:
     def write_parameters(self) -> None:
         for bucket in self._buckets:
             bucket.write_parameters()
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Before a backward: lets it add to the optimizer's own line of gradients, so that none are made
+        beside. Without this call they are copied there.
+        """
+        for bucket in self._buckets:
+            bucket.zero_gradients()
 
     @torch.no_grad()
     def gather_gradients(self) -> Tensor:

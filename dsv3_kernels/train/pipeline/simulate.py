@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from itertools import accumulate
 
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, dependencies, label, works
+from dsv3_kernels.train.pipeline.actions import Action, Overlap, Schedule, Work, dependencies, label, works
 
 
 @dataclass(frozen=True)

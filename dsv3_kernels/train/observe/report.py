@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from torch import Tensor
 
-from dsv3_kernels.train.checkpoint import replace_file
-from dsv3_kernels.train.metrics import MetricsLog
+from dsv3_kernels.train.observe.metrics import MetricsLog
+from dsv3_kernels.train.state.checkpoint import replace_file
 
 AVERAGED = 20
 """The training loss after a run is the mean of its last steps, at most this many."""

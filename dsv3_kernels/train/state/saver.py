@@ -7,8 +7,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dsv3_kernels.train import checkpoint
-from dsv3_kernels.train.optimizer import Piece
+from dsv3_kernels.train.state import checkpoint
+from dsv3_kernels.train.state.optimizer import Piece
 
 
 class Saver:

@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.optimizer import Piece
-from dsv3_kernels.train.parallel import gather, rank_in, size_of
+from dsv3_kernels.train.parallel.groups import gather, rank_in, size_of
+from dsv3_kernels.train.state.optimizer import Piece
 
 FORMAT = 2
 _NAME = re.compile(r"step-\d{6,}")

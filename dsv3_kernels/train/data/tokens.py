@@ -10,7 +10,6 @@ in them is executed.
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dsv3_kernels.train.config import from_json
+from dsv3_kernels.train.config import from_json, read_json
+from dsv3_kernels.train.data.tokenizer import Bytes, FromFile, Tokenizer
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.tokenizer import Bytes, FromFile, Tokenizer
 
 FORMAT = "dsv3_kernels tokens 1"
 HEADER = "tokens.json"
@@ -62,12 +61,7 @@ def dtype_of(vocab_size: int) -> Literal["uint8", "uint16", "uint32"]:
 def read_header(folder: Path) -> Header:
     """Raises TrainError for a header that is missing, damaged, of another format or at odds with itself."""
     path = folder / HEADER
-    try:
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise TrainError(f"--data: cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TrainError(f"--data: {path} is not JSON: {error}. Mend: prepare it again") from error
+    value = read_json(path, "--data", mend="prepare it again")
     found = value.get("format") if isinstance(value, dict) else None
     if found != FORMAT:
         raise TrainError(f"--data: {path} has format {found!r}, expected {FORMAT!r}. Mend: prepare it again")

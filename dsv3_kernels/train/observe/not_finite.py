@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dsv3_kernels.train.executor import Executor
-from dsv3_kernels.train.parallel import gather, named_parameters
+from dsv3_kernels.train.parallel.groups import gather, named_parameters
 
 SHOWN = 3
 """How many ranks a message names."""

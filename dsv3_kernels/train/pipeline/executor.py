@@ -7,22 +7,23 @@ that the same stages, messages and weight-gradient store are tested by all of th
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from dsv3_kernels.model import DeepSeekV3, Losses
 from dsv3_kernels.nn import WgradStore, constant_weights, deferred_wgrad
 from dsv3_kernels.nn.interleave import filled, interleaved, observed
-from dsv3_kernels.train.actions import Action, Overlap, Schedule, Work, forward_only, label, works
 from dsv3_kernels.train.errors import TrainError
 from dsv3_kernels.train.executor import check_windows
-from dsv3_kernels.train.link import Link, posts
-from dsv3_kernels.train.pipeline_schedules import SCHEDULES
-from dsv3_kernels.train.stages import Output, Stage, StageRunner, cut, layers_of, split
-from dsv3_kernels.train.trace import Clock, TraceEvent, write_trace
+from dsv3_kernels.train.observe.trace import Clock, TraceEvent, write_trace
+from dsv3_kernels.train.pipeline.actions import Action, Overlap, Schedule, Work, forward_only, label, works
+from dsv3_kernels.train.pipeline.link import Link, posts
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.stages import Stage, StageRunner, cut, layers_of, split
 
 Both = Callable[[Callable[[], None], Callable[[], None]], object]
 
@@ -175,6 +176,18 @@ class PipelineExecutor:
             self.trace.append(TraceEvent(self._rank, lane, name, start, end))
 
 
+class _Graph(NamedTuple):
+    """A forward that waits for its backward: the stage's input, where its output left the graph, its loss.
+
+    Of the output only the place in the graph is kept: its values are the next stage's, and go once they are
+    sent.
+    """
+
+    hidden: Tensor | None
+    output: GradientEdge | None
+    loss: Tensor | None
+
+
 class _Step:
     """The micro-batches of one step on one rank."""
 
@@ -189,7 +202,7 @@ class _Step:
     ) -> None:
         self._windows, self._stages, self._runner = windows, stages, runner
         self._link, self._store, self._both = link, store, both
-        self._graphs: dict[tuple[int, int], tuple[Tensor | None, Output]] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
         self._put_off: dict[tuple[int, int], Callable[[], None]] = {}
         self.losses = torch.zeros(3, device=windows.device)
 
@@ -222,20 +235,22 @@ class _Step:
         if not stage.first:
             hidden = self._link.take("F", work.stage - 1, work.micro_batch).requires_grad_()
         output = self._runner.forward(stage, self._windows[work.micro_batch], hidden)
-        self._graphs[work.stage, work.micro_batch] = hidden, output
+        edge = None if output.hidden is None else get_gradient_edge(output.hidden)
+        self._graphs[work.stage, work.micro_batch] = _Graph(hidden, edge, output.loss)
         self.losses += output.losses
         if output.hidden is not None:
             self._link.give("F", work.stage, work.micro_batch, output.hidden.detach())
 
     def _backward(self, work: Work) -> None:
-        hidden, output = self._graphs.pop((work.stage, work.micro_batch))
-        roots, gradients = [], []
-        if output.hidden is not None:
-            roots.append(output.hidden)
+        hidden, edge, loss = self._graphs.pop((work.stage, work.micro_batch))
+        roots: list[GradientEdge] = []
+        gradients: list[Tensor] = []
+        if edge is not None:
+            roots.append(edge)
             gradients.append(self._link.take("B", work.stage + 1, work.micro_batch))
-        if output.loss is not None:
-            roots.append(output.loss)
-            gradients.append(torch.full_like(output.loss, 1 / len(self._windows)))
+        if loss is not None:
+            roots.append(get_gradient_edge(loss))
+            gradients.append(torch.full_like(loss, 1 / len(self._windows)))
         torch.autograd.backward(roots, gradients)
         if hidden is not None and hidden.grad is not None:
             self._link.give("B", work.stage, work.micro_batch, hidden.grad)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 import dsv3_kernels
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.parallel import Groups, Layout, make_group, require_same
+from dsv3_kernels.train.parallel.groups import Groups, Layout, make_group, require_same
 
 BEAT = 1.0
 """Seconds between two signs of life."""

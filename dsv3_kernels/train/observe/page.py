@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_kernels.train import schedule
-from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.config import RunConfig
-from dsv3_kernels.train.metrics import MetricsLog
-from dsv3_kernels.train.report import Summary, draw_losses
+from dsv3_kernels.train.observe.metrics import MetricsLog
+from dsv3_kernels.train.observe.report import Summary, draw_losses
+from dsv3_kernels.train.state.checkpoint import replace_file
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }

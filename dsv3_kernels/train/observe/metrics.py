@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dsv3_kernels.model import ModelConfig, count_parameters
-from dsv3_kernels.train.checkpoint import replace_file
 from dsv3_kernels.train.errors import TrainError
+from dsv3_kernels.train.state.checkpoint import replace_file
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12}
 """Dense BF16 of NVIDIA's data sheets, which model FLOPs utilisation is counted against, FP8 or not. The first

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dsv3_kernels.nn.interleave import Observer
-from dsv3_kernels.train.actions import Schedule, Work, works
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.simulate import simulate
+from dsv3_kernels.train.pipeline.actions import Schedule, Work, works
+from dsv3_kernels.train.pipeline.simulate import simulate
 
 
 class Message(NamedTuple):
@@ -103,8 +103,10 @@ class Link:
         return buffer
 
     def post(self, batches: Iterable[list[Message]]) -> None:
-        """Starts sends and receives; those of one batch together."""
+        """Starts sends and receives; those of one batch together. Two sends to a rank may be under way."""
         for batch in batches:
+            for target in {message.target for message in batch} - {self._rank}:
+                self._make_room(target)
             tensors = [self._tensor(message) for message in batch]
             operations = [
                 dist.P2POp(
@@ -138,8 +140,16 @@ class Link:
         """Whoever sent this had posted the receives of all that comes before it in the one order: those sends
         of ours are over, or will be without more help, and their tensors can go.
         """
-        over = [m for m in self._going if m.target == received.source and m.time < received.time]
-        for message in over:
+        self._let_go([m for m in self._going if m.target == received.source and m.time < received.time])
+
+    def _make_room(self, target: int) -> None:
+        """Waits for all that was sent to a rank but the last, where nothing has come from it for long. Safe:
+        what we post from now on comes later in the one order, and that rank receives those without it.
+        """
+        self._let_go([m for m in self._going if m.target == target][:-1])
+
+    def _let_go(self, sent: list[Message]) -> None:
+        for message in sent:
             work, tensor = self._going[message]
             if not tensor.is_cuda:
                 self._wait(message, work)

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv3_kernels.train.data.tokenizer import Bytes, Tokenizer
+from dsv3_kernels.train.data.tokens import HEADER, map_part, read_header, read_tokenizer
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.tokenizer import Bytes, Tokenizer
-from dsv3_kernels.train.tokens import HEADER, map_part, read_header, read_tokenizer
 
 SEPARATOR = b"\0"
 """Stands before each file; text files do not contain it."""

@@ -1,0 +1,1 @@
+"""The text: read, tokenised, cut into windows in a seed's order."""

@@ -1,0 +1,1 @@
+"""What a step changes, and how it is kept: masters, moments, average, checkpoints."""
