@@ -91,7 +91,7 @@ std::string text_of(Machine& m, const Trace::Span& s) {
         case Wait::CpAsync: return "cp.async";
         case Wait::Sleep: return "nanosleep";
         case Wait::Dependency: return "the launch before";
-        case Wait::Network: return x ? "an answer of the network" : "quiet";
+        case Wait::Network: return x == 0 ? "quiet" : x == 1 ? "an answer of the network" : "a work request";
         case Wait::Registers: return "registers of its block";
         case Wait::Stores: return "its stores to reach memory";
         case Wait::Load: {
@@ -280,6 +280,7 @@ void bind_machine(py::module_& m) {
                                                   LinkModel{infiniband.first, infiniband.second});
             m.set_rates();
         })
+        .def("set_posting", [](Machine& m, uint64_t nvlink, uint64_t infiniband) { m.network->set_posting(nvlink, infiniband); })
         .def("set_memory", [](Machine& m, uint64_t latency, double bandwidth) {
             m.memory_model = {latency, bandwidth};
             m.set_rates();

@@ -198,7 +198,7 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
     // Queue pairs take different ways: their messages overtake each other in time, too.
     uint64_t spread = (same_node(from, route.rank) ? nvlink_ : infiniband_).latency / 4;
     if (m.options.schedule == "random" || m.options.schedule == "pct") r.ready_at += m.random.below(static_cast<uint32_t>(std::min(spread, uint64_t{UINT32_MAX - 1})) + 1);
-    schedule(m, r, qp);
+    schedule(m, r, qp, route.rides);
     qp.broken |= r.lost;
     if (r.call) {
         Call& call = calls_[r.call];
@@ -227,8 +227,10 @@ void Network::post(Context& c, const Inst& inst, Route route, std::unique_ptr<Re
 }
 
 /// In virtual time: behind what the queue pair carries and what a fence says, over the ports of both ranks.
-void Network::schedule(Machine& m, Request& r, QueuePair& qp) const {
+void Network::schedule(Machine& m, Request& r, QueuePair& qp, bool rides) const {
     m.issue(*r.warp);
+    uint64_t posting = rides ? 0 : timing::cycles(posting_[same_node(qp.from, qp.to) ? 0 : 1]);
+    m.wait_until(*r.warp, *r.inst, r.warp->cycle + posting, {Wait::Network, 2});
     r.there = m.message(*r.warp, qp.from, qp.to, r.kind == Kind::Get ? 0 : r.bytes, r.warp->cycle, *r.inst);
     r.there = qp.last_there = std::max(qp.last_there, r.there);
     for (const Fence& fence : r.fences) r.there = qp.last_there = std::max(r.there, fence.cycle);

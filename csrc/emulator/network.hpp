@@ -28,7 +28,8 @@ class Network {
 
     Network(int ranks, int ranks_per_node, LinkModel nvlink, LinkModel infiniband);
 
-    struct Route { int rank, queue_pair; uint64_t call = 0; };  ///< call: who waits, 0 if nobody does
+    /// call: who waits, 0 if nobody does; rides: posted with the request before, for nothing.
+    struct Route { int rank, queue_pair; uint64_t call = 0; bool rides = false; };
     struct Atomic { int op; Type type; uint64_t value, compare = 0; };  ///< NVSHMEM's number of the operation
     /// The address on rank `to` of what a kernel of rank `from` names by a symmetric address of its own.
     uint64_t translate(const Context& c, uint64_t address, int to, int lane) const;
@@ -58,6 +59,8 @@ class Network {
     /// Writes the table that NVSHMEM's headers read; see nvshmem_state.cpp.
     void fill_device_state(Machine& m, int rank, Region& state);
 
+    /// Nanoseconds of virtual time that a request keeps the warp that posts it, within a node and between nodes.
+    void set_posting(uint64_t nvlink, uint64_t infiniband) { posting_ = {nvlink, infiniband}; }
     void stall(int from, int to, uint64_t until) { links_[{from, to}].stalled_until = until; }
     void drop(int from, int to, uint64_t message) { links_[{from, to}].drops.insert(message); }
     void kill(int rank);
@@ -113,7 +116,7 @@ class Network {
     /// One message on a link: counts it, and returns when it arrives, if it does.
     uint64_t send(int from, int to, uint64_t bytes, uint64_t at, Request& r);
     QueuePair* goes_first(const QueuePair& qp);
-    void schedule(Machine& m, Request& r, QueuePair& qp) const;
+    void schedule(Machine& m, Request& r, QueuePair& qp, bool rides) const;
     bool step(Machine& m, QueuePair& qp);
     uint64_t stalled_until(const QueuePair& qp) const;
     bool stands_still(const QueuePair& qp) const;
@@ -130,6 +133,7 @@ class Network {
 
     int ranks_, ranks_per_node_;
     LinkModel nvlink_, infiniband_;
+    std::array<uint64_t, 2> posting_{};
     std::map<std::tuple<int, int, int>, QueuePair> queue_pairs_;
     std::map<std::pair<int, int>, Link> links_;
     std::map<std::tuple<int, int, int>, Fence> fences_;  ///< by sender, destination and queue pair or `every`

@@ -117,8 +117,11 @@ Flow put_signal(Context& c, const Inst& i, const CallTarget& t, Variant v) {
     auto put = [&](int l, uint64_t call) {
         Network& n = *c.m.network;
         Route route{integer(c, t, 6, l), n.choose_queue_pair(c, integer(c, t, 7 + more, l), l), call};
-        n.put(c, i, l, argument(c, t, 0, l), argument(c, t, 1, l), argument(c, t, 2, l), route);
-        n.atomic(c, i, l, argument(c, t, 3, l), {integer(c, t, 5, l), Type::U64, argument(c, t, 4, l)}, route);
+        uint64_t bytes = argument(c, t, 2, l);
+        n.put(c, i, l, argument(c, t, 0, l), argument(c, t, 1, l), bytes, route);
+        Route with_it = route;
+        with_it.rides = bytes != 0;
+        n.atomic(c, i, l, argument(c, t, 3, l), {integer(c, t, 5, l), Type::U64, argument(c, t, 4, l)}, with_it);
     };
     bool waits = more && !(argument(c, t, 7, __builtin_ctz(c.mask)) & 1);
     if (!waits) return send(c, v.group, [&](int l) { put(l, 0); });

@@ -77,15 +77,19 @@ class Ring {
         __syncwarp();
     }
 
-    // The next stage, which is free, from `source`. Lanes have come here after their reads of it.
-    __device__ __forceinline__ void load(const u8* source, u32 bytes) {
+    // The next stage, which is free, from its byte `at` on, from `source`; perhaps nothing. Lanes have come
+    // here after their reads of it.
+    __device__ __forceinline__ void load(const u8* source, u32 bytes, u32 at = 0) {
         __syncwarp();
         if (leads()) {
             ptx::mbarrier_arrive_expect(full(loads_), bytes);
-            ptx::bulk_load(stage(loads_), source, bytes, full(loads_));
+            if (bytes) ptx::bulk_load(stage(loads_) + at, source, bytes, full(loads_));
         }
         if (++loads_ == stages_) loads_ = 0;
     }
+
+    // The stage that wait() gives next. Lanes may already write where its load does not.
+    __device__ __forceinline__ u8* coming() const { return stage(waits_); }
 
     // The stage of the oldest load that was not waited for, once it has come.
     __device__ __forceinline__ u8* wait() {

@@ -158,10 +158,14 @@ struct Rank {
         fail(expected, waited.seen, role, peer, channel, waited.late, waited.came_after);
     }
 
+    // One lane.
+    __device__ __forceinline__ void add_sent(u32 peer, u32 channel, u64 bytes) const {
+        ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+    }
+
     // A whole warp.
     __device__ __forceinline__ void count_sent(u32 peer, u32 channel, u64 bytes) const {
-        if (threadIdx.x % 32 == 0)
-            ptx::fetch_add_device(&counters_of(Role::kSend, peer, channel).bytes, bytes);
+        if (threadIdx.x % 32 == 0) add_sent(peer, channel, bytes);
     }
 
     // A whole warp: what lane 0 acquired is visible to all lanes after it.
@@ -234,6 +238,12 @@ struct Share {
 __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
     for (u32 peer = 0; peer < self.ranks; ++peer)
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
+}
+
+// Whether team `number` of a block sends its channel; that of the block's neighbour receives it. Every block
+// has teams of either role, in all four quarters of its SM, for one loads where the other stores.
+__device__ __forceinline__ bool sends(u32 block, u32 number, u32 ranks) {
+    return (block + number / max(1u, 4 / ranks)) % 2 == 0;
 }
 
 // By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True

@@ -72,8 +72,9 @@ struct Place : Where {
     __device__ __forceinline__ u32 number_at(u32 there) const { return node() - (node() > there); }
 
     // What comes from a node, and what goes there.
-    __device__ __forceinline__ const u64* first(u32 from, u32 channel) const {
-        return link.slots.first(number(from), channel);
+    // Once a tail has been acquired.
+    __device__ __forceinline__ u64 opened(u32 from, u32 channel) const {
+        return ptx::load_acquire_system(link.slots.first(number(from), channel));
     }
     __device__ __forceinline__ const u64* tail(u32 from, u32 channel) const {
         return link.slots.tail(number(from), channel);
@@ -85,13 +86,25 @@ struct Place : Where {
         return link.slots.out(number(to), message, bytes);
     }
 
+    __device__ __forceinline__ const u32* header(u32 from, u32 channel) const {
+        return link.slots.header_in(number(from), channel);
+    }
+    __device__ __forceinline__ u32* header_staged(u32 to, u32 channel) const {
+        return link.slots.header_out(number(to), channel);
+    }
+
+    // One lane: what goes to a node has been read up to this epoch.
+    __device__ __forceinline__ bool wait_ack(u32 to, u32 channel, u64 epoch) const {
+        return self.wait(link.slots.ack(number(to)), epoch, Role::kSend, like(to), channel) >= epoch;
+    }
+
     // One warp: the slots for what goes to a node are free for this epoch.
     __device__ __forceinline__ bool may_send(u32 to, u32 channel, u64 epoch) const {
         const u64* ack = link.slots.ack(number(to));
         return self.wait_warp(ack, epoch - 1, Role::kSend, like(to), channel) >= epoch - 1;
     }
 
-    // One lane: a word of the channel there, `first` or `tail`, on its queue pair.
+    // One lane: a word of the channel there, on its queue pair.
     __device__ __forceinline__ void tell_first(u32 to, u32 channel, u64 value) const {
         transport::signal(link.slots.first(number_at(to), channel), value, like(to),
                           link.queue_pairs[channel]);
@@ -104,12 +117,15 @@ struct Place : Where {
     // One warp: `count` staged messages from `message` on, which lane 0 can see, and then the tail.
     __device__ __forceinline__ void send(u32 to, u32 channel, u32 message, u32 count, u64 bytes,
                                          u64 tail) const {
-        const u32 here = number_at(to);
-        __syncwarp();
-        transport::put_signal_warp(link.slots.in(here, message, bytes), staged(to, message, bytes),
-                                   count * bytes, link.slots.tail(here, channel), tail, like(to),
-                                   link.queue_pairs[channel]);
+        put(to, channel, link.slots.in(number_at(to), message, bytes), staged(to, message, bytes),
+            count * bytes, tail);
         self.count_sent(like(to), channel, count * bytes);
+    }
+
+    // One warp, after its writes to the staged header: the same with that.
+    __device__ __forceinline__ void send_header(u32 to, u32 channel, u64 tail) const {
+        put(to, channel, reinterpret_cast<u8*>(link.slots.header_in(number_at(to), channel)),
+            reinterpret_cast<u8*>(header_staged(to, channel)), 4 * link.slots.header_words, tail);
     }
 
     // One lane: this rank has read all that came over InfiniBand in this epoch.
@@ -125,6 +141,14 @@ struct Place : Where {
         Rank on_node = self;
         on_node.ranks = self.gpus;
         if (dsv3::finish(on_node, epoch, blocks)) acknowledge(epoch);
+    }
+
+  private:
+    __device__ __forceinline__ void put(u32 to, u32 channel, u8* target, const u8* source, u64 bytes,
+                                        u64 tail) const {
+        __syncwarp();
+        transport::put_signal_warp(target, source, bytes, link.slots.tail(number_at(to), channel), tail,
+                                   like(to), link.queue_pairs[channel]);
     }
 };
 

@@ -73,7 +73,7 @@ __device__ __forceinline__ void settle(u64* signal, u64 value) {
 #else
 
 // Virtual ranks' memories lie at equal distances, so that one number can say where another rank's is: the
-// distance in pages, and this rank. python: dsv3_kernels.ep.one_gpu.queue_pairs
+// distance in pages, and this rank. python: dsv3_kernels.ep.one_gpu.Heap
 constexpr u32 kRankBits = 3, kPageBits = 12;
 
 template <class T>

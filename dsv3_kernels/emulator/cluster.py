@@ -46,24 +46,11 @@ class _RankGPU(VirtualGPU):
         self._machine, self._rank, self._runner = machine, rank, runner
         self.num_sms, self.seed = machine.num_sms, machine.seed
 
-    def launch(
-        self,
-        ptx: str,
-        kernel: str,
-        *,
-        grid: Dim3,
-        block: Dim3,
-        args: Sequence[Argument] = (),
-        cluster: Dim3 | None = None,
-        shared_bytes: int = 0,
-    ) -> None:
-        launch = self._machine.submit(
-            ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False
-        )
+    def _run(self, queued: list[Any]) -> None:
         if self._runner is None:
-            self._machine.run([launch])
+            self._machine.run(queued)
         else:
-            self._runner.wait_for(self._rank, launch)
+            self._runner.wait_for(self._rank, queued[-1])
 
 
 class VirtualCluster:
@@ -109,6 +96,8 @@ class VirtualCluster:
         self._machine.core.set_network(
             gpus_per_node, (nvlink.latency, nvlink.bandwidth), (ib.latency, ib.bandwidth)
         )
+        if nvlink.posting or ib.posting:
+            self._machine.core.set_posting(nvlink.posting, ib.posting)
         self._machine.core.set_memory(memory.latency, memory.bandwidth)
 
     def launch(

@@ -13,6 +13,7 @@ from .buffer import Buffer
 from .errors import TimeoutError
 from .loopback import LoopbackBuffer
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
+from .tuning import Network, Tuning
 from .types import CombineResult, DispatchResult, Event, Handle, Stall, Status, Topology
 
 __all__ = [
@@ -25,8 +26,10 @@ __all__ = [
     "LowLatencyCombined",
     "LowLatencyDispatched",
     "LowLatencyHandle",
+    "Network",
     "Stall",
     "Status",
     "TimeoutError",
     "Topology",
+    "Tuning",
 ]

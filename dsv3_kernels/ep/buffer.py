@@ -1,5 +1,6 @@
 """`ep.Buffer`: checks the arguments of dispatch and combine and hands them to a transport."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,15 +12,21 @@ from torch import Tensor
 from .. import nvshmem
 from ..jit import ToolchainError
 from ..quantized import QuantizedTensor
-from . import internode, internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
+from . import internode as nodes
+from . import internode_kernels, intranode, kernels, low_latency, low_latency_kernels, nvlink
 from .calls import Calls, Sized, shape_of, timeout_of
+from .design import INTERNODE, Design, check_design, design_of
 from .exchange import Exchange
+from .internode import InternodeTransport
 from .intranode import IntranodeTransport
+from .lean_dispatch import few_sms
+from .lean_transport import LeanTransport
 from .low_latency import Format, LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, connect_emulated, connect_nvlink, connect_nvshmem
 from .low_latency_portable import PortableLowLatency
 from .portable import PortableTransport
 from .transport import Shape, Transport
+from .tuning import Tuning, rings_of
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 if TYPE_CHECKING:
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 
 _AGREED = (
     *("num_experts", "hidden", "max_tokens_per_rank", "num_topk", "gpus_per_node"),
-    *("dtype.itemsize", "transport"),
+    *("dtype.itemsize", "transport", "internode", "tuning.channels", "tuning.chunk", "tuning.depth"),
 )
 TRANSPORTS = (None, "nvlink", "portable", "nvshmem")
 
@@ -48,6 +55,10 @@ class Buffer(Sized):
     transport: "nvlink", the kernels on GPUs of one node; "nvshmem", those between nodes; "portable",
         torch.distributed's messages, anywhere. None takes the kernels if they can be, and `status().reason`
         says why not.
+    internode: the design of the kernels between nodes: "rings", or "lean", which takes fewer SMs and more
+        memory (docs/all2all.md compares them) with the same results to the bit. On one node without a use.
+    tuning: of the rings between nodes, an `ep.Tuning`; by default what the topology asks for. Its channels
+        bound `num_sms` there.
     timeout: seconds that any wait for a peer may last; by default the environment's DSV3_EP_TIMEOUT, else 30.
 
     Raises ValueError or TypeError for wrong arguments, for ones that differ between ranks too, RuntimeError
@@ -65,23 +76,28 @@ class Buffer(Sized):
         gpus_per_node: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         transport: str | None = None,
+        internode: str = "rings",
+        tuning: Tuning | None = None,
         timeout: float | None = None,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"Buffer: transport is {transport!r}, expected one of {TRANSPORTS}")
+        tuning = check_design("Buffer", internode, tuning)
         seconds = timeout_of(timeout)
         sizes = (num_experts, hidden, max_tokens_per_rank, num_topk, gpus_per_node, dtype)
         self._transport: Transport
         emulator = sys.modules.get("dsv3_kernels.emulator")  # loaded by whoever has such a group
         if emulator is not None and isinstance(group, emulator.Group):
             self._shape, self.rank = shape_of(group.size(), *sizes), group.rank
-            _agree(group.all_gather_object(_agreed(self._shape, transport)))
-            several = self._shape.topology.nodes > 1
+            _agree(group.all_gather_object(_agreed(self._shape, transport, internode, tuning)))
             refused = intranode.refuse(self._shape, internode_kernels.MAX_NODES)
             if refused or transport is not None:
                 raise ValueError(f"Buffer: {refused or 'transport is given, expected None in an emulator'}")
-            make = internode.emulated if several else intranode.emulated
-            self._transport = make(group, emulator.current(), self._shape, seconds)
+            if self._shape.topology.nodes > 1:
+                design = design_of(self._shape, internode, tuning)
+                self._transport = nodes.emulated(group, emulator.current(), design, seconds)
+            else:
+                self._transport = intranode.emulated(group, emulator.current(), self._shape, seconds)
             self._reason = ""
             self._make_low_latency: Callable[[], low_latency.LowLatencyTransport] = lambda: KernelLowLatency(
                 self._shape, connect_emulated(group, emulator.current(), self._shape), seconds
@@ -92,10 +108,17 @@ class Buffer(Sized):
             if exchange.group is not None:
                 exchange.begin()
                 device = _device(exchange.group)
-                _agree(exchange.all_gather("Buffer", _agreed(self._shape, transport), device))
-            self._transport, self._reason = _choose(self._shape, exchange, transport)
+                agreed = _agreed(self._shape, transport, internode, tuning)
+                _agree(exchange.all_gather("Buffer", agreed, device))
+            make = functools.partial(design_of, self._shape, internode, tuning)
+            self._transport, self._reason = _choose(self._shape, exchange, transport, make)
             self._make_low_latency = lambda: _low_latency_of(self._shape, exchange, self._transport.name)
         self._low_latency: low_latency.LowLatencyTransport | None = None
+        lean = isinstance(self._transport, LeanTransport)
+        self._internode = (
+            "lean" if lean else "rings" if isinstance(self._transport, InternodeTransport) else ""
+        )
+        self._num_sms = few_sms(self._shape.topology.nodes) if lean else 20
         self._calls = Calls(self._shape, self._transport)
         self._dispatches = self._combines = 0
 
@@ -104,7 +127,7 @@ class Buffer(Sized):
         x: Tensor | QuantizedTensor | tuple[Tensor, Tensor],
         topk_idx: Tensor | None = None,
         topk_weights: Tensor | None = None,
-        num_sms: int = 20,
+        num_sms: int | None = None,
         *,
         expert_order: bool = True,
         max_recv_tokens: int | None = None,
@@ -118,7 +141,9 @@ class Buffer(Sized):
             any strides.
         topk_idx: int64 `[T, K]`, contiguous, distinct experts in a row, -1 for none.
         topk_weights: float32 `[T, K]`, contiguous, or None.
-        num_sms: even; SMs that the kernels take, two a channel. The portable transport has no use for it.
+        num_sms: even; SMs that the kernels take, two a channel; by default 20. The lean kernels have one or
+            more channels an SM, take 12, 6 or 4 by default, on 2, up to 4 or more nodes, and all for a while
+            at the end. The portable transport has no use for it.
         expert_order: rows sorted by local expert, source rank, token, one a (token, expert); else by source
             rank and token, one a token. Alike on all ranks, as are FP8 or BF16, and topk_weights or None.
         max_recv_tokens: the rows of the result; None is as many as arrive, which on a GPU takes a host
@@ -133,7 +158,7 @@ class Buffer(Sized):
             x,
             topk_idx,
             topk_weights,
-            num_sms,
+            self._num_sms if num_sms is None else num_sms,
             expert_order=expert_order,
             max_recv_tokens=max_recv_tokens,
             previous_event=previous_event,
@@ -150,7 +175,7 @@ class Buffer(Sized):
         handle: Handle,
         topk_weights: Tensor | None = None,
         bias: Tensor | None = None,
-        num_sms: int = 20,
+        num_sms: int | None = None,
         *,
         weights_grad: Tensor | None = None,
         previous_event: Event | None = None,
@@ -175,7 +200,7 @@ class Buffer(Sized):
             handle,
             topk_weights,
             bias,
-            num_sms,
+            self._num_sms if num_sms is None else num_sms,
             weights_grad=weights_grad,
             previous_event=previous_event,
             async_op=async_op,
@@ -251,17 +276,21 @@ class Buffer(Sized):
             transport.bytes_sent(),
             transport.stalls(),
             transport.failure(),
+            self._internode,
         )
 
 
-def _choose(shape: Shape, exchange: Exchange, wanted: str | None) -> tuple[Transport, str]:
-    """The transport between processes, and why it is no faster one."""
+def _choose(
+    shape: Shape, exchange: Exchange, wanted: str | None, make: Callable[[], Design]
+) -> tuple[Transport, str]:
+    """The transport between processes, and why it is no faster one. make: for one between nodes."""
     if wanted == "portable" or (exchange.group is None and wanted is None):
         return PortableTransport(shape, exchange), ""
     several = shape.topology.nodes > 1
-    found = (_over_nvshmem if wanted == "nvshmem" or (wanted is None and several) else _over_nvlink)(
-        shape, exchange
-    )
+    if wanted == "nvshmem" or (wanted is None and several):
+        found = _over_nvshmem(make(), exchange)
+    else:
+        found = _over_nvlink(shape, exchange)
     if not isinstance(found, str):
         return found, ""
     if wanted is not None:
@@ -278,16 +307,16 @@ def _over_nvlink(shape: Shape, exchange: Exchange) -> Transport | str:
     return IntranodeTransport("nvlink", shape, rank, mapped.memory, mapped.addresses, seconds, mapped.handle)
 
 
-def _over_nvshmem(shape: Shape, exchange: Exchange) -> Transport | str:
+def _over_nvshmem(design: Design, exchange: Exchange) -> Transport | str:
     group = exchange.group
     if group is None or _device(group).type != "cuda":
         return "the group's backend is not NCCL. Mend: init_process_group('nccl'), one GPU a process"
-    refused = intranode.refuse(shape, internode_kernels.MAX_NODES)
+    refused = intranode.refuse(design.shape, internode_kernels.MAX_NODES)
     if refused is not None:
         return refused
     try:
-        world = nvshmem.world(group, internode.needed(shape))
-        return nvshmem.together(lambda: internode.over_nvshmem(world, shape, exchange.timeout), group)
+        world = nvshmem.world(group, nodes.needed(design))
+        return nvshmem.together(lambda: nodes.over_nvshmem(world, design, exchange.timeout), group)
     except (nvshmem.NvshmemError, ToolchainError, OSError) as error:
         return str(error)
 
@@ -327,10 +356,14 @@ def _device(group: "dist.ProcessGroup") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _agreed(shape: Shape, transport: str | None) -> list[int]:
+def _agreed(shape: Shape, transport: str | None, internode: str, tuning: Tuning) -> list[int]:
     """What all ranks must pass alike, in the order of _AGREED."""
     sizes = [shape.num_experts, shape.hidden, shape.max_tokens_per_rank, shape.num_topk]
-    return [*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)]
+    rings = rings_of(shape, tuning)
+    return [
+        *(*sizes, shape.topology.gpus_per_node, shape.dtype.itemsize, TRANSPORTS.index(transport)),
+        *(INTERNODE.index(internode), rings.channels, rings.chunk, rings.depth),
+    ]
 
 
 def _agree(every: list[list[int]]) -> None:
@@ -346,4 +379,5 @@ def _agree(every: list[list[int]]) -> None:
 
 
 def _shown(name: str, value: int) -> object:
-    return repr(TRANSPORTS[value]) if name == "transport" else value
+    names = {"transport": TRANSPORTS, "internode": INTERNODE}.get(name)
+    return value if names is None else repr(names[value])

@@ -16,9 +16,12 @@ from ..by_value import Struct
 from ..jit import Kernel
 from ..nvshmem import NvshmemError, World
 from . import internode_kernels, kernels
+from .design import Design
 from .internode_kernels import Layout, Link, Rings
 from .intranode import IntranodeTransport, KernelRank
-from .transport import DispatchCall, Shape
+from .lean import Slots
+from .lean_transport import LeanTransport
+from .transport import DispatchCall
 
 
 class InternodeRank(KernelRank):
@@ -57,8 +60,9 @@ class InternodeRank(KernelRank):
         most = 2 * self.link.rings.channels
         if call.num_sms > most:
             raise ValueError(
-                f"dispatch: num_sms is {call.num_sms}, expected at most {most}: there are rings for "
-                f"{most // 2} channels of two SMs"
+                f"dispatch: num_sms is {call.num_sms}, expected at most {most}: the buffer was made for "
+                f"{most // 2} channels of two SMs. Mend: ep.Buffer's tuning=ep.Tuning(channels=...), at most "
+                f"{kernels.MAX_CHANNELS}"
             )
         return Layout.of(super().arrivals(call, idx, rows), self.shape)
 
@@ -73,33 +77,31 @@ class InternodeTransport(IntranodeTransport, InternodeRank):
     """A rank that launches alone."""
 
 
-def emulated(group: Any, gpu: Any, shape: Shape, timeout: float) -> InternodeTransport:
+def emulated(group: Any, gpu: Any, design: Design, timeout: float) -> IntranodeTransport:
     """group: an `emulator.Group`."""
-    rings = Rings(shape)
+    shape = design.shape
     memory = group.symmetric((kernels.Workspace(shape).size,), torch.uint8)
-    symmetric = tuple(group.symmetric((rings.size,), torch.uint8) for _ in kernels.OPS)
+    symmetric = tuple(group.symmetric((design.size,), torch.uint8) for _ in kernels.OPS)
     # Peers' memories live on while they are mapped: their last words come late.
     every = group.all_gather_object((gpu.address_of(memory), memory, symmetric))
     first = group.rank - group.rank % shape.topology.gpus_per_node
     on_node = [address for address, *_ in every[first : first + shape.topology.gpus_per_node]]
-    pairs = torch.arange(2, 2 + rings.channels, dtype=torch.int32)
-    return InternodeTransport(
-        "emulator", rings, group.rank, memory, on_node, symmetric, pairs, timeout, kept=every
-    )
+    pairs = torch.arange(2, 2 + design.channels, dtype=torch.int32)
+    return _of(design, "emulator", group.rank, memory, on_node, symmetric, pairs, timeout, every)
 
 
-def needed(shape: Shape) -> int:
+def needed(design: Design) -> int:
     """Bytes of symmetric memory that a rank takes."""
-    return kernels.Workspace(shape).size + len(kernels.OPS) * Rings(shape).size
+    return kernels.Workspace(design.shape).size + len(kernels.OPS) * design.size
 
 
-def over_nvshmem(world: World, shape: Shape, timeout: float) -> InternodeTransport:
+def over_nvshmem(world: World, design: Design, timeout: float) -> IntranodeTransport:
     """On GPUs; all ranks of the world call. Raises `NvshmemError` before any kernel runs."""
-    rings = Rings(shape)
+    shape = design.shape
     memory = world.allocate(kernels.Workspace(shape).size)
     mapped = world.mapped(memory)
-    symmetric = tuple(world.allocate(rings.size) for _ in kernels.OPS)
-    pairs = torch.tensor(world.queue_pairs(rings.channels), dtype=torch.int32, device=memory.device)
+    symmetric = tuple(world.allocate(design.size) for _ in kernels.OPS)
+    pairs = torch.tensor(world.queue_pairs(design.channels), dtype=torch.int32, device=memory.device)
     first = world.rank - world.rank % shape.topology.gpus_per_node
     node = range(first, first + shape.topology.gpus_per_node)
     apart = [rank for rank in node if not mapped[rank]]
@@ -110,6 +112,21 @@ def over_nvshmem(world: World, shape: Shape, timeout: float) -> InternodeTranspo
             "(nvidia-smi topo -p2p r)"
         )
     addresses = [mapped[rank] for rank in node]
-    return InternodeTransport(
-        "nvshmem", rings, world.rank, memory, addresses, symmetric, pairs, timeout, kept=world
-    )
+    return _of(design, "nvshmem", world.rank, memory, addresses, symmetric, pairs, timeout, world)
+
+
+def _of(
+    design: Design,
+    name: str,
+    rank: int,
+    memory: Tensor,
+    addresses: Sequence[int],
+    symmetric: tuple[Tensor, ...],
+    queue_pairs: Tensor,
+    timeout: float,
+    kept: object,
+) -> IntranodeTransport:
+    parts = rank, memory, addresses, symmetric, queue_pairs, timeout
+    if isinstance(design, Slots):
+        return LeanTransport(name, design, *parts, kept=kept)
+    return InternodeTransport(name, design, *parts, kept=kept)

@@ -39,9 +39,9 @@ class Rings:
     """
 
     shape: Shape
-    chunk: int = 8
-    depth: int = 8
-    channels: int = 12
+    chunk: int
+    depth: int
+    channels: int
 
     def __post_init__(self) -> None:
         if self.chunk < 1 or self.depth < 1 or not 1 <= self.channels <= MAX_CHANNELS:

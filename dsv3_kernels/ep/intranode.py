@@ -9,6 +9,7 @@ how many rows came. What kernels report lies in words that the host reads withou
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,18 @@ from .errors import Fault, TimeoutError
 from .streams import StreamTurn, Turn
 from .transport import CombineCall, DispatchCall, Shape
 from .types import CombineResult, DispatchResult, Event, Handle, Stall
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of a call. arguments: behind the table of ranks' calls. dependent: on the one before it."""
+
+    kernel: Kernel
+    grid: launch.Dim3
+    block: launch.Dim3
+    shared_bytes: int
+    arguments: tuple[int, ...]
+    dependent: bool = False
 
 
 class KernelRank:
@@ -77,6 +90,15 @@ class KernelRank:
         if op == "combine":
             return kernels.COMBINE
         return kernels.DISPATCH_AGAIN if again else kernels.DISPATCH
+
+    def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
+        """Of as many ranks."""
+        op = "combine" if isinstance(call, CombineCall) else "dispatch"
+        if call.num_sms > 2 * kernels.MAX_CHANNELS:
+            most = 2 * kernels.MAX_CHANNELS
+            raise ValueError(f"{op}: num_sms is {call.num_sms}, expected at most {most}")
+        kernel = self.kernel(op, isinstance(call, DispatchCall) and call.handle is not None)
+        return [Launch(kernel, *self.shape_of_launch(call.num_sms, launched), (call.num_sms,))]
 
     def channels_of(self, num_sms: int) -> int:
         return kernels.channels_of(self.shape, num_sms)
@@ -168,8 +190,7 @@ def dispatch(ranks: Sequence[KernelRank], calls: Sequence[DispatchCall]) -> list
     turn, again = ranks[0].turn(calls[0]), calls[0].handle is not None
     with turn.memory():
         works = [_Dispatch(rank, call) for rank, call in zip(ranks, calls, strict=True)]
-    kernel = ranks[0].kernel("dispatch", again)
-    event = _run("dispatch", kernel, calls[0].num_sms, turn, ranks, works)
+    event = _run(ranks[0].launches(calls[0], len(ranks)), turn, ranks, works)
     if not again and calls[0].max_recv_tokens is None:
         check(ranks)  # the host has waited, and reads on
     return [work.result(event) for work in works]
@@ -180,25 +201,28 @@ def combine(ranks: Sequence[KernelRank], calls: Sequence[CombineCall]) -> list[C
     turn = ranks[0].turn(calls[0])
     with turn.memory():
         works = [_Combine(rank, call) for rank, call in zip(ranks, calls, strict=True)]
-    event = _run("combine", ranks[0].kernel("combine"), calls[0].num_sms, turn, ranks, works)
+    event = _run(ranks[0].launches(calls[0], len(ranks)), turn, ranks, works)
     return [work.result(event) for work in works]
 
 
 def _run(
-    op: str,
-    kernel: Kernel,
-    num_sms: int,
+    launches: Sequence[Launch],
     turn: Turn,
     ranks: Sequence[KernelRank],
     works: "Sequence[_Dispatch | _Combine]",
 ) -> Event:
-    if num_sms > 2 * kernels.MAX_CHANNELS:
-        raise ValueError(f"{op}: num_sms is {num_sms}, expected at most {2 * kernels.MAX_CHANNELS}")
-    grid, block, shared_bytes = ranks[0].shape_of_launch(num_sms, len(ranks))
     table = kernels.table([work.struct for work in works])
     with turn.work():
-        arguments = (table, num_sms)
-        launch.launch(kernel, grid, block, arguments, shared_bytes=shared_bytes, cooperative=True)
+        for part in launches:
+            launch.launch(
+                part.kernel,
+                part.grid,
+                part.block,
+                (table, *part.arguments),
+                shared_bytes=part.shared_bytes,
+                cooperative=not part.dependent,
+                programmatic=part.dependent,
+            )
         for work in works:
             work.launched()
     inputs = [tensor for work in works for tensor in work.inputs]

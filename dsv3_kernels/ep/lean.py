@@ -47,6 +47,11 @@ class Link:
     symmetric: tuple[Tensor, ...]  # of each op
     queue_pairs: Tensor  # int32 [channels]
 
+    @classmethod
+    def create(cls, slots: Slots, peers: Peers, symmetric: tuple[Tensor, ...], queue_pairs: Tensor) -> "Link":
+        peers.queue_pairs = queue_pairs
+        return cls(slots, peers, symmetric, queue_pairs)
+
     def struct(self, op: str) -> Struct:
         """`lean::Link`."""
         slots = self.slots

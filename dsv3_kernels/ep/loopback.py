@@ -1,22 +1,25 @@
 """All ranks on one GPU, in one launch: to test and to measure without a second GPU."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .. import launch
-from ..jit import Kernel
 from ..quantized import QuantizedTensor
 from . import intranode, kernels, low_latency, one_gpu
 from .calls import Calls, Sized, integer, shape_of, timeout_of
+from .design import Design, check_design, design_of
 from .internode import InternodeRank
-from .internode_kernels import Rings
-from .intranode import KernelRank
+from .intranode import KernelRank, Launch
+from .lean import Slots
+from .lean_transport import LeanRank
 from .low_latency import LowLatencyCombined, LowLatencyDispatched, LowLatencyHandle
 from .low_latency_kernels import KernelLowLatency, Launcher, connect_loopback
-from .transport import Shape
+from .transport import CombineCall, DispatchCall, Shape
+from .tuning import Tuning
 from .types import CombineResult, DispatchResult, Event, Handle, Status
 
 T = TypeVar("T")
@@ -34,8 +37,9 @@ class LoopbackBuffer(Sized):
 
     num_ranks: 1 to 8. gpus_per_node: rank r is on node r // gpus_per_node; by default all on one. device: a
     CUDA device, or the CPU inside `emulator.virtual_gpu`, of num_ranks x num_sms SMs or more. The other
-    arguments are those of `ep.Buffer`; methods take and return a list with an entry a rank wherever
-    `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's number.
+    arguments, internode and tuning among them, are those of `ep.Buffer`; methods take and return a list with
+    an entry a rank wherever `ep.Buffer` has one value. Raises as `ep.Buffer`, for arguments with the rank's
+    number.
     """
 
     def __init__(
@@ -47,11 +51,14 @@ class LoopbackBuffer(Sized):
         num_topk: int,
         *,
         gpus_per_node: int | None = None,
+        internode: str = "rings",
+        tuning: Tuning | None = None,
         device: torch.device | str = "cuda",
         timeout: float | None = None,
     ) -> None:
         op = "LoopbackBuffer"
         size, seconds = integer(op, "num_ranks", num_ranks, 1), timeout_of(timeout)
+        tuning = check_design(op, internode, tuning)
         node = size if gpus_per_node is None else gpus_per_node
         shape = shape_of(size, num_experts, hidden, max_tokens_per_rank, num_topk, node, torch.bfloat16)
         refused = intranode.refuse(shape, nodes=size)
@@ -66,7 +73,11 @@ class LoopbackBuffer(Sized):
                 "the buffer inside `with dsv3_kernels.emulator.virtual_gpu(num_sms=...):`"
             )
         self._shape, self._device = shape, first.device
-        self._ranks = _connect(shape, first.device, seconds)
+        if shape.topology.nodes > 1:
+            self._ranks = _on_nodes(design_of(shape, internode, tuning), first.device, seconds)
+        else:
+            self._ranks = _on_one_node(shape, first.device, seconds)
+        self._internode = internode if shape.topology.nodes > 1 else ""
         self._calls = [Calls(shape, rank) for rank in self._ranks]
         self._num_sms = launch.num_sms(first)
         self._dispatches = self._combines = 0
@@ -200,6 +211,7 @@ class LoopbackBuffer(Sized):
                 kernels.bytes_sent(rank.peers),
                 kernels.stalls(rank.peers),
                 None if rank.error is None else str(rank.error),
+                self._internode,
             )
             for rank in self._ranks
         ]
@@ -246,39 +258,65 @@ class LoopbackBuffer(Sized):
         return made
 
 
-class _FarRank(InternodeRank):
-    """One of several virtual nodes."""
+class _RankOfRings(InternodeRank):
+    """Of several virtual nodes."""
 
-    def kernel(self, op: str, again: bool = False) -> Kernel:
-        return one_gpu.on_one_gpu(super().kernel(op, again))
+    def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
+        found = super().launches(call, launched)
+        return [replace(part, kernel=one_gpu.on_one_gpu(part.kernel)) for part in found]
 
 
-def _connect(shape: Shape, device: torch.device, timeout: float) -> Sequence[KernelRank]:
-    topology, size = shape.topology, kernels.Workspace(shape).size
-    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(topology.size)]
-    addresses = [launch.address_of(memory) for memory in memories]
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    if topology.nodes == 1:
+class _LeanRank(LeanRank):
+    def launches(self, call: DispatchCall | CombineCall, launched: int) -> list[Launch]:
         return [
-            KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
-            for rank, memory in enumerate(memories)
+            replace(part, kernel=one_gpu.on_one_gpu(part.kernel), grid=(part.grid[0] * launched, 1, 1))
+            for part in super().launches(call, launched)
         ]
-    rings, ranks = Rings(shape), []
-    of_op = [one_gpu.symmetric(topology.size, rings.size, device) for _ in kernels.OPS]
-    for rank, memory in enumerate(memories):
-        own = tuple(symmetric[rank] for symmetric in of_op)
-        pairs = one_gpu.queue_pairs(rank, of_op[0], rings.channels)
-        near = addresses[rank // topology.gpus_per_node * topology.gpus_per_node :][: topology.gpus_per_node]
-        kept = memories, of_op
-        ranks.append(_FarRank(rings, rank, memory, near, own, pairs, timeout, kept=kept, stream=stream))
+
+
+def _on_one_node(shape: Shape, device: torch.device, timeout: float) -> Sequence[KernelRank]:
+    size, stream = kernels.Workspace(shape).size, _stream(device)
+    memories = [torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(shape.topology.size)]
+    addresses = [launch.address_of(memory) for memory in memories]
+    return [
+        KernelRank(shape, rank, memory, addresses, timeout, memories, stream)
+        for rank, memory in enumerate(memories)
+    ]
+
+
+def _on_nodes(design: Design, device: torch.device, timeout: float) -> Sequence[KernelRank]:
+    shape, stream = design.shape, _stream(device)
+    size, gpus = shape.topology.size, shape.topology.gpus_per_node
+    sizes = [kernels.Workspace(shape).size, *(design.size for _ in kernels.OPS)]
+    heap = one_gpu.Heap(size, sizes, device)
+    parts = [heap.memories(rank) for rank in range(size)]
+    addresses = [launch.address_of(memory) for memory, *_ in parts]
+    ranks: list[KernelRank] = []
+    for rank, (memory, *of_op) in enumerate(parts):
+        on_node, pairs = addresses[rank // gpus * gpus :][:gpus], heap.queue_pairs(rank, design.channels)
+        rest = rank, memory, on_node, tuple(of_op), pairs, timeout
+        if isinstance(design, Slots):
+            ranks.append(_LeanRank(design, *rest, kept=heap, stream=stream))
+        else:
+            ranks.append(_RankOfRings(design, *rest, kept=heap, stream=stream))
     return ranks
 
 
+def _stream(device: torch.device) -> "torch.cuda.Stream | None":
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
 def _received(sent: list[Sent]) -> list[Sent]:
-    """The last rank's hook launches for all."""
+    """The last rank's hook launches for all, so all are called, whatever one raises."""
+    errors: list[Exception] = []
     for part in sent:
-        if part.hook is not None:
-            part.hook()
+        try:
+            if part.hook is not None:
+                part.hook()
+        except (ValueError, RuntimeError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return sent
 
 

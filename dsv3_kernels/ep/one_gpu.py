@@ -4,13 +4,14 @@ csrc/kernels/transport.cuh, DSV3_ONE_GPU: kernels between nodes with the GPU's o
 """
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..checks import ceil_div
+from ..checks import round_up
 from ..jit import Kernel
 
 DEFINES = (("DSV3_ONE_GPU", 1),)
@@ -18,17 +19,26 @@ MOST_RANKS = 8  # transport.cuh: kRankBits
 PAGE = 4096  # bytes; kPageBits
 
 
-def symmetric(ranks: int, size: int, device: torch.device | str) -> list[Tensor]:
-    """uint8 zeros, `size` of them for each rank; from one to the next it is as far as to the one after."""
-    apart = ceil_div(size, PAGE) * PAGE
-    whole = torch.zeros(ranks * apart, dtype=torch.uint8, device=device)
-    return [whole[rank * apart :][:size] for rank in range(ranks)]
+class Heap:
+    """Symmetric memory of virtual ranks: for each, as many bytes as each of `sizes` says, zeros.
 
+    All of one rank lies together, so that from one rank to the next it is as far for any of it.
+    """
 
-def queue_pairs(rank: int, memories: Sequence[Tensor], count: int) -> Tensor:
-    """int32 `[count]`, for a rank with one of `symmetric`'s memories: where the others lie."""
-    number = ceil_div(memories[0].numel(), PAGE) * MOST_RANKS + rank
-    return torch.full((count,), number, dtype=torch.int32, device=memories[0].device)
+    def __init__(self, ranks: int, sizes: Sequence[int], device: torch.device | str) -> None:
+        *self._starts, self._apart = itertools.accumulate((round_up(size, PAGE) for size in sizes), initial=0)
+        self._sizes = tuple(sizes)
+        self._whole = torch.zeros(ranks * self._apart, dtype=torch.uint8, device=device)
+
+    def memories(self, rank: int) -> tuple[Tensor, ...]:
+        """uint8, of one rank, in the order of the sizes."""
+        own = self._whole[rank * self._apart :]
+        return tuple(own[start:][:size] for start, size in zip(self._starts, self._sizes, strict=True))
+
+    def queue_pairs(self, rank: int, count: int) -> Tensor:
+        """int32 `[count]`: for that rank, where the others lie."""
+        number = self._apart // PAGE * MOST_RANKS + rank
+        return torch.full((count,), number, dtype=torch.int32, device=self._whole.device)
 
 
 @functools.cache

@@ -145,7 +145,10 @@ class Stall:
 
 @dataclass(frozen=True)
 class Status:
-    """What a buffer has done so far on this rank. reason: why its transport is no faster one, or empty."""
+    """What a buffer has done so far on this rank. reason: why its transport is no faster one, or empty.
+
+    internode: the design of the kernels between nodes, "rings" or "lean"; empty where none of them run.
+    """
 
     transport: str
     reason: str
@@ -156,3 +159,4 @@ class Status:
     bytes_sent: int
     stalls: tuple[Stall, ...]
     failure: str | None
+    internode: str = ""

@@ -112,7 +112,7 @@ class MoEDispatch(nn.Module):
         *,
         recipe: Fp8Recipe = FP8,
         max_recv_tokens: int | None = None,
-        num_sms: int = 20,
+        num_sms: int | None = None,
     ) -> None:
         super().__init__()
         self.buffer, self.recipe = buffer, recipe
@@ -132,7 +132,7 @@ class MoEDispatch(nn.Module):
 class MoECombine(nn.Module):
     """The sum of what the experts of each token returned, back on the token's rank."""
 
-    def __init__(self, buffer: Buffer, *, recipe: Fp8Recipe = FP8, num_sms: int = 20) -> None:
+    def __init__(self, buffer: Buffer, *, recipe: Fp8Recipe = FP8, num_sms: int | None = None) -> None:
         super().__init__()
         self.buffer, self.recipe, self.num_sms = buffer, recipe, num_sms
 

@@ -18,14 +18,16 @@ SECONDS = 2e-3  # of virtual time, a wait's limit
 class Cluster:
     """The ranks of a case, their memories and what they keep between calls."""
 
-    def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, **options):
+    def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, channels=None, **options):
         self.case, self.size, self.num_sms, self.warps = case, case.topology.size, num_sms, warps
+        self.seconds = SECONDS
         topology = case.topology
         self.cluster = emulator.VirtualCluster(
             topology.nodes, topology.gpus_per_node, seed, num_sms=num_sms, **options
         )
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, topology)
-        self.rings = internode.Rings(self.shape, chunk, depth, channels=num_sms // 2)
+        self.channels = channels or num_sms // 2
+        self.rings = internode.Rings(self.shape, chunk, depth, channels=self.channels)
         self.links = self.connect()
 
     def connect(self):
@@ -75,7 +77,7 @@ class Cluster:
                     (case.local_experts + 1,),
                     (count, self.size),
                     (self.size, case.tokens, case.topk),
-                    (self.size, self.num_sms // 2, 2),
+                    (self.size, self.channels, 2),
                 )
             ),
         )
@@ -108,10 +110,9 @@ class Cluster:
                     mine.came.x,
                     mine.layout,
                     not self.case.expert_order,
-                    SECONDS,
+                    self.seconds,
                 )
-                mine.call = internode.dispatch_call(self.links[rank], operands)
-                self.launch(both[0], mine.call)
+                self.dispatch(both, rank, operands)
                 if combine and not self.links[rank].peers.failure.any():
                     mine.operands = self.operands(rank, i, inputs, mine)
                     self.combine(both[1:], rank, mine.operands)
@@ -125,6 +126,9 @@ class Cluster:
         grid, block, shared = internode.shape_of_launch(self.rings, self.num_sms, self.warps)
         arguments = (kernels.table([call]), self.num_sms)
         emulator.current().launch(*kernel, grid=grid, block=block, shared_bytes=shared, args=arguments)
+
+    def dispatch(self, compiled, rank, operands):
+        self.launch(compiled[0], internode.dispatch_call(self.links[rank], operands))
 
     def combine(self, compiled, rank, operands):
         """A rank's launches."""
@@ -146,7 +150,7 @@ class Cluster:
             mine.home,
             mine.home_gradients if case.seed % 2 else None,
             not case.expert_order,
-            SECONDS,
+            self.seconds,
         )
 
 

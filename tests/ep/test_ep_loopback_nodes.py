@@ -1,6 +1,5 @@
 """Virtual nodes on one virtual GPU: the kernels across nodes in one launch, bit for bit the reference."""
 
-import functools
 import random
 
 import mutate
@@ -16,8 +15,8 @@ from test_ep_loopback import buffer_of, check
 from bench import loopback as bench
 from bench.cases.dispatch_internode import NODES
 from dsv3_kernels import emulator, ep, jit
-from dsv3_kernels.ep import Topology, loopback, one_gpu
-from dsv3_kernels.ep.internode_kernels import DISPATCH, Rings
+from dsv3_kernels.ep import Topology, one_gpu
+from dsv3_kernels.ep.internode_kernels import DISPATCH
 from dsv3_kernels.jit import compile
 
 TOPOLOGIES = [(2, 1), (2, 2), (2, 3), (3, 2), (4, 2)]
@@ -27,16 +26,8 @@ def nodes_of(case, **options):
     return buffer_of(case, gpus_per_node=case.topology.gpus_per_node, **options)
 
 
-@pytest.fixture
-def small_rings(monkeypatch):
-    def set_(chunk, depth):
-        monkeypatch.setattr(loopback, "Rings", functools.partial(Rings, chunk=chunk, depth=depth))
-
-    return set_
-
-
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_bit_equal_to_the_reference(topology, small_rings):
+def test_bit_equal_to_the_reference(topology):
     """Rounds of every call, over rings of one slot too: all ranks' blocks share the machine's one clock."""
     seed = fresh_generator().initial_seed() % (1 << 30)
     chance = random.Random(seed)
@@ -54,9 +45,10 @@ def test_bit_equal_to_the_reference(topology, small_rings):
             weights=chance.random() < 0.7,
             seed=seed + i,
         )
-        small_rings(*chance.choice([(1, 1), (1, 2), (3, 1), (8, 8)]))
+        chunk, depth = chance.choice([(1, 1), (1, 2), (3, 1), (8, 8)])
+        tuning = ep.Tuning(channels=12, chunk=chunk, depth=depth)
         with emulator.virtual_gpu(num_sms=4 * size, seed=seed + i):
-            buffer = nodes_of(case)
+            buffer = nodes_of(case, tuning=tuning)
             for round_ in range(2):
                 check(case, buffer, round_, chance.random() < 0.5, chance.choice([2, 4]), 2)
         assert all(s.topology == case.topology and s.failure is None for s in buffer.status())
@@ -161,15 +153,14 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_a_broken_stand_in_for_the_network_is_noticed(what, small_rings, monkeypatch):
+def test_a_broken_stand_in_for_the_network_is_noticed(what, monkeypatch):
     old, new, expected = PLANTED[what]
     changed = Changed(old, new)
     monkeypatch.setattr(one_gpu, "on_one_gpu", lambda kernel: changed)
-    small_rings(2, 1)
     case = Case(Topology(2, 2), "every node", hidden=144, num_topk=4, tokens=8, seed=1)
     inputs = draw(case)
     with emulator.virtual_gpu(num_sms=8), pytest.raises(expected):
-        nodes_of(case).dispatch(inputs.x, inputs.topk_idx, num_sms=2)
+        nodes_of(case, tuning=ep.Tuning(chunk=2, depth=1)).dispatch(inputs.x, inputs.topk_idx, num_sms=2)
 
 
 # ---- What the benches count
@@ -194,6 +185,7 @@ def test_bytes_by_hop_are_those_of_the_protocol(topology):
                 moved += sum(r != r // gpus * gpus + rank % gpus for r in ranks)
         node.dispatch()
         sent = sum(status.bytes_sent for status in node.buffer.status())
+        assert all(part.x.shape == (16, 128) for part in node.combine()())
     message = 128 + 4 + 8 * 8
     assert message % 16 == 4  # so that it travels in 208 bytes
     hops = setup.hops("dispatch")

@@ -7,7 +7,7 @@ import torch
 from cases import Case, bits, draw, results
 
 from dsv3_kernels import emulator, ep
-from dsv3_kernels.ep import Topology, buffer, nvlink, reference
+from dsv3_kernels.ep import Topology, Tuning, buffer, nvlink, reference
 from dsv3_kernels.ep.calls import Calls
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import QuantizedTensor
@@ -180,7 +180,7 @@ def test_the_kernels_run_over_what_was_mapped(monkeypatch, fp8):
     def program(rank, group):
         exchange = Exchange(group)
         exchange.timeout = 1e-3
-        transport, reason = buffer._choose(shape, exchange, None)
+        transport, reason = buffer._choose(shape, exchange, None, Tuning())
         assert (transport.name, reason) == ("nvlink", "")
         calls = Calls(shape, transport)
         plain = {"previous_event": None, "async_op": False}

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dsv3_kernels import jit, nvshmem
-from dsv3_kernels.ep import Topology, buffer, low_latency_kernels
+from dsv3_kernels.ep import Topology, Tuning, buffer, low_latency_kernels
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.jit import toolchain
 
@@ -123,12 +123,12 @@ def the_buffers_transport(rank, size, path):
     exchange = types.SimpleNamespace(group=dist.group.WORLD, rank=rank, size=2, timeout=1.0)
     shape = Shape(8, 32, 4, 2, Topology(2, 1))
     few = r"made 6 of 12 queue pairs .*NVSHMEM_IBGDA_NUM_RC_PER_PE=12"
-    transport, reason = buffer._choose(shape, exchange, None)
+    transport, reason = buffer._choose(shape, exchange, None, Tuning())
     assert transport.name == "portable" and re.search(f"no NVSHMEM: .*{few}", reason)
     with pytest.raises(RuntimeError, match=f"transport is 'nvshmem', but .*{few}"):
-        buffer._choose(shape, exchange, "nvshmem")
+        buffer._choose(shape, exchange, "nvshmem", Tuning())
     os.environ["FAKE_QUEUE_PAIRS"] = "12"
-    transport, reason = buffer._choose(shape, exchange, None)
+    transport, reason = buffer._choose(shape, exchange, None, Tuning())
     assert transport.name == "nvshmem" and not reason
     link, memory = transport.link, transport.peers.table
     assert link.queue_pairs.tolist() == list(range(2, 14))
@@ -139,13 +139,13 @@ def the_buffers_transport(rank, size, path):
     # Ranks said to share a node, which do not.
     together = Shape(8, 32, 4, 2, Topology(1, 2))
     with pytest.raises(RuntimeError, match=r"memory of ranks \[\d\] is not mapped by rank \d"):
-        buffer._choose(together, exchange, "nvshmem")
+        buffer._choose(together, exchange, "nvshmem", Tuning())
     wide = Shape(8, 32, 4, 2, Topology(2, 1), torch.float32)
     with pytest.raises(RuntimeError, match="dtype is torch.float32"):
-        buffer._choose(wide, exchange, "nvshmem")
+        buffer._choose(wide, exchange, "nvshmem", Tuning())
     buffer._device = lambda group: torch.device("cpu")
     with pytest.raises(RuntimeError, match="backend is not NCCL"):
-        buffer._choose(shape, exchange, "nvshmem")
+        buffer._choose(shape, exchange, "nvshmem", Tuning())
 
 
 def one_rank_cannot(rank, size, path):

@@ -7,9 +7,17 @@ from low_latency_runs import Form, check, one_round
 from test_low_latency import SECONDS, buffer_of, run
 
 from dsv3_kernels import emulator, jit
-from dsv3_kernels.ep import Topology, internode, internode_kernels, low_latency_kernels, reference
+from dsv3_kernels.ep import (
+    Topology,
+    Tuning,
+    internode,
+    internode_kernels,
+    low_latency_kernels,
+    reference,
+)
 from dsv3_kernels.ep.calls import Calls
 from dsv3_kernels.ep.transport import Shape
+from dsv3_kernels.ep.tuning import rings_of
 from dsv3_kernels.jit import disassemble, toolchain
 
 try:
@@ -63,7 +71,7 @@ def test_transports_over_a_world(nodes, gpus):
         connection = low_latency_kernels.connect_nvshmem(world, shape)
         buffer._low_latency = low_latency_kernels.KernelLowLatency(shape, connection, SECONDS)
         fast = one_round(buffer, case, inputs, 0, rank, form)
-        transport = internode.over_nvshmem(world, shape, SECONDS)
+        transport = internode.over_nvshmem(world, rings_of(shape, Tuning()), SECONDS)
         buffer._transport, buffer._calls = transport, Calls(shape, transport)
         got = buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
         assert buffer.status().transport == "nvshmem"
