@@ -10,9 +10,11 @@ Virtual time is for comparisons, no forecast.
 """
 
 import argparse
+import functools
 import itertools
 import os
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--on", nargs="+", default=["2x1", "2x2", "4x1", "4x2"], help="nodes x GPUs (default: %(default)s)")
     add("--tokens", type=int, nargs="+", default=[48, 192], help="of each rank (default: %(default)s)")
-    add("--chunks", type=int, nargs="+", default=[2, 4, 8, 12, 16, 24], help="(default: %(default)s)")
+    add("--chunks", type=int, nargs="+", default=[2, 4, 8, 16], help="(default: %(default)s)")
     add("--depths", type=int, nargs="+", default=[4, 8, 12], help="(default: %(default)s)")
     add("--channels", type=int, default=1, help="of two SMs each (default %(default)s)")
     add("--network", type=float, nargs=3, metavar=("GB/s", "us", "us"), help="bandwidth, latency, posting")
@@ -45,6 +47,7 @@ def arguments() -> argparse.Namespace:
     add("--topk", type=int, default=8)
     add("--nodes-per-token", type=int, default=4)
     add("--rounds", type=int, default=10, help="on a cluster")
+    add("--draws", type=int, default=3, help="of the tokens' experts, averaged (default %(default)s)")
     add("--plot", type=Path, default=RESULTS / "chunks.png", help="(%(default)s)")
     return parser.parse_args()
 
@@ -88,8 +91,9 @@ class Setting:
 class Rank:
     """One rank's tokens, and its two calls with one buffer."""
 
-    def __init__(self, setting: Setting, buffer: ep.Buffer, device: torch.device) -> None:
-        options, generator = setting.options, torch.Generator().manual_seed(buffer.rank)
+    def __init__(self, setting: Setting, buffer: ep.Buffer, device: torch.device, draw: int) -> None:
+        options = setting.options
+        generator = torch.Generator().manual_seed(1000 * draw + buffer.rank)
         routing = argparse.Namespace(**vars(options) | {"tokens": setting.tokens, "experts": setting.experts})
         routing.topk = setting.shape[3]
         idx = route(routing, setting.topology, generator)
@@ -101,15 +105,27 @@ class Rank:
     def dispatch(self, **given: int) -> ep.DispatchResult:
         return self.buffer.dispatch(self.x, self.idx, self.weights, self.num_sms, **given)
 
-    def calls(self):
+    def calls(self) -> tuple[Callable[[], object], Callable[[], object]]:
         """Dispatch and combine, of what a first dispatch brought."""
         got = self.dispatch()
         shape = got.handle.rows, self.x.data.shape[1]
         y = torch.zeros(shape, dtype=torch.bfloat16, device=self.idx.device)
-        return {
-            "dispatch": lambda: self.dispatch(max_recv_tokens=got.handle.rows),
-            "combine": lambda: self.buffer.combine(y, got.handle, got.topk_weights, num_sms=self.num_sms),
-        }
+        return (
+            functools.partial(self.dispatch, max_recv_tokens=got.handle.rows),
+            functools.partial(self.buffer.combine, y, got.handle, got.topk_weights, num_sms=self.num_sms),
+        )
+
+
+def mean_of_draws(
+    setting: Setting,
+    buffer: ep.Buffer,
+    device: torch.device,
+    seconds: Callable[[Callable[[], object]], float],
+) -> list[float]:
+    """Of dispatch and of combine."""
+    draws = [Rank(setting, buffer, device, draw) for draw in range(setting.options.draws)]
+    taken = [[seconds(call) for call in draw.calls()] for draw in draws]
+    return [statistics.fmean(values) for values in zip(*taken, strict=True)]
 
 
 def emulated(setting: Setting, choice: Choice) -> list[float]:
@@ -133,16 +149,16 @@ def emulated(setting: Setting, choice: Choice) -> list[float]:
         buffer = ep.Buffer(
             group, *setting.shape, gpus_per_node=topology.gpus_per_node, tuning=setting.tuning(choice)
         )
-        taken = []
-        for call in Rank(setting, buffer, torch.device("cpu")).calls().values():
+
+        def seconds(call: Callable[[], object]) -> float:
             group.barrier()
             before = cluster.counters["cycles"]
             group.barrier()
             call()
             group.barrier()
-            taken.append((cluster.counters["cycles"] - before) / CLOCK)
-            group.barrier()
-        return taken
+            return (cluster.counters["cycles"] - before) / CLOCK
+
+        return mean_of_draws(setting, buffer, torch.device("cpu"), seconds)
 
     return cluster.run(program)[0]
 
@@ -151,11 +167,11 @@ def measured(setting: Setting, choice: Choice) -> list[float]:
     """On a cluster: medians of the slowest rank."""
     device = torch.device("cuda", torch.cuda.current_device())
     buffer = ep.Buffer(None, *setting.shape, transport="nvshmem", tuning=setting.tuning(choice))
-    calls = Rank(setting, buffer, device).calls().values()
-    return [
-        statistics.median([timed(call, device) for _ in range(setting.options.rounds + 2)][2:])
-        for call in calls
-    ]
+
+    def seconds(call: Callable[[], object]) -> float:
+        return statistics.median([timed(call, device) for _ in range(setting.options.rounds + 2)][2:])
+
+    return mean_of_draws(setting, buffer, device, seconds)
 
 
 @dataclass(frozen=True)

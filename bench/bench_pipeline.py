@@ -3,9 +3,13 @@
     python -m bench.bench_pipeline                                 # starts --ranks processes on this machine
     torchrun --nproc-per-node 4 -m bench.bench_pipeline            # or joins those of torchrun
 
+First what no clock decides: simulated step and bubbles (F = W = 1, B = 2), what a rank sends to neighbours,
+and the share of dispatches and combines that have another micro-batch's computation beside them.
+
 A step is forward and backward of all micro-batches, without an update; the slowest rank counts. Every round
-runs each schedule once, so that a slow moment falls on all. Ranks that share a core fill each other's
-bubbles: step times say something only where each rank has cores, or a GPU, of its own.
+runs each schedule once, so that a slow moment falls on all, and compares them with each other: a difference
+is claimed only where all rounds agree. Ranks that share a core fill each other's bubbles, and on a busy
+machine the rounds disagree: step times say something only where each rank has cores, or a GPU, of its own.
 
 The second part spreads the experts over half of the ranks and runs DualPipe twice a round: with forward and
 backward in turns around each dispatch and combine, and one after the other. Hidden is the part of the
@@ -13,9 +17,8 @@ latter's waits for dispatch and combine that the former does not wait.
 """
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +30,11 @@ from bench.report import Report
 from dsv3_kernels import ep
 from dsv3_kernels.model import PRESETS, DeepSeekV3
 from dsv3_kernels.nn import BF16, FP8
+from dsv3_kernels.train.pipeline.actions import Overlap, Schedule, works
 from dsv3_kernels.train.pipeline.executor import PipelineExecutor
-from dsv3_kernels.train.pipeline.schedules import SCHEDULES
+from dsv3_kernels.train.pipeline.link import posts
+from dsv3_kernels.train.pipeline.schedules import SCHEDULES, compare
+from dsv3_kernels.train.pipeline.simulate import Times
 
 
 def arguments() -> argparse.Namespace:
@@ -46,6 +52,25 @@ def arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=5)
     add("--trace", type=Path, help="where to write the timeline of one DualPipe step, for ui.perfetto.dev")
     return parser.parse_args()
+
+
+def messages_from(schedule: Schedule, rank: int) -> int:
+    return sum(m.source == rank for moment in posts(schedule, rank) for batch in moment for m in batch)
+
+
+def share_beside(schedule: Schedule) -> float:
+    """Of the forwards and backwards, and so of their dispatches and combines, those within an F&B."""
+    actions = [action for actions in schedule.ranks for action in actions]
+    done = [w for action in actions for w in works(action) if w.kind != "W"]
+    return 2 * sum(isinstance(action, Overlap) for action in actions) / len(done)
+
+
+def verdict(values: Sequence[float], border: float, above: str, below: str) -> str:
+    """What all rounds agree on, if they do."""
+    sides = {value > border for value in values}
+    if len(sides) > 1:
+        return f"the rounds disagree ({min(values):.2f} to {max(values):.2f}): no difference shown"
+    return above if sides == {True} else below
 
 
 class Bench:
@@ -84,6 +109,15 @@ class Bench:
         dist.all_reduce(taken, dist.ReduceOp.MAX)
         return taken.item()
 
+    def counts(self) -> None:
+        """Of every schedule, the same on any machine."""
+        state = self.options.batch * self.options.seq_len * self.config.hidden_size * torch.bfloat16.itemsize
+        for row in compare(self.size, self.options.micro_batches, Times()):
+            schedule = SCHEDULES[row.name](self.size, self.options.micro_batches)
+            sent = [state * messages_from(schedule, rank) / 2**10 for rank in range(self.size)]
+            facts = {"bubbles": row.bubble, "KiB_a_rank_sends": max(sent), "beside": share_beside(schedule)}
+            self.line(self.report.add(f"simulated step, {row.name}", [row.makespan], "", **facts))
+
     def schedules(self) -> None:
         windows = self.windows(self.options.micro_batches)
         executors = {}
@@ -99,10 +133,13 @@ class Bench:
                 taken = self.seconds(lambda e=executor: e.forward_backward(windows, 0.3, 1e-4))
                 if i:
                     times[name].append(taken)
-        plain = statistics.median(times["1f1b"])
         for name, values in times.items():
-            peer = {} if name == "1f1b" else {"speed_against_1f1b": plain / statistics.median(values)}
-            self.line(self.report.add(f"step, {name}, {self.size} ranks", values, **peer))
+            self.line(self.report.add(f"step, {name}, {self.size} ranks", values))
+        for name, values in times.items():
+            if name != "1f1b":
+                ratios = [plain / own for plain, own in zip(times["1f1b"], values, strict=True)]
+                said = verdict(ratios, 1.0, "faster than 1F1B", "slower than 1F1B")
+                self.line(self.report.add(f"speed against 1f1b, {name}", ratios, "x", conclusion=said))
         if self.options.trace and "dualpipe" in executors:
             executors["dualpipe"].trace = []
             executors["dualpipe"].forward_backward(windows, 0.3, 1e-4)
@@ -140,10 +177,10 @@ class Bench:
                     waits[way].append(sum(e.end - e.start for e in events))
         for way in ways:
             self.line(self.report.add(f"step, dualpipe, {half} x 2 experts, {way}", times[way]))
-        plain = statistics.median(waits["one after the other"])
-        for way, values in waits.items():
-            facts = {"hidden": 1 - statistics.median(values) / plain} if way == "in turns" else {}
-            self.line(self.report.add(f"waits for dispatch and combine, {way}", values, **facts))
+            self.line(self.report.add(f"waits for dispatch and combine, {way}", waits[way]))
+        hidden = [1 - own / plain for own, plain in zip(*waits.values(), strict=True)]
+        said = verdict(hidden, 0.0, "communication is hidden", "nothing is hidden")
+        self.line(self.report.add("hidden share of the waits", hidden, "", conclusion=said))
 
     def line(self, text: str) -> None:
         if self.rank == 0:
@@ -152,6 +189,7 @@ class Bench:
 
 def measure(rank: int, options: argparse.Namespace) -> None:
     bench = Bench(rank, options)
+    bench.counts()
     bench.schedules()
     if bench.size % 4 == 0 and bench.device.type == "cpu":
         bench.overlap()

@@ -100,16 +100,28 @@ class GemmConfig:
         return _kernel(self)
 
 
+_GROUPINGS: dict[Grouping, str] = {
+    "none": "dsv3::Grouping::kNone",
+    "offsets": "dsv3::Grouping::kOffsets",
+    "counts": "dsv3::Grouping::kCounts",
+}
+
+
 @functools.cache
 def _kernel(config: GemmConfig) -> Kernel:
-    grouping = {"none": "kNone", "offsets": "kOffsets", "counts": "kCounts"}[config.grouping]
     multicast = {"none": "kNone", "a": "kA", "b": "kB"}[config.multicast]
     template = (
-        f"dsv3::Grouping::{grouping}",
+        _GROUPINGS[config.grouping],
         *(config.block_m, config.block_n, config.stages, config.swap),
         f"dsv3::Multicast::{multicast}",
     )
     return Kernel("gemm.cuh", "fp8_gemm", template)
+
+
+@functools.cache
+def kernel_check(grouping: Grouping) -> Kernel:
+    """Looks at a list of groups where no product needs it."""
+    return Kernel("gemm.cuh", "check_group_list", (_GROUPINGS[grouping],))
 
 
 def config_of_tile(
@@ -150,12 +162,15 @@ def configs(grouping: Grouping) -> tuple[GemmConfig, ...]:
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
-    ops: dict[str, Grouping] = {
-        "fp8_gemm": "none",
-        "grouped_fp8_gemm": "offsets",
-        "masked_grouped_fp8_gemm": "counts",
+
+    def products(grouping: Grouping) -> list[Kernel]:
+        return [config.kernel for config in configs(grouping)]
+
+    return {
+        "fp8_gemm": products("none"),
+        "grouped_fp8_gemm": [*products("offsets"), kernel_check("offsets")],
+        "masked_grouped_fp8_gemm": [*products("counts"), kernel_check("counts")],
     }
-    return {op: [config.kernel for config in configs(grouping)] for op, grouping in ops.items()}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -334,8 +349,11 @@ def _run(
     num_sms: int | None,
     expected_m: int | None = None,
 ) -> Tensor:
-    out = _fake(a, a_scales, b, b_scales)
+    out = _fake(a, a_scales, b)
     if a.numel() == 0 or b.numel() == 0:
+        if group_list is not None and group_list.numel():
+            arguments = (group_list, b.shape[0], a.shape[-2], launch.error_flag(group_list))
+            launch.launch(kernel_check(grouping), (1, 1, 1), (32, 1, 1), arguments)
         return out.zero_()
     sms = launch.num_sms(a, num_sms)
     groups = 1 if grouping == "none" else b.shape[0]
@@ -396,36 +414,13 @@ def _blocks(config: GemmConfig, m: int, n: int, groups: int, num_sms: int) -> in
     return max(1, min(rows * ceil_div(n, unit_n), num_sms // config.cluster)) * config.cluster
 
 
-def _fake(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, num_sms: int | None = None) -> Tensor:
+def _fake(a: Tensor, a_scales: Tensor, b: Tensor, *_: object) -> Tensor:
     return torch.empty(*a.shape[:-1], b.shape[-2], dtype=torch.bfloat16, device=a.device)
 
 
-def _fake_grouped(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    group_offsets: Tensor,
-    num_sms: int | None = None,
-) -> Tensor:
-    return _fake(a, a_scales, b, b_scales)
-
-
-def _fake_masked(
-    a: Tensor,
-    a_scales: Tensor,
-    b: Tensor,
-    b_scales: Tensor,
-    counts: Tensor,
-    expected_m: int | None = None,
-    num_sms: int | None = None,
-) -> Tensor:
-    return _fake(a, a_scales, b, b_scales)
-
-
-for _name, _op, _shape in (
-    ("fp8_gemm", _fp8_gemm, _fake),
-    ("grouped_fp8_gemm", _grouped, _fake_grouped),
-    ("masked_grouped_fp8_gemm", _masked, _fake_masked),
+for _name, _op in (
+    ("fp8_gemm", _fp8_gemm),
+    ("grouped_fp8_gemm", _grouped),
+    ("masked_grouped_fp8_gemm", _masked),
 ):
-    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_shape)
+    torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)

@@ -9,8 +9,18 @@ from torch import Tensor
 
 from . import checks, launch, reference
 from .jit import Kernel
-from .quantized import ROW, QuantizedTensor, empty_rows, empty_transposed
-from .tile import NAMES, address_of, groups_of, launch_tiles, offsets_arguments, threads_of, token_tiles
+from .quantized import ROW, QuantizedTensor, empty_both
+from .tile import (
+    NAMES,
+    SCALINGS,
+    address_of,
+    groups_of,
+    launch_tiles,
+    offsets_arguments,
+    template,
+    threads_of,
+    token_tiles,
+)
 
 # As in csrc/kernels/permute.cuh.
 THREADS = 256
@@ -27,6 +37,7 @@ def permute_quantize(
     transpose: Literal[False] = ...,
     group_offsets: None = ...,
     power_of_2_scales: bool = ...,
+    ue8m0_scales: bool = ...,
 ) -> QuantizedTensor: ...
 @overload
 def permute_quantize(
@@ -36,6 +47,7 @@ def permute_quantize(
     transpose: Literal[True],
     group_offsets: Tensor | None = ...,
     power_of_2_scales: bool = ...,
+    ue8m0_scales: bool = ...,
 ) -> tuple[QuantizedTensor, QuantizedTensor]: ...
 def permute_quantize(
     x: Tensor,
@@ -44,14 +56,15 @@ def permute_quantize(
     transpose: bool = False,
     group_offsets: Tensor | None = None,
     power_of_2_scales: bool = False,
+    ue8m0_scales: bool = False,
 ) -> QuantizedTensor | tuple[QuantizedTensor, QuantizedTensor]:
     """`quantize_1x128` of rows of x in another order: row r is `x[index[r]]`, or zeros where index[r] is -1.
 
     x: bfloat16, float16 or float32 `[tokens, K]`, contiguous, 16-byte aligned, K a multiple of 16.
     index: int32 `[R]`, -1 to tokens - 1; a row of x may occur any number of times, as a token that goes to
         several experts does.
-    transpose, group_offsets: as in `quantize_1x128`, of the result: rows group_offsets[g] to
-        group_offsets[g + 1] are those of group g.
+    transpose, group_offsets, power_of_2_scales, ue8m0_scales: as in `quantize_1x128`, of the result: its rows
+        group_offsets[g] to group_offsets[g + 1] are those of group g.
     Returns block (1, 128), data `[R, K]`; with `transpose=True` `(q, q_t)`, data of q_t `[K, T]`.
     Raises TypeError for a wrong type or dtype, ValueError for a wrong rank, shape, stride, alignment, device,
     index or offsets. An index on a GPU is not read back; there the kernel takes one out of range as -1.
@@ -64,68 +77,50 @@ def permute_quantize(
     checks.index_vector(op, "index", index, "x", x)
     checks.transposed_groups(op, group_offsets, both, x)
     checks.flag(op, "power_of_2_scales", power_of_2_scales)
-    if not both:
-        rows: Any = torch.ops.dsv3_kernels.permute_quantize if torch.compiler.is_compiling() else _permute
-        data, scales = rows(x, index, power_of_2_scales)
-        return QuantizedTensor(data, scales, ROW)
-    run: Any = (
-        torch.ops.dsv3_kernels.permute_quantize_both if torch.compiler.is_compiling() else _permute_both
-    )
-    data, scales, data_t, scales_t = run(x, index, group_offsets, power_of_2_scales)
-    return QuantizedTensor(data, scales, ROW), QuantizedTensor(data_t, scales_t, ROW)
+    checks.flag(op, "ue8m0_scales", ue8m0_scales)
+    run: Any = torch.ops.dsv3_kernels.permute_quantize if torch.compiler.is_compiling() else _permute
+    data, scales, data_t, scales_t = run(x, index, group_offsets, both, power_of_2_scales, ue8m0_scales)
+    q = QuantizedTensor(data, scales, ROW)
+    return (q, QuantizedTensor(data_t, scales_t, ROW)) if both else q
 
 
-def _permute(x: Tensor, index: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    if launch.world(x) == "reference":
-        q = reference.quantize_1x128(
-            reference.permute(x, index, op="permute_quantize"), power_of_2_scales=power_of_2_scales
-        )
-    else:
-        q = empty_rows((index.shape[0], x.shape[1]), x.device)
-        _launch_permute(x, index, None, q, None, power_of_2_scales)
-    return q.data, q.scales
+Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _permute_both(
-    x: Tensor, index: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op = "permute_quantize"
-    if launch.world(x) == "reference":
-        rows = reference.permute(x, index, op=op)
-        q, q_t = reference.quantize_1x128_both(
-            rows, group_offsets, power_of_2_scales=power_of_2_scales, op=op
-        )
-    else:
-        shape = index.shape[0], x.shape[1]
-        q, q_t = empty_rows(shape, x.device), empty_transposed(shape, group_offsets, x.device)
-        _launch_permute(x, index, group_offsets, q, q_t, power_of_2_scales)
-    return q.data, q.scales, q_t.data, q_t.scales
-
-
-def _launch_permute(
+def _permute(
     x: Tensor,
     index: Tensor,
     group_offsets: Tensor | None,
-    q: QuantizedTensor,
-    q_t: QuantizedTensor | None,
+    transpose: bool,
     power_of_2_scales: bool,
-) -> None:
-    rows, width = q.shape
-    transposed = (0, 0) if q_t is None else (q_t.data, q_t.scales)
-    strides = (q.scales.stride(1), 0 if q_t is None else q_t.scales.stride(1))
-    arguments = (
-        *(x, index, *offsets_arguments(group_offsets), q.data, q.scales, *transposed),
-        *(x.shape[0], rows, width, groups_of(group_offsets)),
-        *(0 if q_t is None else q_t.scales.shape[1], *strides),
-    )
-    kernel = kernel_permute(x.dtype, power_of_2_scales, q_t is not None)
-    down = token_tiles(rows, group_offsets, rest=True)
-    launch_tiles("permute_quantize", "index", index, kernel, threads_of(x.dtype), down, width, arguments)
+    ue8m0_scales: bool,
+) -> Four:
+    op, shape = "permute_quantize", (index.shape[0], x.shape[1])
+    q, q_t = empty_both(shape, transpose, group_offsets, x.device, ue8m0_scales)
+    if launch.world(x) == "reference":
+        rows = reference.permute(x, index, op=op)
+        options = {"power_of_2_scales": power_of_2_scales, "ue8m0_scales": ue8m0_scales}
+        q = reference.quantize_1x128(rows, **options)
+        if transpose:
+            q_t = reference.quantize_1x128_t(rows, group_offsets, **options, op=op)
+    else:
+        arguments = (
+            *(x, index, *offsets_arguments(group_offsets), q.data, q.scales, q_t.data, q_t.scales),
+            *(x.shape[0], *shape, groups_of(group_offsets)),
+            *(q_t.scales.shape[1], q.scales.stride(1), q_t.scales.stride(1)),
+        )
+        kernel = kernel_permute(x.dtype, power_of_2_scales, ue8m0_scales, transpose)
+        down = token_tiles(shape[0], group_offsets, rest=True)
+        launch_tiles(op, "index", index, kernel, threads_of(x.dtype), down, shape[1], arguments)
+    return q.data, q.scales, q_t.data, q_t.scales
 
 
 @functools.cache
-def kernel_permute(dtype: torch.dtype, power_of_2_scales: bool, transpose: bool) -> Kernel:
-    return Kernel("permute.cuh", "permute_quantize", (NAMES[dtype], power_of_2_scales, transpose))
+def kernel_permute(
+    dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool, transpose: bool
+) -> Kernel:
+    rest = template(power_of_2_scales, ue8m0_scales, transpose)
+    return Kernel("permute.cuh", "permute_quantize", (NAMES[dtype], *rest))
 
 
 def unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -173,23 +168,23 @@ KERNEL_UNPERMUTE = Kernel("permute.cuh", "unpermute", (LOADS_IN_FLIGHT,))
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
-    permuting = itertools.product(NAMES, (False, True), (False, True))
+    permuting = itertools.product(NAMES, SCALINGS, (False, True))
     return {
-        "permute_quantize": [kernel_permute(*facts) for facts in permuting],
+        "permute_quantize": [kernel_permute(dtype, *s, transpose) for dtype, s, transpose in permuting],
         "unpermute": [KERNEL_UNPERMUTE],
     }
 
 
-def _fake_permute(x: Tensor, index: Tensor, power_of_2_scales: bool) -> tuple[Tensor, Tensor]:
-    q = empty_rows((index.shape[0], x.shape[1]), x.device)
-    return q.data, q.scales
-
-
-def _fake_permute_both(
-    x: Tensor, index: Tensor, group_offsets: Tensor | None, power_of_2_scales: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q_t = empty_transposed((index.shape[0], x.shape[1]), group_offsets, x.device)
-    return *_fake_permute(x, index, power_of_2_scales), q_t.data, q_t.scales
+def _fake_permute(
+    x: Tensor,
+    index: Tensor,
+    group_offsets: Tensor | None,
+    transpose: bool,
+    power_of_2_scales: bool,
+    ue8m0_scales: bool,
+) -> Four:
+    q, q_t = empty_both((index.shape[0], x.shape[1]), transpose, group_offsets, x.device, ue8m0_scales)
+    return q.data, q.scales, q_t.data, q_t.scales
 
 
 def _fake_unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tensor:
@@ -198,7 +193,6 @@ def _fake_unpermute(rows: Tensor, slots: Tensor, weights: Tensor | None) -> Tens
 
 for _name, _op, _fake in (
     ("permute_quantize", _permute, _fake_permute),
-    ("permute_quantize_both", _permute_both, _fake_permute_both),
     ("unpermute", _unpermute, _fake_unpermute),
 ):
     torch.library.custom_op(f"dsv3_kernels::{_name}", _op, mutates_args=()).register_fake(_fake)

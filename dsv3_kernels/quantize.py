@@ -27,7 +27,16 @@ from .quantized import (
     scale_dtype,
     scales_shape,
 )
-from .tile import NAMES, groups_of, launch_tiles, offsets_arguments, threads_of, token_tiles
+from .tile import (
+    NAMES,
+    SCALINGS,
+    groups_of,
+    launch_tiles,
+    offsets_arguments,
+    template,
+    threads_of,
+    token_tiles,
+)
 
 _DEQUANTIZED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -119,21 +128,11 @@ def _quantize_1x128(x: Tensor, power_of_2_scales: bool, ue8m0_scales: bool) -> Q
     return q
 
 
-def _template(
-    dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool, *more: bool
-) -> tuple[str | bool, ...]:
-    return NAMES[dtype], *_scaling(power_of_2_scales, ue8m0_scales, *more)
-
-
-def _scaling(power_of_2_scales: bool, ue8m0_scales: bool, *more: bool) -> tuple[str | bool, ...]:
-    scale = ("E8m0",) if ue8m0_scales else ()  # float
-    return power_of_2_scales or ue8m0_scales, *more, *scale
-
-
 @functools.cache
 def kernel_1x128(dtype: torch.dtype, power_of_2_scales: bool, ue8m0_scales: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize.cuh for an input of `dtype`."""
-    return Kernel("quantize.cuh", "quantize_1x128", _template(dtype, power_of_2_scales, ue8m0_scales))
+    rest = template(power_of_2_scales, ue8m0_scales)
+    return Kernel("quantize.cuh", "quantize_1x128", (NAMES[dtype], *rest))
 
 
 def quantize_1x128_t(
@@ -222,8 +221,8 @@ def kernel_1x128_t(
     dtype: torch.dtype, power_of_2_scales: bool, row_wise: bool = False, ue8m0_scales: bool = False
 ) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    template = _template(dtype, power_of_2_scales, ue8m0_scales, row_wise)
-    return Kernel("quantize_tile.cuh", "quantize_1x128_t", template)
+    rest = template(power_of_2_scales, ue8m0_scales, row_wise)
+    return Kernel("quantize_tile.cuh", "quantize_1x128_t", (NAMES[dtype], *rest))
 
 
 def requantize_1x128_t(
@@ -283,7 +282,7 @@ def _requantize_1x128_t(
 @functools.cache
 def kernel_requantize(power_of_2_scales: bool, ue8m0_scales: bool = False) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh that takes codes."""
-    return Kernel("quantize_tile.cuh", "requantize_1x128_t", _scaling(power_of_2_scales, ue8m0_scales))
+    return Kernel("quantize_tile.cuh", "requantize_1x128_t", template(power_of_2_scales, ue8m0_scales))
 
 
 @overload
@@ -348,19 +347,18 @@ def kernel_128x128(
     dtype: torch.dtype, power_of_2_scales: bool, transpose: bool, ue8m0_scales: bool = False
 ) -> Kernel:
     """The instance of csrc/kernels/quantize_tile.cuh for an input of `dtype`."""
-    template = _template(dtype, power_of_2_scales, ue8m0_scales, transpose)
-    return Kernel("quantize_tile.cuh", "quantize_128x128", template)
+    rest = template(power_of_2_scales, ue8m0_scales, transpose)
+    return Kernel("quantize_tile.cuh", "quantize_128x128", (NAMES[dtype], *rest))
 
 
 def kernels() -> dict[str, list[Kernel]]:
     """Every instance that an op of this module may launch."""
     both = (False, True)
-    scales = ((False, False), (True, False), (True, True))  # powers of two, UE8M0
-    tiled = list(itertools.product(NAMES, scales, both))
+    tiled = list(itertools.product(NAMES, SCALINGS, both))
     return {
-        "quantize_1x128": [kernel_1x128(dtype, *s) for dtype, s in itertools.product(NAMES, scales)],
+        "quantize_1x128": [kernel_1x128(dtype, *s) for dtype, s in itertools.product(NAMES, SCALINGS)],
         "quantize_1x128_t": [kernel_1x128_t(dtype, p, row_wise, u) for dtype, (p, u), row_wise in tiled],
-        "requantize_1x128_t": [kernel_requantize(*s) for s in scales],
+        "requantize_1x128_t": [kernel_requantize(*s) for s in SCALINGS],
         "quantize_128x128": [kernel_128x128(dtype, p, transpose, u) for dtype, (p, u), transpose in tiled],
     }
 

@@ -105,10 +105,14 @@ def empty_both(
     transpose: bool,
     group_offsets: Tensor | None,
     device: torch.device,
+    ue8m0_scales: bool,
 ) -> tuple[QuantizedTensor, QuantizedTensor]:
     """Room for `[tokens, width]` in tiles of 1x128, and transposed; without `transpose` that has no rows."""
-    features = shape[1] if transpose else 0
-    return empty_rows(shape, device), empty_transposed((shape[0], features), group_offsets, device)
+    across = shape[0], shape[1] if transpose else 0
+    return (
+        empty_rows(shape, device, ue8m0_scales),
+        empty_transposed(across, group_offsets, device, ue8m0_scales),
+    )
 
 
 # Facts of operands that passed: what they decide, they decide again.

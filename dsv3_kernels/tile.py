@@ -11,6 +11,14 @@ NAMES = {torch.bfloat16: "Bf16", torch.float16: "Fp16", torch.float32: "float"} 
 
 MAX_TILES = 2**31 - 1  # the largest grid
 
+SCALINGS = ((False, False), (True, False), (True, True))  # powers of two, UE8M0
+
+
+def template(power_of_2_scales: bool, ue8m0_scales: bool, *more: bool) -> tuple[bool | str, ...]:
+    """A quantiser's template arguments: of its scales, and its own between them."""
+    scale = ("E8m0",) if ue8m0_scales else ()  # float
+    return power_of_2_scales or ue8m0_scales, *more, *scale
+
 
 def token_tiles(tokens: int, group_offsets: Tensor | None, rest: bool) -> int:
     """Tiles of 128 tokens that the groups take at most; with `rest` also those past the last group."""

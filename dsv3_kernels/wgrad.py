@@ -225,17 +225,6 @@ def _scales_layout(width: int, tokens: int, rows: int) -> MapLayout:
     return MapLayout(torch.float32, (1, rows), (tokens // TILE, width), (round_up(width, 4), 1), swizzle=0)
 
 
-def _fake(
-    dy_t: Tensor,
-    dy_scales: Tensor,
-    x_t: Tensor,
-    x_scales: Tensor,
-    out: Tensor,
-    accumulate: bool,
-    group_offsets: Tensor | None,
-    num_sms: int | None,
-) -> None:
-    return None
-
-
-torch.library.custom_op("dsv3_kernels::fp8_wgrad", _fp8_wgrad, mutates_args=("out",)).register_fake(_fake)
+torch.library.custom_op("dsv3_kernels::fp8_wgrad", _fp8_wgrad, mutates_args=("out",)).register_fake(
+    lambda *_: None
+)

@@ -22,6 +22,17 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(skip)
 
 
+@pytest.fixture
+def seed():
+    """Of torch's own generator, another for each test, printed."""
+    import torch
+
+    value = int(torch.randint(1 << 30, ()))
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    return value
+
+
 @pytest.fixture(scope="session")
 def trained_tiny():
     """(model, corpus): the tiny preset after 60 steps in BF16, for every test that needs a trained one."""

@@ -5,8 +5,13 @@ import secrets
 from fractions import Fraction
 
 import numpy as np
+import pytest
 import torch
 from commit_seed import base, seeds
+
+SCALINGS = {"exact": {}, "power_of_2": {"power_of_2_scales": True}, "ue8m0": {"ue8m0_scales": True}}
+each_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 
 torch.set_num_threads(1)  # tensors this small lose more to two threads' barriers than they gain
 

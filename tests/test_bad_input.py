@@ -308,7 +308,6 @@ def gemm_operands() -> Iterator[tuple[str, str, Spoil]]:
 def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
     if "quantize" in op and op != "dequantize":
         yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
-    if op.startswith("quantize"):
         yield "ue8m0_scales", "ue8m0_scales", NO_FLAG
     if op.startswith("quantize"):
         yield from tensor_input("w" if op == "quantize_128x128" else "x")
@@ -335,7 +334,6 @@ def mutations(op: str) -> Iterator[tuple[str, str, Spoil]]:
         yield "accumulate", "accumulate", NO_FLAG
     if op == "requantize_1x128_t":
         yield from operand("q", "row")
-        yield "power_of_2_scales", "power_of_2_scales", NO_FLAG
     if op in ("pack_e5m6", "permute_quantize"):
         yield from tensor_input("x")
     if op == "permute_quantize":

@@ -11,12 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import dsv3_kernels.nn as dnn
 from dsv3_kernels.nn import BF16, Fp8Linear, GroupedFp8Linear, convert
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def small():

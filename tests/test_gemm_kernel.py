@@ -1,6 +1,7 @@
 """gemm.cuh: its machine code, and its results in the emulator, bit for bit, in every configuration."""
 
 import collections
+import contextlib
 import itertools
 import random
 import re
@@ -288,7 +289,30 @@ def test_nothing_to_do():
         assert not dsv3.grouped_fp8_gemm(
             dsv3.QuantizedTensor(a3.data[0], a3.scales[0], a.block), b3, none
         ).any()
-    assert gpu.counters["launches"] == 0
+    assert gpu.counters["launches"] == 2, "a look at each list"
+
+
+@pytest.mark.parametrize("world", ["reference", "emulator"])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 16, 128), (9, 0, 128), (9, 16, 0), (0, 0, 0)])
+def test_lists_are_looked_at_where_there_is_nothing_to_do(m, n, k, world):
+    a, b = operands((m, k), (2, n, k), 0)
+    a3, _ = operands((2, m, k), (2, n, k), 0)
+
+    def offsets(*values):
+        return dsv3.grouped_fp8_gemm(a, b, torch.tensor(values, dtype=torch.int32))
+
+    def counts(*values):
+        return dsv3.masked_grouped_fp8_gemm(a3, b, torch.tensor(values, dtype=torch.int32))
+
+    with emulator.virtual_gpu() if world == "emulator" else contextlib.nullcontext():
+        for values in ((1, 1, 1), (0, 0, m + 1), (0, -1, 0)):
+            with pytest.raises(ValueError, match="group_offsets"):
+                offsets(*values)
+        for values in ((m + 1, 0), (0, -1)):
+            with pytest.raises(ValueError, match="counts"):
+                counts(*values)
+        assert offsets(0, m // 2, m).shape == (m, n) and not offsets(0, 0, m).any()
+        assert counts(m, 0).shape == (2, m, n) and not counts(0, m).any()
 
 
 def test_scales_of_any_strides():

@@ -15,12 +15,7 @@ from dsv3_kernels.nn import FP8
 YARN = Yarn(factor=4, original_max_position_embeddings=8, mscale_all_dim=1.0)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 @pytest.mark.parametrize("yarn", [None, YARN, dataclasses.replace(YARN, mscale_all_dim=0.0)])

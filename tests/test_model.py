@@ -12,13 +12,7 @@ from dsv3_kernels.model.attention import MultiHeadLatentAttention
 from dsv3_kernels.model.rope import rope_table
 from dsv3_kernels.nn import BF16, FP8, Fp8Linear, GroupedFp8Linear, set_recipe
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def test_attention_against_float64():

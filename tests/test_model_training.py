@@ -28,11 +28,7 @@ BATCH, LENGTH = 2, 24
 RECIPES = pytest.mark.parametrize("recipe", [FP8, BF16], ids=["fp8", "bf16"])
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def build(recipe, dtype=torch.bfloat16):

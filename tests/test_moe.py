@@ -13,13 +13,7 @@ from dsv3_kernels.model.model import moe_of as build_moe
 from dsv3_kernels.nn import BF16, Routing, sequence_balance_loss, set_recipe
 from dsv3_kernels.reference import choose_experts
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def moe_of(config=SMALL):

@@ -31,11 +31,7 @@ FP32_SLACK = 1e-5
 SHAPES = [(1, 16, 16), (3, 128, 256), (130, 96, 288), (257, 384, 144), (128, 128, 128)]
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def operands(tokens, k, n, dtype=torch.bfloat16):

@@ -1,5 +1,7 @@
 """The fused MLP: bit for bit the ops called by hand, near float64, one quantiser pass an operand."""
 
+import copy
+
 import pytest
 import torch
 from op_calls import counting
@@ -32,11 +34,7 @@ SIZES = [0, 130, 1, 41]
 TOKENS = sum(SIZES)
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def draw(inner, recipe, grouped, weighted, dtype=torch.bfloat16):
@@ -225,6 +223,28 @@ def test_layers_of_two_recipes_are_not_fused(monkeypatch):
     calls = counting(monkeypatch)
     swiglu_mlp(x, up, down).sum().backward()
     assert calls == {"quantize_1x128": 2, "quantize_128x128": 1, "fp8_gemm": 2, "fp8_wgrad": 1}
+
+
+HOOKS = ("forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook")
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("which", ["up", "down"])
+def test_hooks_of_the_layers_run(which, kind):
+    """Once; the layers then compute one by one, to BF16's rounding of what is between them the same."""
+    up, down, x, offsets, weights, dy = draw(128, Fp8Recipe(), True, True)
+    layers = {"up": copy.deepcopy(up), "down": copy.deepcopy(down)}
+    want = step(up, down, x, offsets, weights, dy)
+    seen = []
+    handle = getattr(layers[which], f"register_{kind}")(lambda *_: seen.append(1))
+    x, weights = (t.detach().clone().requires_grad_() for t in (x, weights))
+    got = step(*layers.values(), x, offsets, weights, dy)
+    assert seen == [1]
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).float().norm() < 0.1 * b.float().norm()
+    handle.remove()
+    swiglu_mlp(x, *layers.values(), offsets, weights).backward(dy)
+    assert seen == [1]
 
 
 def test_weights_kept_in_fp8_compute_and_do_not_train():

@@ -28,11 +28,7 @@ from dsv3_kernels.reference import choose_experts, routing_weights
 HIDDEN, INNER, EXPERTS, TOPK, TOKENS = 144, 128, 6, 3, 41
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 def moe_of(recipe=FP8, dtype=torch.bfloat16, ep_buffer=None, **options):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_helpers import assert_same, commit_generator, wide
+from fp8_helpers import SCALINGS, assert_same, commit_generator, each_scaling, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, permute, reference
@@ -10,7 +10,6 @@ from dsv3_kernels.jit.compile import compile_source, source_options
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
-powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 
 
 def index_of(generator, rows, tokens, *shape):
@@ -18,17 +17,16 @@ def index_of(generator, rows, tokens, *shape):
     return index if tokens else torch.full_like(index, -1)
 
 
-def check_permute(x, index, offsets=None, power_of_2=False, **gpu):
-    options = {"power_of_2_scales": power_of_2}
+def check_permute(x, index, offsets=None, scaling=SCALINGS["exact"], **gpu):
     with emulator.virtual_gpu(**gpu):
-        q = dk.permute_quantize(x, index, **options)
-        both = dk.permute_quantize(x, index, transpose=True, group_offsets=offsets, **options)
+        q = dk.permute_quantize(x, index, **scaling)
+        both = dk.permute_quantize(x, index, transpose=True, group_offsets=offsets, **scaling)
     rows = torch.zeros(index.shape[0], x.shape[1], dtype=x.dtype)
     for r, i in enumerate(index.tolist()):
         if i >= 0:
             rows[r] = x[i]
-    want = reference.quantize_1x128_both(rows, offsets, **options)
-    outside = dk.permute_quantize(x, index, transpose=True, group_offsets=offsets, **options)
+    want = reference.quantize_1x128_both(rows, offsets, **scaling)
+    outside = dk.permute_quantize(x, index, transpose=True, group_offsets=offsets, **scaling)
     for got in ((q, both[1]), both, outside):
         for g, w in zip(got, want, strict=True):
             assert_same(g, w)
@@ -48,17 +46,17 @@ def check_unpermute(rows, slots, weights=None, **gpu):
 
 
 @each_dtype
-@powers
+@each_scaling
 @pytest.mark.parametrize("shape", [(1, 1, 16), (40, 130, 144), (70, 200, 256)])
-def test_permute(dtype, power_of_2, shape):
+def test_permute(dtype, scaling, shape):
     tokens, rows, width = shape
     generator = commit_generator()
     index = index_of(generator, rows, tokens)
-    check_permute(wide(generator, tokens, width).to(dtype), index, None, power_of_2)
+    check_permute(wide(generator, tokens, width).to(dtype), index, None, scaling)
     offsets = torch.tensor([0, rows // 3, rows // 3, rows - rows // 4], dtype=torch.int32)
     x = torch.randn(tokens, width, generator=generator).to(dtype)
     x[0, 3] = float("nan")
-    check_permute(x, index, offsets, power_of_2)
+    check_permute(x, index, offsets, scaling)
 
 
 def test_permute_empty():

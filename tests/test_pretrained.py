@@ -15,13 +15,7 @@ from dsv3_kernels.model.pretrained import from_pretrained, pieces, save_pretrain
 from dsv3_kernels.nn import BF16, FP8, set_recipe, store_fp8_weights
 from dsv3_kernels.quantize import dequantize, quantize_128x128
 
-
-@pytest.fixture(autouse=True)
-def seed():
-    value = int(torch.randint(1 << 30, ()))
-    print(f"seed {value}")
-    torch.manual_seed(value)
-    return value
+pytestmark = pytest.mark.usefixtures("seed")
 
 
 # Against transformers

@@ -131,10 +131,8 @@ def permuted(generator, options):
     yield from ((q, rows), (q_t, by_groups(rows)))
 
 
-FORMS = [
-    (form, POWERS) for form in (quantised_x, quantised_w, requantised, swiglu, swiglu_backward, permuted)
-]
-FORMS += [(form, E8M0) for form in (quantised_x, quantised_w)]
+EVERY = (quantised_x, quantised_w, requantised, swiglu, swiglu_backward, permuted)
+FORMS = [(form, options) for options in (POWERS, E8M0) for form in EVERY]
 
 
 @pytest.mark.parametrize("world", ["reference", "emulator"])

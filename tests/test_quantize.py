@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import E4M3, commit_generator, encode_e4m3, exact_values, quantize
+from fp8_helpers import E4M3, commit_generator, encode_e4m3, exact_values, powers, quantize
 
 import dsv3_kernels as dk
 
 QUANTIZERS = {"1x128": dk.quantize_1x128, "128x128": dk.quantize_128x128}
 BLOCKS = {"1x128": (1, 128), "128x128": (128, 128)}
 both = pytest.mark.parametrize("kind", QUANTIZERS)
-powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 
 
 def codes(q):

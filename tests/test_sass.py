@@ -88,6 +88,9 @@ def test_ue8m0_scales_are_stored_as_bytes():
         ("quantize.cuh", "quantize_1x128", ("Bf16", True, "E8m0"), 1),
         ("quantize_tile.cuh", "quantize_1x128_t", ("Bf16", True, True, "E8m0"), 2),
         ("quantize_tile.cuh", "quantize_128x128", ("Bf16", True, True, "E8m0"), 2),
+        ("permute.cuh", "permute_quantize", ("Bf16", True, True, "E8m0"), 2),
+        ("swiglu.cuh", "swiglu_quantize", (True, True, "E8m0"), 2),
+        ("swiglu.cuh", "swiglu_backward_quantize", (True, True, True, "E8m0"), 5),
     ):
         cubin = Kernel(file, function, template).cubin()
         sass = disassemble(cubin.image)

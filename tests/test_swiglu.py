@@ -5,14 +5,14 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_helpers import assert_same, commit_generator, wide
+from fp8_helpers import SCALINGS, assert_same, commit_generator, each_scaling, powers, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, reference, swiglu
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
-powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 GROUPS = (0, 128, 1, 200, 0)
+EXACT = SCALINGS["exact"]
 
 
 def offsets_of(*sizes):
@@ -104,24 +104,22 @@ def test_the_fusion_changes_no_bit(power_of_2):
 # ---- Kernels
 
 
-def check_forward(x, weights=None, offsets=None, power_of_2=False, **gpu):
-    options = {"power_of_2_scales": power_of_2}
+def check_forward(x, weights=None, offsets=None, scaling=EXACT, **gpu):
     with emulator.virtual_gpu(**gpu):
-        q = dk.swiglu_quantize(x, weights, **options)
-        q_both, q_t = dk.swiglu_quantize(x, weights, transpose=True, group_offsets=offsets, **options)
+        q = dk.swiglu_quantize(x, weights, **scaling)
+        q_both, q_t = dk.swiglu_quantize(x, weights, transpose=True, group_offsets=offsets, **scaling)
     y = reference.swiglu(x, weights)
-    want = reference.quantize_1x128(y, **options)
+    want = reference.quantize_1x128(y, **scaling)
     assert_same(q, want)
     assert_same(q_both, want)
-    assert_same(q_t, reference.quantize_1x128_t(y, offsets, **options))
+    assert_same(q_t, reference.quantize_1x128_t(y, offsets, **scaling))
 
 
-def check_backward(dy, x, offsets=None, power_of_2=False, weights=None, **gpu):
-    options = {"power_of_2_scales": power_of_2, "weights": weights}
+def check_backward(dy, x, offsets=None, scaling=EXACT, weights=None, **gpu):
     with emulator.virtual_gpu(**gpu):
-        got = dk.swiglu_backward_quantize(dy, x, offsets, **options)
-        again = dk.swiglu_backward_quantize(dy, x, offsets, recompute=True, **options)
-    values = reference.dequantize(x)
+        got = dk.swiglu_backward_quantize(dy, x, offsets, weights=weights, **scaling)
+        again = dk.swiglu_backward_quantize(dy, x, offsets, weights=weights, recompute=True, **scaling)
+    values = dk.dequantize(x)
     for result in (got, again):
         if weights is None:
             assert result.weights is None
@@ -129,10 +127,9 @@ def check_backward(dy, x, offsets=None, power_of_2=False, weights=None, **gpu):
         want_d = reference.swiglu_weight_gradients(dy, values).sum(0)
         torch.testing.assert_close(result.weights, want_d, rtol=0, atol=0, equal_nan=True)
     dx, y = reference.swiglu_backward(dy, values, weights)
-    options = {"power_of_2_scales": power_of_2}
     want = (
-        *reference.quantize_1x128_both(dx, offsets, **options),
-        reference.quantize_1x128_t(y, offsets, **options),
+        *reference.quantize_1x128_both(dx, offsets, **scaling),
+        reference.quantize_1x128_t(y, offsets, **scaling),
     )
     assert got.y_t is None
     for g, w in zip((*got[:2], *again[:3]), (*want[:2], *want), strict=True):
@@ -140,55 +137,55 @@ def check_backward(dy, x, offsets=None, power_of_2=False, weights=None, **gpu):
     return again
 
 
-@powers
+@each_scaling
 @pytest.mark.parametrize("shape", [(1, 16), (130, 144), (64, 256)])
-def test_forward(power_of_2, shape):
+def test_forward(scaling, shape):
     generator = commit_generator()
     tokens, width = shape
     weights = torch.rand(tokens, generator=generator)
     x = torch.randn(tokens, 2 * width, generator=generator) * 4
-    check_forward(x.bfloat16(), None, None, power_of_2)
-    check_forward(wide(generator, tokens, 2 * width).bfloat16(), weights, None, power_of_2)
+    check_forward(x.bfloat16(), None, None, scaling)
+    check_forward(wide(generator, tokens, 2 * width).bfloat16(), weights, None, scaling)
 
 
-@powers
+@each_scaling
 @pytest.mark.parametrize("rest", [0, 11])
-def test_forward_of_groups(power_of_2, rest):
+def test_forward_of_groups(scaling, rest):
     tokens = sum(GROUPS) + rest
     x = torch.randn(tokens, 64, generator=commit_generator()).bfloat16()
     x[3, 5], x[130, 40], x[129], x[7, 3] = float("nan"), float("inf"), 0.0, -300.0
-    check_forward(x, None, offsets_of(*GROUPS), power_of_2)
+    check_forward(x, None, offsets_of(*GROUPS), scaling)
 
 
-@powers
+@each_scaling
 @pytest.mark.parametrize("shape", [(1, 128), (130, 256)])
-def test_backward(power_of_2, shape):
+def test_backward(scaling, shape):
     generator = commit_generator()
     tokens, width = shape
     dy = torch.randn(shape, generator=generator).bfloat16()
     values = torch.randn(tokens, 2 * width, generator=generator) * 4
-    x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
-    check_backward(dy, x, None, power_of_2)
-    check_backward(dy, x, None, power_of_2, torch.randn(tokens, generator=generator))
+    x = dk.quantize_1x128(values, **scaling)
+    check_backward(dy, x, None, scaling)
+    check_backward(dy, x, None, scaling, torch.randn(tokens, generator=generator))
     values = wide(generator, tokens, 2 * width).clamp(-1e30, 1e30)
-    x = dk.quantize_1x128(values, power_of_2_scales=power_of_2)
+    x = dk.quantize_1x128(values, **scaling)
     row_major = dk.QuantizedTensor(x.data, x.scales.contiguous(), x.block)
-    check_backward(wide(generator, *shape).bfloat16(), row_major, None, power_of_2)
+    check_backward(wide(generator, *shape).bfloat16(), row_major, None, scaling)
 
 
-@powers
-def test_backward_of_groups(power_of_2):
+@each_scaling
+def test_backward_of_groups(scaling):
     tokens = sum(GROUPS) + 11
     generator = commit_generator()
     dy = torch.randn(tokens, 128, generator=generator).bfloat16()
     values = torch.randn(tokens, 256, generator=generator)
     values[3, 5], values[140, 200], values[129], dy[200, 3] = float("nan"), float("inf"), 0.0, float("nan")
-    dx, _, y_t, _ = check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), power_of_2)
+    dx, _, y_t, _ = check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), scaling)
     assert dk.dequantize(dx)[3].isnan().all() and dk.dequantize(dx)[4:129].isfinite().all()
     assert dk.dequantize(y_t)[:, 640:].isfinite().all()
     weights = torch.rand(tokens, generator=generator)
     weights[7], weights[300], weights[60] = 0.0, float("inf"), -1.5
-    check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), power_of_2, weights)
+    check_backward(dy, dk.quantize_1x128(values), offsets_of(*GROUPS), scaling, weights)
 
 
 def test_empty():

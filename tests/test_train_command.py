@@ -260,7 +260,7 @@ def test_bad_command_lines(whole_run, text, tmp_path, capsys, monkeypatch, insid
     ]
     for arguments, message in cases:
         assert_one_line(inside(*arguments), message)
-    for arguments in (["--preset", "v3"], ["--precision", "fp4"], ["--steps", "many"], ["--unknown"]):
+    for arguments in (["--preset", "huge"], ["--precision", "fp4"], ["--steps", "many"], ["--unknown"]):
         with pytest.raises(SystemExit) as caught:
             inside(*arguments)
         assert caught.value.code == 2

@@ -13,6 +13,7 @@ from model_helpers import BYTES
 from dsv3_kernels.ep import Buffer
 from dsv3_kernels.train.config import ParallelConfig, TrainConfig
 from dsv3_kernels.train.data.corpus import load_corpus
+from dsv3_kernels.train.observe.plan import plan
 from dsv3_kernels.train.parallel.groups import Groups, Layout
 from dsv3_kernels.train.trainer import Trainer
 
@@ -117,6 +118,21 @@ def trained(case, groups, text, seed):
         "gradients": gradients,
         "weights": state_of(trainer),
         "parameters": parameters,
+        "held": held_by(trainer),
+    }
+
+
+def held_by(trainer):
+    """Bytes, and elements of parameters: as `RankPlan` has them."""
+    buckets = trainer.optimizer._buckets
+    gradients = {
+        g.untyped_storage().data_ptr(): g.untyped_storage() for b in buckets for g in (b._flat_grad, b.grad)
+    }
+    return {
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "masters": sum(b.master.nbytes for b in buckets),
+        "moments": sum(b.exp_avg.nbytes + b.exp_avg_sq.nbytes for b in buckets),
+        "gradients": sum(storage.nbytes() for storage in gradients.values()),
     }
 
 
@@ -319,6 +335,14 @@ def test_optimizer_states_are_shared_out(results, case):
         experts = sum(v.numel() for n, v in parts[0]["parameters"].items() if ".experts." in n)
         expected = (held[0] - experts) / (case.ep * case.dp) + experts / case.dp
         assert max(sizes) <= expected + 2 * 64 * case.layout.world
+
+
+@pytest.mark.parametrize("case", [*ONE, *MANY], ids=name)
+def test_a_rank_holds_what_was_planned(results, case):
+    ranks = plan(SMALL, case.layout, case.schedule, case.micro_batches, 1, 16)
+    for rank, part in enumerate(results[case]):
+        planned = ranks[rank // case.layout.shares]
+        assert part["held"] == {kind: getattr(planned, kind) for kind in part["held"]}
 
 
 def test_checkpoints_go_on_elsewhere_bit_for_bit(results):

@@ -16,9 +16,7 @@ def _parts(quantized: tuple[QuantizedTensor, ...]) -> Tensors:
     return tuple(part for q in quantized for part in (q.data, q.scales))
 
 
-def _permute(dtype: torch.dtype, power_of_2: bool, transpose: bool) -> Case:
-    options = {"power_of_2_scales": power_of_2}
-
+def _permute(dtype: torch.dtype, transpose: bool, **options: bool) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         x = torch.randn(70, 144, generator=generator).to(dtype)
         x[3, 5] = float("nan")
@@ -34,8 +32,8 @@ def _permute(dtype: torch.dtype, power_of_2: bool, transpose: bool) -> Case:
         q = reference.quantize_1x128_both(reference.permute(x, index), offsets, **options)
         return _parts(q[: 1 + transpose])
 
-    name = f"permute_quantize {str(dtype)[6:]} power_of_2={power_of_2} transpose={transpose}"
-    return Case(name, inputs, run, expected)
+    facts = [str(dtype)[6:], *options, f"transpose={transpose}"]
+    return Case(f"permute_quantize {' '.join(facts)}", inputs, run, expected)
 
 
 def _unpermute(weighted: bool) -> Case:
@@ -54,7 +52,8 @@ def _unpermute(weighted: bool) -> Case:
 
 
 _TYPES = (torch.bfloat16, torch.float16, torch.float32)
-CASES = [_permute(*facts) for facts in itertools.product(_TYPES, (False, True), (False, True))]
+_SCALINGS: tuple[dict[str, bool], ...] = ({}, {"power_of_2_scales": True}, {"ue8m0_scales": True})
+CASES = [_permute(*facts, **s) for *facts, s in itertools.product(_TYPES, (False, True), _SCALINGS)]
 CASES += [_unpermute(weighted) for weighted in (False, True)]
 
 

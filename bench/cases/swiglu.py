@@ -32,9 +32,7 @@ def _offsets() -> Tensor:
     return torch.tensor([0, 0, 100, 101, 140], dtype=torch.int32)
 
 
-def _forward(power_of_2: bool, transpose: bool) -> Case:
-    options = {"power_of_2_scales": power_of_2}
-
+def _forward(transpose: bool, **options: bool) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         return (
             _gates_and_ups(generator, 150, 144).bfloat16(),
@@ -51,12 +49,11 @@ def _forward(power_of_2: bool, transpose: bool) -> Case:
         q = reference.quantize_1x128_both(reference.swiglu(x, weights), offsets, **options)
         return _parts(q[: 1 + transpose])
 
-    return Case(f"swiglu_quantize power_of_2={power_of_2} transpose={transpose}", inputs, run, expected)
+    facts = [*options, f"transpose={transpose}"]
+    return Case(f"swiglu_quantize {' '.join(facts)}", inputs, run, expected)
 
 
-def _backward(power_of_2: bool, recompute: bool, weighted: bool) -> Case:
-    options = {"power_of_2_scales": power_of_2}
-
+def _backward(recompute: bool, weighted: bool, **options: bool) -> Case:
     def inputs(generator: torch.Generator) -> Tensors:
         x = reference.quantize_1x128(_gates_and_ups(generator, 150, 128), power_of_2_scales=True)
         dy, weights = (
@@ -81,12 +78,14 @@ def _backward(power_of_2: bool, recompute: bool, weighted: bool) -> Case:
         parts = _parts((*dx, y[1])[: 2 + recompute])
         return (*parts, reference.swiglu_weight_gradients(dy, x).sum(0)) if weighted else parts
 
-    name = f"swiglu_backward_quantize power_of_2={power_of_2} recompute={recompute} weighted={weighted}"
-    return Case(name, inputs, run, expected)
+    facts = [*options, f"recompute={recompute}", f"weighted={weighted}"]
+    return Case(f"swiglu_backward_quantize {' '.join(facts)}", inputs, run, expected)
 
 
-CASES = [_forward(*flags) for flags in itertools.product((False, True), repeat=2)]
-CASES += [_backward(*flags) for flags in itertools.product((False, True), repeat=3)]
+_FLAGS = (False, True)
+_SCALINGS: tuple[dict[str, bool], ...] = ({}, {"power_of_2_scales": True}, {"ue8m0_scales": True})
+CASES = [_forward(flag, **s) for flag, s in itertools.product(_FLAGS, _SCALINGS)]
+CASES += [_backward(*flags, **s) for *flags, s in itertools.product(_FLAGS, _FLAGS, _SCALINGS)]
 
 
 def _swiglu(x: Tensor) -> Tensor:

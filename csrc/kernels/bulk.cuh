@@ -88,6 +88,9 @@ class Ring {
         if (++loads_ == stages_) loads_ = 0;
     }
 
+    // The stage that wait() gives next. Lanes may already write where its load does not.
+    __device__ __forceinline__ u8* coming() const { return stage(waits_); }
+
     // The stage of the oldest load that was not waited for, once it has come.
     __device__ __forceinline__ u8* wait() {
         u8* const row = stage(waits_);

@@ -240,6 +240,12 @@ __device__ __forceinline__ void acknowledge(const Rank& self, u64 epoch) {
         ptx::store_release_system(self.workspace(peer).ack(self.rank), epoch);
 }
 
+// Whether team `number` of a block sends its channel; that of the block's neighbour receives it. Every block
+// has teams of either role, in all four quarters of its SM, for one loads where the other stores.
+__device__ __forceinline__ bool sends(u32 block, u32 number, u32 ranks) {
+    return (block + number / max(1u, 4 / ranks)) % 2 == 0;
+}
+
 // By all threads of a block that has kept the protocol, one of `blocks` of this rank, after a barrier. True
 // for the thread that has ended the epoch.
 __device__ __forceinline__ bool finish(const Rank& self, u64 epoch, u32 blocks) {

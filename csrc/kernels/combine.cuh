@@ -12,6 +12,7 @@
 // written.
 #pragma once
 
+#include "bulk.cuh"
 #include "channel.cuh"
 #include "sums.cuh"
 
@@ -45,8 +46,87 @@ struct Call {
     u32 tokens, hidden, topk, channels, token_order;
 };
 
+// The rows that make one token's sum: one of each lane in `lanes`, in their order.
+struct Addends {
+    const u8* row;
+    float weight;
+    u32 lanes;
+};
+
+// One warp: tokens one after another, whose rows come piece by piece through a ring of stages. While a piece
+// is added those after it are under way, to the end of the token that comes next.
+class Stream {
+  public:
+    __device__ __forceinline__ Stream(bulk::Ring& ring, u32 row_bytes) : ring_(ring), row_bytes_(row_bytes) {}
+
+    // The token that was pushed before is the one to add now; `next` comes behind it.
+    __device__ __forceinline__ void push(const Addends& next) {
+        if (waits_) load_next();
+        now_ = next_;
+        next_ = next;
+        waits_ = true;
+    }
+
+    // Of the token's next piece, where so many bytes of a row are left.
+    __device__ __forceinline__ Sums sum(u32 left, bool weighted) {
+        Sums sums;
+        for (u32 lanes = now_.lanes; lanes; lanes &= lanes - 1) {
+            load_ahead();
+            const u8* piece = ring_.wait();
+            --under_way_;
+            const float weight = __shfl_sync(kFullWarp, now_.weight, __ffs(lanes) - 1);
+            if (left < kPieceBytes)
+                sums.add_shared(piece, weight, left);
+            else if (weighted)
+                sums.add_shared(piece, weight, true);
+            else
+                sums.add_shared(piece, weight, false);
+        }
+        return sums;
+    }
+
+    // Until nothing more comes to shared memory.
+    __device__ __forceinline__ void drain() {
+        for (; under_way_; --under_way_) ring_.wait();
+    }
+
+  private:
+    __device__ __forceinline__ void load_next() {
+        waits_ = false;
+        row_ = next_.row;
+        lanes_ = left_ = next_.lanes;
+        at_ = 0;
+    }
+
+    __device__ __forceinline__ void load_ahead() {
+        while (under_way_ < ring_.stages()) {
+            if (!left_) {
+                if (!waits_) return;
+                load_next();
+                continue;
+            }
+            const u64 row = __shfl_sync(kFullWarp, reinterpret_cast<u64>(row_), __ffs(left_) - 1);
+            ring_.load(reinterpret_cast<const u8*>(row) + at_, min(kPieceBytes, row_bytes_ - at_));
+            ++under_way_;
+            left_ &= left_ - 1;
+            if (left_) continue;
+            at_ += kPieceBytes;
+            if (at_ < row_bytes_) left_ = lanes_;
+        }
+    }
+
+    bulk::Ring& ring_;
+    const u32 row_bytes_;
+    Addends now_{}, next_{};
+    bool waits_ = false;  // next_, for those before it
+    // Being loaded: a token, the place of a piece in its rows, and the lanes whose piece is still to come.
+    const u8* row_ = nullptr;
+    u32 lanes_ = 0, at_ = 0, left_ = 0;
+    u32 under_way_ = 0;  // pieces
+};
+
 // One warp: the tokens of one home rank's channel.
-__device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u64 epoch) {
+__device__ __forceinline__ bool send(const Call& call, bulk::Ring& ring, u32 peer, u32 channel, u64 epoch) {
     const Rank& self = call.self;
     const Rows& from = call.from;
     const Workspace home = self.workspace(peer);
@@ -57,12 +137,26 @@ __device__ __forceinline__ bool send(const Call& call, u32 peer, u32 channel, u6
     const u64* ack = self.mine().ack(peer);
     if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
     u64 bytes = 0;
+    Stream stream(ring, row_bytes);
+    i32 row = -1, next_row = -1;
+    // Lane k: the k-th row of token i.
+    auto push = [&](u32 i) {
+        row = next_row;
+        next_row = -1;
+        if (i < total && lane < topk)
+            next_row = from.rows[(static_cast<i64>(peer) * self.max_tokens + first + i) * topk + lane];
+        stream.push({from.y + static_cast<i64>(next_row) * row_bytes,
+                     from.weights && next_row >= 0 ? from.weights[next_row] : 1.0f,
+                     __ballot_sync(kFullWarp, next_row >= 0)});
+    };
+    push(0);
     for (u32 i = 0; i < total; ++i) {
-        i32 row = -1;
-        if (lane < topk)
-            row = from.rows[(static_cast<i64>(peer) * self.max_tokens + first + i) * topk + lane];
+        push(i + 1);
         u8* slot = home.slot(self.rank, first + i);
-        put_sum(from.y, from.weights, row, row_bytes, slot);
+        for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
+            const u32 left = row_bytes - at;
+            stream.sum(left, from.weights != nullptr).rounded().store(slot + at, left);
+        }
         if (from.gradients) {
             const i64 only = __shfl_sync(kFullWarp, row, 0);
             const i64 at = call.token_order && lane < topk ? only * topk + lane : row;
@@ -101,16 +195,19 @@ __device__ __forceinline__ void bring_gradients(const Call& call, const Workspac
 }
 
 // One warp: every `stride`th token of a channel.
-__device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offset, u32 stride, u64 epoch) {
+__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, u32 channel, u32 offset,
+                                        u32 stride, u64 epoch) {
     const Rank& self = call.self;
     const Home& to = call.to;
     const Workspace mine = self.mine();
     const u32 lane = threadIdx.x % 32, row_bytes = 2 * call.hidden;
     const Share share(call.tokens, channel, call.channels);
-    for (u32 token = share.first + offset; token < share.last; token += stride) {
-        i32 slot = -1;  // lane r: at rank r
-        if (lane < mine.ranks) slot = to.sent_slot[static_cast<i64>(token) * mine.ranks + lane];
-        const u32 ranks = __ballot_sync(kFullWarp, slot >= 0);
+    Stream stream(ring, row_bytes);
+    // Lane r: the token's sum of rank r, once it has come.
+    auto push = [&](u32 token) {
+        i32 slot = -1;
+        if (token < share.last && lane < mine.ranks)
+            slot = to.sent_slot[static_cast<i64>(token) * mine.ranks + lane];
         bool arrived = true;
         if (slot >= 0) {
             const u64 expected = epoch << 32 | (slot - share.first + 1);
@@ -119,17 +216,18 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
         }
         if (!__all_sync(kFullWarp, arrived)) return false;
         __syncwarp();
+        bulk::acquired();
+        stream.push({mine.slot(lane, slot), 1.0f, __ballot_sync(kFullWarp, slot >= 0)});
+        return true;
+    };
+    bool arrived = push(share.first + offset);
+    for (u32 token = share.first + offset; arrived && token < share.last; token += stride) {
+        arrived = push(token + stride);
+        if (!arrived) break;
         const u64 start = static_cast<u64>(token) * row_bytes;
         for (u32 at = 0; at < row_bytes; at += kPieceBytes) {
-            Sums sums;
-            Piece piece;
-            for (u32 left = ranks; left; left &= left - 1) {
-                const u32 rank = __ffs(left) - 1;
-                const u32 index = __shfl_sync(kFullWarp, slot, rank);
-                piece.load<false>(mine.slot(rank, index) + at, row_bytes - at);
-                sums.add(piece, 1.0f, false);
-            }
-            piece = sums.rounded();  // the sum of the node, which here is the only one
+            // The sum of the node, which here is the only one.
+            Piece piece = stream.sum(row_bytes - at, false).rounded();
             if (to.bias) {
                 Sums total;
                 total.add(piece, 1.0f, false);
@@ -141,18 +239,27 @@ __device__ __forceinline__ bool receive(const Call& call, u32 channel, u32 offse
         }
         if (to.gradients) bring_gradients(call, mine, token);
     }
-    return true;
+    stream.drain();
+    return arrived;
 }
 
+// Of shared memory, for each warp. python: dsv3_kernels.ep.kernels.COMBINE_STAGES
+constexpr u32 kStages = 4;
+
 // All blocks of a rank; `block` is this one.
-__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
+__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u8* shared) {
     const u32 ranks = call.self.ranks, teams = blockDim.x / (32 * ranks);  // as in dispatch.cuh
-    const u32 warp = threadIdx.x / 32 % ranks, first = block / 2 * teams + threadIdx.x / (32 * ranks);
+    const u32 warp = threadIdx.x / 32 % ranks, number = threadIdx.x / (32 * ranks);
+    const u32 first = block / 2 * teams + number;
     const u64 epoch = call.self.epoch();
     const bool laid_out = call.from.ranges[1] != kNothing;
+    constexpr u32 kRoom = kStages * (kPieceBytes + bulk::Ring::kBarrierBytes);
+    u8* stages = shared + threadIdx.x / 32 * kRoom;
+    bulk::Ring ring(stages, kStages, kPieceBytes);
     bool kept = true;
     for (u32 channel = first; laid_out && kept && channel < call.channels; channel += blocks / 2 * teams)
-        kept = block % 2 == 0 ? send(call, warp, channel, epoch) : receive(call, channel, warp, ranks, epoch);
+        kept = sends(block, number, ranks) ? send(call, ring, warp, channel, epoch)
+                                          : receive(call, ring, channel, warp, ranks, epoch);
     if (!__syncthreads_or(!kept)) finish(call.self, epoch, blocks);
 }
 
@@ -163,7 +270,8 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks) {
 // most 32.
 __global__ void __launch_bounds__(512, 1)
     combine_tokens(const __grid_constant__ PerRank<combine::Call> calls, u32 num_sms) {
-    combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms);
+    extern __shared__ __align__(16) u8 stages[];
+    combine::run(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, stages);
 }
 
 }  // namespace dsv3

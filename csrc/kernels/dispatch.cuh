@@ -10,15 +10,16 @@
 // row + scales written.
 #pragma once
 
+#include "bulk.cuh"
 #include "channel.cuh"
 #include "dispatch_layout.cuh"
-#include "rows.cuh"
 
 namespace dsv3 {
 namespace dispatch {
 
 constexpr u32 kChunk = 4;      // tokens that a tail announces at a time
-constexpr u32 kFarAhead = 14;  // as kAhead, where a block has few warps and so many registers for each
+constexpr u32 kMaxStages = 4;  // of a warp
+constexpr u32 kSharedBytes = 232448;  // of a block. python: dsv3_kernels.ep.kernels.SHARED_BYTES
 
 // The scales of a row, of which a lane reads several at once. `get(t)` and `set(t, scale)` are of tile t.
 template <class Get, class Set>
@@ -35,26 +36,6 @@ __device__ __forceinline__ void copy_scales(u32 tiles, Get get, Set set) {
     }
 }
 
-// A token's row and scales into its slot. Gives the end of them.
-template <u32 kCount = kAhead>
-__device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
-    const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
-    float* to = reinterpret_cast<float*>(slot + tokens.row_bytes);
-    const float* from = tokens.scales + token * tokens.scale_row_stride;
-    PieceOf<kCount> piece;
-    piece.template load<true>(row, tokens.row_bytes);
-    copy_scales(
-        tokens.tiles, [&](u32 t) { return from[t * tokens.scale_tile_stride]; },
-        [&](u32 t, float scale) {
-            if (t < tokens.tiles) to[t] = scale;
-        });
-    for (u32 at = 0; at < tokens.row_bytes; at += piece.kBytes) {
-        if (at) piece.template load<true>(row + at, tokens.row_bytes - at);
-        piece.store(slot + at, tokens.row_bytes - at);
-    }
-    return to + tokens.tiles;
-}
-
 // A token's experts at one rank, and their weights.
 __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32 first_expert,
                                             u32 local_experts, float* routing) {
@@ -66,12 +47,25 @@ __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32
     routing[2 * lane + 1] = tokens.topk_weights ? tokens.topk_weights[at] : 0.0f;
 }
 
-// A slot's row and scales into the rows of all lanes that have one. piece: the row's first.
-template <u32 kCount>
-__device__ __forceinline__ void spread(const Tokens& shape, const Received& out, const u8* slot, i32 row,
-                                       PieceOf<kCount>& piece) {
+// What stands behind a token's row: its scales, its routing where it is new, and zeros to the end.
+template <bool kAgain>
+__device__ __forceinline__ void put_rest(const Tokens& tokens, u32 token, u32 first_expert, u32 local_experts,
+                                         float* rest, const float* end) {
+    const float* scales = tokens.scales + token * tokens.scale_row_stride;
+    copy_scales(
+        tokens.tiles, [&](u32 t) { return scales[t * tokens.scale_tile_stride]; },
+        [&](u32 t, float scale) {
+            if (t < tokens.tiles) rest[t] = scale;
+        });
+    if (!kAgain) put_routing(tokens, token, first_expert, local_experts, rest + tokens.tiles);
+    float* zero = rest + tokens.tiles + (kAgain ? 0 : 2 * tokens.topk) + threadIdx.x % 32;
+    if (zero < end) *zero = 0.0f;
+}
+
+// A slot's scales to the rows of all lanes that have one.
+__device__ __forceinline__ void spread_scales(const Tokens& shape, const Received& out, const float* scales,
+                                              i32 row) {
     const u32 targets = __ballot_sync(kFullWarp, row >= 0);
-    const float* scales = reinterpret_cast<const float*>(slot + shape.row_bytes);
     copy_scales(
         shape.tiles, [&](u32 t) { return scales[t]; },
         [&](u32 t, float scale) {
@@ -80,19 +74,28 @@ __device__ __forceinline__ void spread(const Tokens& shape, const Received& out,
                 if (t < shape.tiles) out.scales[t * out.scale_stride + to] = scale;
             }
         });
-    for (u32 at = 0; at < shape.row_bytes; at += piece.kBytes) {
-        if (at) piece.template load<false>(slot + at, shape.row_bytes - at);
-        for (u32 left = targets; left; left &= left - 1) {
-            const u64 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
-            piece.store(out.data + to * shape.row_bytes + at, shape.row_bytes - at);
-        }
-    }
 }
+
+// How slots lie in a warp's stages: whole, or where they are too large for that in pieces, the last one first,
+// for behind the row it holds the rest.
+struct Staging {
+    u32 bytes, piece;  // of a slot that travels, and of a stage
+
+    __device__ __forceinline__ Staging(const Tokens& tokens, bool again, u32 room) {
+        bytes = (tokens.row_bytes + 4 * tokens.tiles + (again ? 0 : 8 * tokens.topk) + 15) / 16 * 16;
+        const u32 pieces = (bytes - 1) / (room - bulk::Ring::kBarrierBytes) + 1;
+        piece = ((bytes - 1) / pieces + 16) / 16 * 16;
+    }
+    __device__ __forceinline__ u32 stages(u32 room) const {
+        return min(room / (piece + bulk::Ring::kBarrierBytes), kMaxStages);
+    }
+    __device__ __forceinline__ u32 begin(u32 end) const { return end > piece ? end - piece : 0; }
+};
 
 // One warp: the tokens of one channel to one destination, in the order of their slots.
 template <bool kAgain>
-__device__ __forceinline__ void send(const Call& call, const Workspace& theirs, u32 peer, u32 channel,
-                                     Share share, u64 epoch) {
+__device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const Staging& staging,
+                                     const Workspace& theirs, u32 peer, u32 channel, Share share, u64 epoch) {
     const Tokens& tokens = call.from;
     const Rank& self = call.self;
     const u32 lane = threadIdx.x % 32;
@@ -102,25 +105,52 @@ __device__ __forceinline__ void send(const Call& call, const Workspace& theirs, 
         i32 slots = -1;  // lane i: of token next + i
         if (next + lane < share.last)
             slots = tokens.sent_slot[static_cast<u64>(next + lane) * self.ranks + peer];
-        for (u32 left = __ballot_sync(kFullWarp, slots >= 0); left; left &= left - 1) {
+        u32 left = __ballot_sync(kFullWarp, slots >= 0);
+        u32 to_load = left, load_end = staging.bytes, under_way = 0;
+        for (; left; left &= left - 1) {
             const u32 i = __ffs(left) - 1, token = next + i;
-            float* routing =
-                put<kFarAhead>(tokens, token, theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i)));
-            if (!kAgain) put_routing(tokens, token, peer * self.local_experts, self.local_experts, routing);
-            if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);
+            u8* slot = theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i));
+            for (u32 end = staging.bytes, begin; end; end = begin) {
+                for (; under_way < ring.stages() && to_load; ++under_way) {
+                    const u8* row = tokens.data + static_cast<u64>(next + __ffs(to_load) - 1) * tokens.row_bytes;
+                    const u32 load_begin = staging.begin(load_end);
+                    bulk::stores_read();
+                    ring.load(row + load_begin, min(load_end, tokens.row_bytes) - load_begin);
+                    load_end = load_begin;
+                    if (load_begin) continue;
+                    load_end = staging.bytes;
+                    to_load &= to_load - 1;
+                }
+                begin = staging.begin(end);
+                if (end == staging.bytes) {
+                    u8* coming = ring.coming();
+                    put_rest<kAgain>(tokens, token, peer * self.local_experts, self.local_experts,
+                                     reinterpret_cast<float*>(coming + tokens.row_bytes - begin),
+                                     reinterpret_cast<float*>(coming + end - begin));
+                }
+                u8* stage = ring.wait();
+                --under_way;
+                bulk::lanes_done();
+                bulk::store(slot + begin, stage, end - begin);
+                bulk::commit();
+            }
+            if (++sent % kChunk || sent == kChunk) continue;
+            bulk::stores_done<kChunk>();  // a token has a store or more
+            publish(tail, epoch << 32 | (sent - kChunk));
         }
     }
-    if (sent % kChunk) publish(tail, epoch << 32 | sent);
+    bulk::stores_done();
+    if (sent) publish(tail, epoch << 32 | sent);
     const u32 routing = kAgain ? 0 : 8 * tokens.topk;
     self.count_sent(peer, channel, static_cast<u64>(sent) * (tokens.row_bytes + 4 * tokens.tiles + routing));
 }
 
-// All teams of a block, each its channel.
+// One team, a warp a destination. shared: [words_of_team].
 template <bool kAgain>
-__device__ __forceinline__ bool send_channel(const Call& call, u32 peer, u32 channel, u64 epoch,
-                                             u32* shared) {
+__device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring, const Staging& staging,
+                                             Team team, u32 channel, u64 epoch, u32* shared) {
     const Rank& self = call.self;
-    const u32 lane = threadIdx.x % 32;
+    const u32 lane = threadIdx.x % 32, peer = team.thread / 32;
     const Share share(call.from.count, channel, call.to.channels);
     const Workspace theirs = self.workspace(peer);
     u32* counts = shared + peer * self.local_experts;
@@ -130,23 +160,25 @@ __device__ __forceinline__ bool send_channel(const Call& call, u32 peer, u32 cha
         u32 mine;
         tokens = lay_out(call.from, self, share, peer, counts, mine, bad);
         if (lane == 0) rows[peer] = mine;
-        __syncthreads();
+        team.sync();
     }
     const u64* ack = self.mine().ack(peer);
     if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
+    bulk::acquired();
     if (kAgain) {
         if (lane == 0) theirs.announcement(self.rank, channel)->form = call.from.form;
     } else {
         announce(call, theirs, channel, tokens, share.first, bad, counts, rows);
         publish(theirs.tail(self.rank, channel), epoch << 32);
     }
-    send<kAgain>(call, theirs, peer, channel, share, epoch);
+    send<kAgain>(call, ring, staging, theirs, peer, channel, share, epoch);
     return true;
 }
 
 // One warp: the tokens of one source, in order. `next` is its part of what `plan` left.
-template <bool kAgain, u32 kCount = kAhead>
-__device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channel, u64 epoch, u32* next) {
+template <bool kAgain>
+__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, const Staging& staging,
+                                        u32 source, u32 channel, u64 epoch, u32* next) {
     const Rank& self = call.self;
     const Received& out = call.to;
     const Workspace mine = self.mine();
@@ -160,28 +192,49 @@ __device__ __forceinline__ bool receive(const Call& call, u32 source, u32 channe
     const u32 first = kAgain ? range[0] : said->first, total = kAgain ? range[1] : said->tokens;
     if (total == kNothing) return true;
     u64 seen = 0;
+    u32 loading = 0, load_end = staging.bytes, under_way = 0;
     for (u32 i = 0; i < total; ++i) {
-        const u64 expected = epoch << 32 | (i + 1);
-        if (seen < expected)
-            seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive, self.writer(source),
-                                  channel);
-        if (seen < expected) return false;
-        const u8* slot = mine.slot(source, first + i);
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
-        PieceOf<kCount> piece;  // on its way while the rows are looked up
-        piece.template load<false>(slot, call.from.row_bytes);
         i32 row = -1;
-        if (!kAgain) {
-            const float* scales = reinterpret_cast<const float*>(slot + call.from.row_bytes);
-            row = take_rows(call, scales + call.from.tiles, next, rows);
-        } else {
-            if (lane < topk) row = rows[lane];
-            if (said->form != call.from.form) {
-                if (lane == 0) record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
-                return true;  // nothing of this source is read
+        if (kAgain && lane < topk) row = rows[lane];
+        for (u32 end = staging.bytes, begin; end; end = begin) {
+            for (; under_way < ring.stages() && loading < total; ++under_way) {
+                const u64 expected = epoch << 32 | (loading + 1);
+                if (seen < expected) {
+                    if (under_way) break;
+                    seen = self.wait_warp(mine.tail(source, channel), expected, Role::kReceive,
+                                          self.writer(source), channel);
+                    if (seen < expected) return false;
+                    bulk::acquired();
+                    if (kAgain && said->form != call.from.form) {
+                        if (lane == 0)
+                            record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
+                        return true;  // nothing of this source is read
+                    }
+                }
+                const u32 load_begin = staging.begin(load_end);
+                bulk::stores_read();
+                ring.load(mine.slot(source, first + loading) + load_begin, load_end - load_begin);
+                load_end = load_begin;
+                if (load_begin) continue;
+                load_end = staging.bytes;
+                ++loading;
             }
+            begin = staging.begin(end);
+            const u8* stage = ring.wait();
+            --under_way;
+            if (end == staging.bytes) {
+                const float* scales = reinterpret_cast<const float*>(stage + call.from.row_bytes - begin);
+                if (!kAgain) row = take_rows(call, scales + call.from.tiles, next, rows);
+                spread_scales(call.from, out, scales, row);
+            }
+            for (u32 left = __ballot_sync(kFullWarp, row >= 0); left; left &= left - 1) {
+                const u64 to = __shfl_sync(kFullWarp, row, __ffs(left) - 1);
+                bulk::store(out.data + to * call.from.row_bytes + begin, stage,
+                            min(end, call.from.row_bytes) - begin);
+            }
+            bulk::commit();
         }
-        spread(call.from, out, slot, row, piece);
     }
     return true;
 }
@@ -191,37 +244,55 @@ __device__ __forceinline__ u32 words_of_team(const Rank& self) {
     return self.ranks * self.local_experts + max(self.ranks, self.local_experts);
 }
 
+// One team, once its channel's and all other counts have come: the rows to take, or nothing at all. `kept`:
+// whether they came.
+__device__ __forceinline__ bool prepare(const Call& call, u32 channel, u64 epoch, u32* next, Team team,
+                                        bool& kept) {
+    const Rank& self = call.self;
+    const Workspace mine = self.mine();
+    const u32 lane = threadIdx.x % 32, warp = team.thread / 32;
+    const u64 counted = epoch << 32;
+    u32* scratch = next + self.ranks * self.local_experts;
+    forget(call, channel, team);
+    if (lane < call.to.channels)
+        kept = self.wait(mine.tail(warp, lane), counted, Role::kReceive, warp, lane) >= counted;
+    kept = __all_sync(kFullWarp, kept);
+    if (lane == 0) scratch[warp] = kept;
+    team.sync();
+    for (u32 source = 0; source < self.ranks; ++source) kept &= scratch[source] != 0;
+    team.sync();
+    if (!kept || !sound(call, mine, channel, scratch, team)) return false;
+    plan(call, mine, channel, next, scratch, team);
+    return true;
+}
+
 // All blocks of a rank; `block` is this one. A block has one or more teams, so that more accesses are under
 // way.
 template <bool kAgain>
-__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32* shared) {
+__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u8* shared) {
     const Rank& self = call.self;
     const u64 epoch = self.epoch();
-    const Team team{threadIdx.x % (32 * self.ranks), 32 * self.ranks};
-    const u32 number = threadIdx.x / team.threads, teams = blockDim.x / team.threads;
-    const u32 warp = team.thread / 32, lane = threadIdx.x % 32, channels = call.to.channels;
+    const u32 number = threadIdx.x / (32 * self.ranks), teams = blockDim.x / (32 * self.ranks);
+    const Team team{threadIdx.x % (32 * self.ranks), 32 * self.ranks, 1 + number};
+    const u32 warp = team.thread / 32, channels = call.to.channels;
     const u32 first = block / 2 * teams + number;  // channel of this team
-    u32* next = shared + number * words_of_team(self);
-    u32* scratch = next + self.ranks * self.local_experts;
+    u32* words = reinterpret_cast<u32*>(shared) + number * words_of_team(self);
+    const u32 before = (4 * teams * words_of_team(self) + 15) / 16 * 16;
+    const u32 room = (kSharedBytes - before) / (blockDim.x / 32) / 16 * 16;
+    const Staging staging(call.from, kAgain, room);
+    bulk::Ring ring(shared + before + threadIdx.x / 32 * room, staging.stages(room), staging.piece);
+    const bool sender = sends(block, number, self.ranks);
     bool kept = true, go = !kAgain || call.to.ranges[1] != kNothing;
-    if (!kAgain && block % 2 == 1) {
-        const u64 counted = epoch << 32;
-        const Workspace mine = self.mine();
-        forget(call, first, team);
-        if (lane < channels && lane % teams == number)
-            kept = self.wait(mine.tail(warp, lane), counted, Role::kReceive, warp, lane) >= counted;
-        if (__syncthreads_or(!kept)) return;
-        go = sound(call, mine, block / 2 * teams, shared);
-        __syncthreads();
-        if (go) plan(call, mine, first, next, scratch, team);
-    }
+    if (!kAgain && !sender) go = prepare(call, first, epoch, words, team, kept);
     // A first dispatch has a team for each end of each channel.
     for (u32 channel = first; go && kept && channel < channels; channel += blocks / 2 * teams) {
-        if (block % 2 == 0)
-            kept = send_channel<kAgain>(call, warp, channel, epoch, next);
+        if (sender)
+            kept = send_channel<kAgain>(call, ring, staging, team, channel, epoch, words);
         else
-            kept = receive<kAgain, kFarAhead>(call, warp, channel, epoch, next + warp * self.local_experts);
+            kept = receive<kAgain>(call, ring, staging, warp, channel, epoch,
+                                   words + warp * self.local_experts);
     }
+    bulk::stores_read();
     if (!__syncthreads_or(!kept)) finish(self, epoch, blocks);
 }
 
@@ -232,7 +303,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32
 // channels num_sms / 2 * teams.
 __global__ void __launch_bounds__(512, 1)
     dispatch_tokens(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
-    extern __shared__ u32 shared[];
+    extern __shared__ __align__(16) u8 shared[];
     dispatch::run<false>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
@@ -240,7 +311,7 @@ __global__ void __launch_bounds__(512, 1)
 // ranges; teams take them in turn.
 __global__ void __launch_bounds__(512, 1)
     dispatch_again(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
-    extern __shared__ u32 shared[];
+    extern __shared__ __align__(16) u8 shared[];
     dispatch::run<true>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 

@@ -141,10 +141,17 @@ __device__ __forceinline__ void announce(const Call& call, const Workspace& thei
 
 // The threads that serve one channel: a whole block, or one of several such groups in it.
 struct Team {
-    u32 thread, threads;
+    u32 thread, threads, barrier;
+
+    __device__ __forceinline__ void sync() const {
+        if (threads == 32)
+            __syncwarp();
+        else
+            ptx::named_barrier_sync(barrier, threads);
+    }
 };
 
-__device__ __forceinline__ Team whole_block() { return {threadIdx.x, blockDim.x}; }
+__device__ __forceinline__ Team whole_block() { return {threadIdx.x, blockDim.x, 0}; }
 
 // One team, before anything can fail: the layout says that nothing came.
 __device__ __forceinline__ void forget(const Call& call, u32 channel, Team team = whole_block()) {
@@ -176,24 +183,26 @@ struct Said {
     }
 };
 
-// One block, after all counts have come: whether the call is sound, on every rank alike. `found` is shared
+// One team, after all counts have come: whether the call is sound, on every rank alike. `found` is shared
 // memory, [ranks].
-__device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u32 channel, u32* found) {
-    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32, channels = call.to.channels;
+__device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u32 channel, u32* found,
+                                      Team team = whole_block()) {
+    const u32 warp = team.thread / 32, warps = team.threads / 32, channels = call.to.channels;
     const u32 form = mine.announcement(0, 0)->form;
-    bool any = false;
     for (u32 rank = warp; rank < mine.ranks; rank += warps) {
         const Said said(mine, rank, channels, form);
         if (threadIdx.x % 32 == 0) found[rank] = static_cast<u32>(said.code);
-        any |= said.code != ErrorCode::kNone;
     }
-    if (!__syncthreads_or(any)) return true;
-    if (channel != 0 || warp != 0) return false;
-
+    team.sync();
     // The first kind of fault that any rank has, and of that the first rank.
     u32 first = 0;
     for (u32 rank = 1; rank < mine.ranks; ++rank)
         if (found[rank] && (!found[first] || found[rank] < found[first])) first = rank;
+    const bool any = found[first];
+    team.sync();
+    if (!any) return true;
+    if (channel != 0 || warp != 0) return false;
+
     const Said said(mine, first, channels, form);
     if (threadIdx.x % 32 != (said.bad ? __ffs(said.bad) - 1 : 0)) return false;
     u64 index = 0, value = said.at->form, expected = form;
@@ -208,7 +217,7 @@ __device__ __forceinline__ bool sound(const Call& call, const Workspace& mine, u
     return false;
 }
 
-// All teams of a block at once, each for its channel: the row that the next token there takes,
+// One team, for its channel: the row that the next token there takes,
 // next[source][local expert], in token order next[source][0]. starts: shared memory, [local_experts].
 __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u32 channel, u32* next,
                                      u32* starts, Team team = whole_block()) {
@@ -216,13 +225,20 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
     for (u32 e = team.thread; e < mine.local_experts; e += team.threads) {
         u32 running = 0;
         for (u32 source = 0; source < mine.ranks; ++source)
-            for (u32 c = 0; c < channels; ++c) {
-                if (c == channel) next[source * mine.local_experts + e] = running;
-                running += mine.counts(source, c)[e];
+            for (u32 begin = 0; begin < channels; begin += kBatch) {
+                u32 counts[kBatch];
+#pragma unroll
+                for (u32 i = 0; i < kBatch; ++i)
+                    counts[i] = begin + i < channels ? mine.counts(source, begin + i)[e] : 0;
+#pragma unroll
+                for (u32 i = 0; i < kBatch; ++i) {
+                    if (begin + i == channel) next[source * mine.local_experts + e] = running;
+                    running += counts[i];
+                }
             }
         starts[e] = running;
     }
-    __syncthreads();
+    team.sync();
     if (team.thread == 0) {
         u32 running = 0;
         for (u32 e = 0; e < mine.local_experts; ++e) {
@@ -233,7 +249,7 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
         }
         if (channel == 0) call.to.group_offsets[mine.local_experts] = running;
     }
-    __syncthreads();
+    team.sync();
     if (call.from.form & kTokenOrder) {
         if (team.thread == 0) {
             u32 running = 0;
@@ -247,7 +263,7 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
         for (u32 i = team.thread; i < mine.ranks * mine.local_experts; i += team.threads)
             next[i] += starts[i % mine.local_experts];
     }
-    __syncthreads();
+    team.sync();
 }
 
 // One warp: the rows of the token in a slot, which it takes and remembers. Lane k: that of choice k, or -1;

@@ -93,6 +93,14 @@ __device__ __forceinline__ void promote_swapped(float (&sum)[kCount], const floa
     }
 }
 
+// By a warp.
+template <Grouping kGrouping>
+__device__ __forceinline__ void report_wrong_list(const i32* list, u32 groups, u32 m, u32 lane, u32* error) {
+    if (!list_is_valid<kGrouping>(list, groups, m, lane))
+        report_error(error, kGrouping == Grouping::kOffsets ? ErrorCode::kGroupedGemmOffsets
+                                                            : ErrorCode::kMaskedGemmCounts);
+}
+
 }  // namespace gemm
 
 // a_map: A e4m3 [rows, k], boxes [kBlockM, 128], 128-byte swizzle; b_map: B e4m3 [groups * n, k], boxes
@@ -149,11 +157,8 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
     if (warpgroup == L::kMathWarpgroups) {
         if constexpr (L::kMathWarpgroups == 2) ptx::decrease_registers<kProducerRegisters>();
         if constexpr (kGrouping != Grouping::kNone) {
-            constexpr auto kCode = kGrouping == Grouping::kOffsets ? ErrorCode::kGroupedGemmOffsets
-                                                                   : ErrorCode::kMaskedGemmCounts;
-            if (blockIdx.x == 0 && warp == L::kMathThreads / 32 + 1 &&
-                !list_is_valid<kGrouping>(group_list, groups, m, lane))
-                report_error(error, kCode);
+            if (blockIdx.x == 0 && warp == L::kMathThreads / 32 + 1)
+                report_wrong_list<kGrouping>(group_list, groups, m, lane, error);
         }
         if (warp == L::kMathThreads / 32 && ptx::elect_one()) {
             while (next_tile(tile)) {
@@ -280,6 +285,12 @@ __global__ void __launch_bounds__(gemm::Layout<kBlockM, kBlockN, kStages, kSwap,
         ptx::cluster_arrive_relaxed();
         ptx::cluster_wait();
     }
+}
+
+// In place of fp8_gemm where there is no product: a tensor map cannot hold nothing. A warp.
+template <Grouping kGrouping>
+__global__ void check_group_list(const i32* group_list, u32 groups, u32 m, u32* error) {
+    gemm::report_wrong_list<kGrouping>(group_list, groups, m, threadIdx.x, error);
 }
 
 }  // namespace dsv3

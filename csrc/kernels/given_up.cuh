@@ -1,8 +1,9 @@
 // Who has given up waiting, for whom, and who is to blame: all ranks come to know it, on all nodes, in time.
 //
 // Every rank's memory begins with words for the others to write:
-//   alarm         1 + rank << 16 | peer: that rank's wait for `peer` ran out of time; the first one known here
-//   missed[s][p]  1: rank s has waited for p in vain. missed[s][s]: s has given up; 2: it came after the alarm
+//   alarm         1 + (rank << 16 | peer): that rank's wait for `peer` ran out of time
+//   missed[s][p]  1: rank s has waited for p in vain
+//   missed[s][s]  s has given up; 2: it came after the alarm
 // Protocol:
 //   1. A wait that runs out of time raises the alarm. Whoever waits looks for it now and then, and then gives
 //      up too: whom it waits for does not come, or will give up as well.
@@ -12,9 +13,9 @@
 //      are a few words more, so that not even a dead one is full.
 //   3. Then it lets a while pass, in which all others who wait do the same, and so knows who waits for whom.
 //      From those whom it missed itself, and those whom these missed, it comes to one who has not given up:
-//      that rank died or stalled. If all have, who came after the alarm is the one. If none did, they wait in
-//      a circle for a message that a link lost: the two of the alarm stand for its ends, and each rank names
-//      the one that was missed, or if it is that one, who missed it.
+//      that rank died or stalled. If all have, who came after the alarm is the one. If none did, a link has
+//      lost a message and they wait in a circle: two that miss each other, or else the two of the alarm,
+//      stand for its ends, of which each rank names one, and an end the other one.
 // So a rank ends within its timeout, kLook and kGrace, however many ranks wait for each other in a row.
 #pragma once
 
@@ -37,10 +38,12 @@ struct GivenUp {
     __device__ __forceinline__ u64 has_given_up(u32 other) const { return missed(other, other); }
     __device__ __forceinline__ static u64 pause(u64 timeout) { return min(timeout / 16, kLook); }
 
-    // One lane, whose wait for `peer` ran out of time (`late`) or saw the alarm, at its first look if
-    // `came_after`. set(to, i, value) writes words[i] of a rank. False if this rank has told before it came.
+    // One lane, whose wait for `peer` ran out of time (`late`) or saw the alarm, if it `came_after` that at
+    // its first look. set(to, i, value) writes words[i] of a rank. False if this rank has told before it
+    // came.
     template <class Set>
     __device__ __forceinline__ bool tell(u32 peer, bool late, bool came_after, u64 timeout, Set set) const {
+        came_after &= !late;
         if (came_after && has_given_up(rank)) return false;
         u64 first = alarm();
         if (late && !first) first = 1 + (static_cast<u64>(rank) << 16 | peer);
@@ -72,15 +75,19 @@ struct GivenUp {
         }
         const u64 first = alarm() - 1;
         const u32 who = static_cast<u32>(first >> 16), whom = static_cast<u32>(first & 0xffff);
-        u32 late_comer = ranks;
+        u32 late_comer = ranks, end_of_link = ranks;
         for (u32 i = 0; i < ranks; ++i) {
             const u32 other = (whom + i) % ranks;  // the one of the alarm, if several could be it
             if (!missed(rank, other)) continue;
             const u64 word = has_given_up(other);
             if (!word) return other;
             if (word == 2 && late_comer == ranks) late_comer = other;
+            for (u32 peer = 0; peer < ranks && end_of_link == ranks; ++peer)
+                if (peer != other && missed(other, peer) && missed(peer, other))
+                    end_of_link = other == rank ? peer : other;
         }
         if (late_comer != ranks) return late_comer;
+        if (end_of_link != ranks) return end_of_link;
         return whom == rank ? who : whom;
     }
 

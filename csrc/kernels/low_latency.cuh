@@ -2,7 +2,7 @@
 // expert's rank, by a store over NVLink or a put over InfiniBand, and its result straight back.
 //
 // An op is two launches, of which only the second waits: between them a rank may compute. A rank's memory
-// holds, for each op and for the peers to write:
+// begins with the words of given_up.cuh, and holds, for each op and for the peers to write:
 //   ack[r]         epoch that rank r has finished reading, of what this rank sent
 //   flag[p][f]     epoch << 32 | first << 16 | count: the rows of parity p that it speaks of are there. Of
 //                  dispatch, one a (local expert, source): so many tokens, whose results go home to places
@@ -19,14 +19,15 @@
 //   4. The last block of a receive has acquired, by the counter of ended blocks, the end of all others; it
 //      advances the epoch and acknowledges to all.
 // Waits go from receive to send of one epoch, and from send to receive two epochs before: they form no
-// circle, and no block waits for a block of its own launch. Every wait has a deadline.
+// circle, and no block waits for a block of its own launch. Every wait has a deadline, past which it fails as
+// given_up.cuh says.
 //
 // One kernel serves all launches: an image that links NVSHMEM takes seconds to make. Order of rows and sums
 // depends on the routing alone, never on the timing.
 #pragma once
 
 #include "e4m3.cuh"
-#include "error.cuh"
+#include "given_up.cuh"
 #include "ptx.cuh"
 #include "transport.cuh"
 
@@ -89,15 +90,21 @@ struct Peers {
     }
 };
 
-// This rank's place in the sequence of calls. Sends and receives may be one apart. failures: waits in vain.
+// This rank's place in the sequence of calls. Sends and receives may be one apart. failures, faults: how
+// often one was found; the first is recorded.
 struct Progress {
-    u64 sent, received, ended_senders, ended_receivers, failures;
+    u64 sent, received, ended_senders, ended_receivers, failures, faults;
 };
 
-// What the first wait that ran out of time leaves behind; `recorded` is released at system scope, last.
-// python: dsv3_kernels.ep.low_latency_kernels.Failure
+// What a wait in vain leaves behind. `missing` is to blame: `peer`, or whom that one missed, and so on.
+// `recorded` is released at system scope, last. python: dsv3_kernels.ep.low_latency_kernels.Failure
 struct Failure {
-    u64 role, peer, expert, expected, seen, recorded;
+    u64 role, peer, expert, expected, seen, missing, recorded;
+};
+
+// An expert that is wrong, at `index` of topk_idx; there may be more. `recorded` as above.
+struct Fault {
+    u64 index, value, recorded;
 };
 
 // Where things lie in a rank's memory, in bytes. python: dsv3_kernels.ep.low_latency_kernels.Area
@@ -165,26 +172,39 @@ struct Call : Sizes {
         const u64* word = reinterpret_cast<const u64*>(own(offset));
         u64 seen = ptx::load_acquire_system(word);
         if (seen < expected) {
-            const u64 start = ptx::global_timer();
-            do {
+            const u64 start = ptx::global_timer(), pause = GivenUp::pause(timeout);
+            u64 waited = 0, look = pause;
+            while (seen < expected && waited <= timeout) {
+                if (waited > look) {
+                    if (given_up().alarm()) break;
+                    look = waited + pause;
+                }
                 seen = ptx::load_acquire_system(word);
-            } while (seen < expected && ptx::global_timer() - start <= timeout);
+                waited = ptx::global_timer() - start;
+            }
+            if (seen < expected) fail(role, peer, expert, expected, seen, waited > timeout, look == pause);
         }
-        if (seen < expected)
-            fail(role, peer, expert, expected, seen);
-        else
-            peers.settle(offset, expected, peer);
+        if (seen >= expected) peers.settle(offset, expected, peer);
         return seen;
     }
 
   private:
-    __device__ __forceinline__ void fail(Role role, u32 peer, u32 expert, u64 expected, u64 seen) const {
-        if (ptx::fetch_add_device(&progress->failures, 1) != 0) return;
+    __device__ __forceinline__ GivenUp given_up() const {
+        return {reinterpret_cast<u64*>(peers.own), peers.rank, peers.ranks};
+    }
+
+    // As channel.cuh's.
+    __device__ __forceinline__ void fail(Role role, u32 peer, u32 expert, u64 expected, u64 seen, bool late,
+                                         bool came_after) const {
+        const auto set = [&](u32 to, u64 word, u64 value) { peers.set(8 * word, value, to, 0); };
+        const bool told = given_up().tell(peer, late, came_after, timeout, set);
+        if (!told || ptx::fetch_add_device(&progress->failures, 1) != 0) return;
         failure->role = static_cast<u64>(role);
         failure->peer = peer;
         failure->expert = expert;
         failure->expected = expected;
         failure->seen = seen;
+        failure->missing = given_up().to_blame();
         ptx::store_release_system(&failure->recorded, 1);
     }
 };
@@ -250,7 +270,7 @@ struct LowLatencyStep {
     low_latency::Failure* failure;
     u64 timeout;
     low_latency::Routing routing;
-    u32* error;
+    low_latency::Fault* fault;
     const float* topk_weights;
     const u8* input;
     low_latency::Received received;
@@ -278,7 +298,7 @@ __global__ void __launch_bounds__(512, 1)
     bool kept = true;
     switch (step.phase) {
         case Phase::kDispatchSend:
-            kept = dispatch_send(call, step.routing, step.error, step.input, step.format);
+            kept = dispatch_send(call, step.routing, step.fault, step.input, step.format);
             break;
         case Phase::kDispatchReceive:
             kept = dispatch_receive(call, step.received, step.format);

@@ -15,18 +15,25 @@ struct Routing {
 };
 
 // A warp, each lane with choice k of a token, those of a token side by side: the expert of this lane's, or -1
-// for one that is none, out of range, or in its token's row already. The last two set `fault`.
+// for one that is none, out of range, or in its token's row already. The last two set `bad`.
 __device__ __forceinline__ i32 choice(const Call& call, const Routing& routing, u32 token, u32 k, bool inside,
-                                      bool& fault) {
+                                      bool& bad) {
     const i64 expert = inside ? routing.topk_idx[token * call.topk + k] : -1;
-    bool bad = expert < -1 || expert >= static_cast<i64>(call.experts());
+    bad = expert < -1 || expert >= static_cast<i64>(call.experts());
     const i32 mine = bad ? -1 : static_cast<i32>(expert);
     for (u32 step = 1; step < call.topk; ++step) {
         const i32 earlier = __shfl_up_sync(kFullWarp, mine, step);
         bad |= k >= step && mine >= 0 && earlier == mine;
     }
-    fault |= bad;
     return bad ? -1 : mine;
+}
+
+// One lane.
+__device__ __forceinline__ void report(const Call& call, const Routing& routing, u32 index, Fault* fault) {
+    if (ptx::fetch_add_device(&call.progress->faults, 1) != 0) return;
+    fault->index = index;
+    fault->value = routing.topk_idx[index];
+    ptx::store_release_system(&fault->recorded, 1);
 }
 
 // What a block knows of the routing; in its shared memory.
@@ -47,18 +54,19 @@ struct Plan {
 
 // By a whole block, with a barrier at the end: rows of each expert, and of those that come before this
 // block's tokens. The first warp then adds up.
-__device__ __forceinline__ bool count(const Call& call, const Routing& routing, const Plan& plan,
-                                      u32 first_token) {
+__device__ __forceinline__ void count(const Call& call, const Routing& routing, const Plan& plan,
+                                      u32 first_token, Fault* fault) {
     const u32 lane = threadIdx.x % 32, experts = call.experts();
     for (u32 e = threadIdx.x; e < experts; e += blockDim.x) plan.total[e] = plan.next[e] = 0;
     __syncthreads();
-    bool fault = false;
     const u32 tokens_of_warp = 32 / call.topk, k = lane % call.topk;
     const u32 stride = blockDim.x / 32 * tokens_of_warp;
     for (u32 base = threadIdx.x / 32 * tokens_of_warp; base < call.tokens; base += stride) {
         const u32 token = base + lane / call.topk;
         const bool inside = lane < tokens_of_warp * call.topk && token < call.tokens;
-        const i32 expert = choice(call, routing, token, k, inside, fault);
+        bool bad;
+        const i32 expert = choice(call, routing, token, k, inside, bad);
+        if (bad) report(call, routing, token * call.topk + k, fault);
         if (expert < 0) continue;
         atomicAdd(plan.total + expert, 1u);
         if (token < first_token) atomicAdd(plan.next + expert, 1u);
@@ -78,7 +86,6 @@ __device__ __forceinline__ bool count(const Call& call, const Routing& routing, 
             before += __shfl_sync(kFullWarp, sum, 31);
         }
     }
-    return fault;
 }
 
 // One lane: the rows of `expert` are all on their way.
@@ -93,8 +100,8 @@ __device__ __forceinline__ void announce(const Call& call, const Plan& plan, u32
 __device__ __forceinline__ void aim(const Call& call, const Routing& routing, const Plan& plan, u32 token,
                                     u32 turn, u32 lane) {
     u8* target = nullptr;
-    bool far = false, fault = false;
-    const i32 expert = choice(call, routing, token, lane, lane < call.topk, fault);
+    bool far = false, bad;
+    const i32 expert = choice(call, routing, token, lane, lane < call.topk, bad);
     if (lane < call.topk) {
         i32 place = -1;
         if (expert >= 0) {
@@ -160,7 +167,7 @@ __device__ __forceinline__ void write_row(const Call& call, const u8* x, u32 tok
 }
 
 // x is BF16 [tokens, hidden]. Sends all of it, and the flag of every expert.
-__device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& routing, u32* error,
+__device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& routing, Fault* fault,
                                               const u8* x, Format format) {
     extern __shared__ u32 shared[];
     const Plan plan(shared, call.experts(), call.topk);
@@ -171,7 +178,7 @@ __device__ __forceinline__ bool dispatch_send(const Call& call, const Routing& r
     const u32 share = (call.tokens + call.block.count - 1) / call.block.count;
     const u32 first = min(call.block.index * share, call.tokens), last = min(first + share, call.tokens);
 
-    if (count(call, routing, plan, first)) report_error(error, ErrorCode::kDispatchExperts);
+    count(call, routing, plan, first, fault);
     bool kept = true;
     if (warp == warps - 1) kept = wait_for_readers(call, lane);
     if (__syncthreads_or(!kept)) return false;

@@ -20,10 +20,10 @@ constexpr u32 kColumnsOfWarp = 32 * kColumnsOfLane;
 // x [tokens, width], contiguous, and index [rows] -> row r is x[index[r]], or zeros where that is no row of
 // x, as q and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t. width is
 // a multiple of 16. A block takes a tile of the result.
-template <class Input, bool kPowerOf2Scales, bool kTranspose>
+template <class Input, bool kPowerOf2Scales, bool kTranspose, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<Input>::kThreads, quantize::PartOf<Input>::kBlocksPerSm)
     permute_quantize(const Input* x, const i32* index, const i32* group_offsets, u32* error, u8* q,
-                     float* scales, u8* q_t, float* scales_t, u32 tokens, u32 rows, u32 width, u32 groups,
+                     Scale* scales, u8* q_t, Scale* scales_t, u32 tokens, u32 rows, u32 width, u32 groups,
                      u32 tiles_t, i64 scale_stride, i64 scale_t_stride) {
     using namespace permute;
     using P = PartOf<Input>;

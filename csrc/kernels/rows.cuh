@@ -26,6 +26,12 @@ struct PieceOf {
     }
 
     __device__ __forceinline__ void store(u8* row, u32 left) const {
+        if (left >= kBytes) {
+#pragma unroll
+            for (u32 i = 0; i < kCount; ++i)
+                ptx::store_global(row + (i * 32 + threadIdx.x % 32) * 16, part[i]);
+            return;
+        }
 #pragma unroll
         for (u32 i = 0; i < kCount; ++i) {
             const u32 at = (i * 32 + threadIdx.x % 32) * 16;

@@ -13,20 +13,41 @@ struct Sums {
 
     __device__ __forceinline__ Sums() : part{} {}
 
-    __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
-#pragma unroll
-        for (u32 i = 0; i < kAhead; ++i) add(i, row.part[i], weight, weighted);
-    }
-
-    // One of its parts.
-    __device__ __forceinline__ void add(u32 i, U32x4 row, float weight, bool weighted) {
-        const u32 words[4] = {row.x, row.y, row.z, row.w};
+    // The i-th 16 bytes of each lane.
+    __device__ __forceinline__ void add(u32 i, const U32x4& values, float weight, bool weighted) {
+        const u32 words[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
         for (u32 j = 0; j < 8; ++j) {
             float value = __uint_as_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
             if (weighted) value = __fmul_rn(value, weight);
             part[i][j] = __fadd_rn(part[i][j], value);
         }
+    }
+
+    __device__ __forceinline__ void add(const Piece& row, float weight, bool weighted) {
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i) add(i, row.part[i], weight, weighted);
+    }
+
+    // Of a piece in shared memory.
+    __device__ __forceinline__ void add_shared(const u8* row, float weight, bool weighted) {
+        const U32x4* mine = reinterpret_cast<const U32x4*>(row) + threadIdx.x % 32;
+        U32x4 next = ptx::load_shared(mine);
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i) {
+            const U32x4 values = next;
+            if (i + 1 < kAhead) next = ptx::load_shared(mine + 32 * (i + 1));
+            add(i, values, weight, weighted);
+        }
+    }
+
+    // Of a part of one, the first `left` bytes.
+    __device__ __forceinline__ void add_shared(const u8* row, float weight, u32 left) {
+        const U32x4* mine = reinterpret_cast<const U32x4*>(row) + threadIdx.x % 32;
+#pragma unroll
+        for (u32 i = 0; i < kAhead; ++i)
+            if ((i * 32 + threadIdx.x % 32) * 16 < left)
+                add(i, ptx::load_shared(mine + 32 * i), weight, true);
     }
 
     __device__ __forceinline__ Piece rounded() const {

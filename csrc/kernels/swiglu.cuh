@@ -48,10 +48,10 @@ __device__ __forceinline__ void dequantize(u32 codes, float scale, float (&v)[kC
 // x [tokens, 2 * width] BF16, contiguous -> y = silu(x[:, :width]) * x[:, width:], times weights[token] if
 // not null, as q and scales of quantize_1x128, and with kTranspose as q_t and scales_t of quantize_1x128_t.
 // width is a multiple of 16. A block takes a tile of y.
-template <bool kPowerOf2Scales, bool kTranspose>
+template <bool kPowerOf2Scales, bool kTranspose, class Scale = float>
 __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::PartOf<Bf16>::kBlocksPerSm)
     swiglu_quantize(const Bf16* x, const float* weights, const i32* group_offsets, u32* error, u8* q,
-                    float* scales, u8* q_t, float* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t,
+                    Scale* scales, u8* q_t, Scale* scales_t, u32 tokens, u32 width, u32 groups, u32 tiles_t,
                     i64 scale_stride, i64 scale_t_stride) {
     using namespace swiglu;
     using P = PartOf<Bf16>;
@@ -103,11 +103,11 @@ __global__ void __launch_bounds__(quantize::PartOf<Bf16>::kThreads, quantize::Pa
 // y_t and q_t have strides (1, width) and (1, 2 * width). width is a multiple of 128. A block takes a tile of
 // y. With kWeighted y was multiplied by weights[token], and weight_gradients [width / 128, tokens] takes the
 // sums of dy * silu(gate) * up over the rows of each tile.
-template <bool kPowerOf2Scales, bool kRecompute, bool kWeighted>
+template <bool kPowerOf2Scales, bool kRecompute, bool kWeighted, class Scale = float>
 __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::GradientPart::kBlocksPerSm)
     swiglu_backward_quantize(const Bf16* dy, const E4m3* x, const float* x_scales, const float* weights,
-                             const i32* group_offsets, u32* error, u8* q, float* scales, u8* q_t,
-                             float* scales_t, u8* y_t, float* y_scales_t, float* weight_gradients, u32 tokens,
+                             const i32* group_offsets, u32* error, u8* q, Scale* scales, u8* q_t,
+                             Scale* scales_t, u8* y_t, Scale* y_scales_t, float* weight_gradients, u32 tokens,
                              u32 width, u32 groups, u32 tiles_t, i64 x_row_stride, i64 x_tile_stride,
                              i64 scale_stride) {
     using namespace swiglu;
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(swiglu::GradientPart::kThreads, swiglu::Gradie
             y.raw[r] = to_bf16(up);
         }
         quantize_tile<kPowerOf2Scales, false, true>(
-            y, row_stage, RowTarget<float>{}, column_stage,
+            y, row_stage, RowTarget<Scale>{}, column_stage,
             column_target(y_t, y_scales_t, width, width, column, tile, tiles_t, !span.grouped));
         load_dy();  // not sooner: beside y it would not fit the registers
     }

@@ -46,23 +46,7 @@ class _RankGPU(VirtualGPU):
         self._machine, self._rank, self._runner = machine, rank, runner
         self.num_sms, self.seed = machine.num_sms, machine.seed
 
-    def launch(
-        self,
-        ptx: str,
-        kernel: str,
-        *,
-        grid: Dim3,
-        block: Dim3,
-        args: Sequence[Argument] = (),
-        cluster: Dim3 | None = None,
-        shared_bytes: int = 0,
-    ) -> None:
-        launch = self._machine.submit(
-            ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False
-        )
-        self._finish([launch])
-
-    def _finish(self, queued: list[Any]) -> None:
+    def _run(self, queued: list[Any]) -> None:
         if self._runner is None:
             self._machine.run(queued)
         else:

@@ -60,15 +60,16 @@ class VirtualGPU:
         shared_bytes: int = 0,
     ) -> None:
         """Run one kernel to its end."""
-        launch = self._machine.submit(ptx, kernel, 0, grid, block, args, cluster, shared_bytes, False)
-        self._machine.run([launch])
+        self._run(
+            [self._machine.submit(ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False)]
+        )
 
     def launch_chain(self, launches: Sequence[Mapping[str, Any]]) -> None:
         """Launches in stream order, all but the first by programmatic dependent launch (griddepcontrol).
 
         Each is a mapping of `launch`'s arguments.
         """
-        self._finish(self._queue(launches))
+        self._run(self._queue(launches))
 
     def _queue(self, launches: Sequence[Mapping[str, Any]]) -> list[Any]:
         return [
@@ -86,9 +87,8 @@ class VirtualGPU:
             for i, x in enumerate(launches)
         ]
 
-    def _finish(self, queued: list[Any]) -> None:
-        self._machine.run([])
-        del queued
+    def _run(self, queued: list[Any]) -> None:
+        self._machine.run(queued)
 
     def address_of(self, tensor: Tensor) -> int:
         """Where kernels see the tensor's first element."""

@@ -20,6 +20,7 @@ MAX_CHANNELS = 32  # csrc/kernels/channel.cuh
 MAX_RANKS = 8  # of a node: a warp each
 MAX_TOPK = 32  # a lane each
 MAX_THREADS = 512  # of a block, for their registers
+SHARED_BYTES = 227 * 1024  # of a block: all that an SM gives one
 OWN_SM = 116 * 1024  # bytes of shared memory: more than half of an SM's, so that a block has it alone
 
 DISPATCH = Kernel("dispatch.cuh", "dispatch_tokens")
@@ -90,11 +91,18 @@ class Failure:
     recorded: int
 
     def cause(self, rank: int) -> str:
-        word = f"word is {self.seen:#x}, expected at least {self.expected:#x}"
-        if self.missing == self.peer:
-            return f"its {word}"
-        whom = "this rank, which came too late" if self.missing == rank else f"rank {self.missing}"
-        return f"it needed rank {self.peer}, whose {word}, but that one has given up waiting for {whom}"
+        return cause_of(rank, self.peer, self.missing, self.seen, self.expected)
+
+
+def cause_of(rank: int, peer: int, missing: int, seen: int, expected: int) -> str:
+    """Why `rank`, which waited for `peer`, names `missing`."""
+    word = f"word is {seen:#x}, expected at least {expected:#x}"
+    if missing == peer:
+        return f"its {word}"
+    whom = f"rank {missing}"
+    if missing == rank:
+        whom = "this rank, which came too late or is not heard"
+    return f"it needed rank {peer}, whose {word}, but that one has given up waiting for {whom}"
 
 
 @dataclass(frozen=True)
@@ -328,7 +336,7 @@ def shape_of_launch(shape: Shape, num_sms: int, launched: int = 1) -> tuple[laun
     """Grid, block and bytes of shared memory of as many ranks, num_sms blocks each."""
     ranks, teams = shape.topology.size, teams_of(shape, num_sms)
     needed = 4 * teams * (ranks * shape.local_experts + max(ranks, shape.local_experts))
-    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), max(needed, OWN_SM)
+    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), SHARED_BYTES
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:

@@ -307,10 +307,16 @@ def _stream(device: torch.device) -> "torch.cuda.Stream | None":
 
 
 def _received(sent: list[Sent]) -> list[Sent]:
-    """The last rank's hook launches for all."""
+    """The last rank's hook launches for all, so all are called, whatever one raises."""
+    errors: list[Exception] = []
     for part in sent:
-        if part.hook is not None:
-            part.hook()
+        try:
+            if part.hook is not None:
+                part.hook()
+        except (ValueError, RuntimeError, OSError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     return sent
 
 

@@ -17,7 +17,8 @@ from ..jit import Kernel
 from ..nvshmem import World
 from ..quantized import ROW, QuantizedTensor, empty_mn_major
 from . import nvlink, one_gpu
-from .errors import TimeoutError
+from .errors import Fault, TimeoutError
+from .kernels import cause_of, given_up_bytes
 from .low_latency import Format, Hook, LowLatencyDispatched, LowLatencyHandle, received_rows
 from .transport import Shape
 
@@ -62,7 +63,9 @@ def areas(shape: Shape) -> tuple[Area, Area]:
     slot = round_up(max(row, shape.hidden + 4 * ceil_div(shape.hidden, 128)), 16)
     far = shape.topology.nodes > 1
     pairs = tokens * shape.num_topk
-    there = Area(0, ranks, shape.num_experts, shape.num_experts * tokens, tokens * far, slot)
+    there = Area(
+        given_up_bytes(ranks), ranks, shape.num_experts, shape.num_experts * tokens, tokens * far, slot
+    )
     home = Area(there.end, ranks, shape.num_experts, pairs, ranks * pairs * far, row)
     return there, home
 
@@ -139,13 +142,14 @@ def connect_nvshmem(world: World, shape: Shape) -> Connection:
 
 @dataclass(frozen=True)
 class Failure:
-    """Words of the record of a wait that ran out of time: csrc/kernels/low_latency.cuh."""
+    """Words of the record of a wait in vain: csrc/kernels/low_latency.cuh."""
 
     role: int
     peer: int
     expert: int
     expected: int
     seen: int
+    missing: int
     recorded: int
 
 
@@ -156,11 +160,14 @@ class _Layout:
 
 
 class _Op:
-    """What a rank keeps between calls of one op."""
+    """What a rank keeps between calls of one op. records: of its failure and of its fault."""
 
-    def __init__(self, area: Area, device: torch.device) -> None:
-        self.area = area
-        self.progress = torch.zeros(5, dtype=torch.int64, device=device)
+    def __init__(self, name: str, area: Area, device: torch.device) -> None:
+        self.name, self.area = name, area
+        self.progress = torch.zeros(6, dtype=torch.int64, device=device)
+        # The host reads them without asking the GPU.
+        self.records = torch.zeros(7 + 3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self.failure, self.fault = self.records.numpy()[:7], self.records.numpy()[7:]
         self.outstanding: deque[object] = deque()  # calls whose receive has not been launched
 
 
@@ -196,10 +203,7 @@ class KernelLowLatency:
         self._launcher = launcher or Launcher(connection.kernel, shape)
         device = connection.memory.device
         there, home = areas(shape)
-        self._dispatch, self._combine = _Op(there, device), _Op(home, device)
-        # The host reads it without asking the GPU.
-        self._record = torch.zeros(6, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._record_words = self._record.numpy()
+        self._dispatch, self._combine = _Op(OPS[0], there, device), _Op(OPS[1], home, device)
         self._sent_rows = torch.zeros(shape.num_experts, dtype=torch.int64, device=device)
         self._failure: TimeoutError | None = None
         self._reported: DeviceValueError | None = None
@@ -247,15 +251,15 @@ class KernelLowLatency:
 
     def check(self) -> None:
         """Raises what the kernels have reported so far; `dsv3_kernels.synchronize` does too."""
-        self._raise_failed(OPS[0])
+        self._raise_failed()
+        self._raise_fault()
 
     def _send(self, op: _Op, run: Callable[[Phase], None], send: Phase) -> Hook:
         """Launches what sends; what is returned launches what receives."""
-        name = OPS[send // 2]
-        self._raise_failed(name)
+        self._raise_failed()
         if len(op.outstanding) == IN_FLIGHT:
             raise ValueError(
-                f"{name}: {IN_FLIGHT} calls wait for their hook(), expected fewer: there are {IN_FLIGHT} "
+                f"{op.name}: {IN_FLIGHT} calls wait for their hook(), expected fewer: there are {IN_FLIGHT} "
                 "buffers. Call the hook of the oldest first"
             )
         call = object()
@@ -264,14 +268,15 @@ class KernelLowLatency:
         def receive() -> None:
             if call not in op.outstanding:
                 return
-            self._raise_failed(name)
+            self._raise_failed()
             if op.outstanding[0] is not call:
                 raise ValueError(
-                    f"{name}: hook() of a later call, expected hooks in the order of their calls"
+                    f"{op.name}: hook() of a later call, expected hooks in the order of their calls"
                 )
             op.outstanding.popleft()
             run(Phase(send + 1))
-            self._raise_failed(name)
+            # What was right has been sent, and the others go on: so did this rank, until it has received.
+            self.check()
             reported, self._reported = self._reported, None
             if reported is not None:
                 raise reported
@@ -283,19 +288,33 @@ class KernelLowLatency:
         try:
             self._launcher(step, num_sms)
         except DeviceValueError as error:
-            # What was right has been sent, and the others go on: so must this rank, until it has received.
-            self._reported = error
+            self._reported = error  # of an earlier kernel: the others wait for this rank
 
-    def _raise_failed(self, name: str) -> None:
-        if self._failure is None and self._record_words[-1]:
-            record = Failure(*self._record_words.tolist())
-            cause = f"its word is {record.seen:#x}, expected at least {record.expected:#x}"
-            role = ROLES[record.role - 1]
-            self._failure = TimeoutError(
-                name, self._connection.rank, [record.peer], role, record.expert, self._timeout, cause
-            )
+    def _raise_failed(self) -> None:
+        for op in (self._dispatch, self._combine):
+            if self._failure is None and op.failure[-1]:
+                record, rank = Failure(*op.failure.tolist()), self._connection.rank
+                cause = cause_of(rank, record.peer, record.missing, record.seen, record.expected)
+                role = ROLES[record.role - 1]
+                self._failure = TimeoutError(
+                    op.name, rank, [record.missing], role, record.expert, self._timeout, cause
+                )
         if self._failure is not None:
             raise self._failure
+
+    def _raise_fault(self) -> None:
+        """Once for each that was recorded."""
+        index, value, recorded = self._dispatch.fault.tolist()
+        if not recorded:
+            return
+        self._dispatch.fault[:] = 0
+        self._dispatch.progress[-1] = 0
+        shape, (token, k) = self._shape, divmod(index, self._shape.num_topk)
+        what = "twice in its row" if 0 <= value < shape.num_experts else "out of range"
+        raise Fault(
+            f"{OPS[0]}: topk_idx[{token}, {k}] of rank {self._connection.rank} is {value}, {what}; expected "
+            f"distinct experts 0 to {shape.num_experts - 1}, or -1 for none; such choices were left out"
+        )
 
     def _step(
         self,
@@ -312,7 +331,8 @@ class KernelLowLatency:
     ) -> Struct:
         """`LowLatencyStep` of csrc/kernels/low_latency.cuh."""
         shape, connection, area = self._shape, self._connection, op.area
-        record = self._record.data_ptr() if source.is_cuda else self._record
+        records = (op.records[:7], op.records[7:])
+        failure, fault = (words.data_ptr() if source.is_cuda else words for words in records)
         strides = (0, 0) if scales is None else (scales.stride(0), scales.stride(2))
         queue_pairs = connection.queue_pairs
         peers = (
@@ -329,9 +349,9 @@ class KernelLowLatency:
             [
                 Struct("PPPIII", *peers),
                 Struct("QQIIII", *place),
-                Struct("PPQ", op.progress, record, int(self._timeout * 1e9)),
+                Struct("PPQ", op.progress, failure, int(self._timeout * 1e9)),
                 Struct("PPP", topk_idx, layout.places, self._sent_rows),
-                Struct("PPP", launch.error_flag(source), topk_weights, source),
+                Struct("PPP", fault, topk_weights, source),
                 Struct("PPqqPP", out, scales, *strides, counts, layout.segments),
                 Struct("IIIIIII", phase, format, *sizes, layout.places.shape[0]),
             ]

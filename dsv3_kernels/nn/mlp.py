@@ -136,7 +136,8 @@ def swiglu_mlp(
     """down(swiglu(up(x)) · weights), fused where both layers compute in FP8.
 
     x: [..., K], or [T, K] with group_offsets, int32 [G + 1], for grouped layers. weights: FP32 [T], a factor
-    a row. Returns [..., N] in x's dtype. Hooks of `up` and `down` are not called where it is fused.
+    a row. Returns [..., N] in x's dtype. A layer with hooks is called as it is, so that they run: nothing is
+    fused then.
     """
     x = as_autocast_says(x)
     if not _fusible(up, down):
@@ -168,11 +169,15 @@ def swiglu_mlp(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _fusible(up: Layer, down: Layer) -> bool:
     return all(
         type(layer) in (Fp8Linear, GroupedFp8Linear)
         and layer.recipe.precision == "fp8"
         and getattr(layer, "bias", None) is None
+        and not any(getattr(layer, hooks) for hooks in _HOOKS)
         for layer in (up, down)
     )
 

@@ -22,7 +22,7 @@ from dsv3_kernels.train.config import (
 )
 from dsv3_kernels.train.data.tokens import HEADER, read_header
 from dsv3_kernels.train.errors import TrainError
-from dsv3_kernels.train.observe import memory
+from dsv3_kernels.train.observe import memory, plan
 from dsv3_kernels.train.parallel.processes import choose_device, processes, report
 from dsv3_kernels.train.run import execute
 from dsv3_kernels.train.schedule import load_schedule
@@ -30,8 +30,17 @@ from dsv3_kernels.train.schedule import load_schedule
 TRAINABLE = {
     "tiny": TrainConfig(),
     "mini": TrainConfig(steps=300, batch_size=8, seq_len=1024, lr=4e-4, warmup_steps=30, bias_speed=1e-3),
+    "v3": TrainConfig(
+        steps=235_000,
+        batch_size=15_360,
+        seq_len=4096,
+        lr=2.2e-4,
+        warmup_steps=2000,
+        bias_speed=1e-3,
+        recompute=True,
+    ),
 }
-"""The presets that one machine can train, with their training settings; mini wants a GPU."""
+"""The presets with their training settings; mini wants a GPU, v3 a thousand."""
 AUTO = Path("auto")
 SAMPLE_BYTES = 120  # with a short prompt no longer than the sequences that the presets train on
 _RUN_FIELDS = {f.name for f in dataclasses.fields(RunConfig)}
@@ -87,6 +96,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--memory-report",
         action="store_true",
         help="Only measure what each saving of memory saves; more with --help after it (default: off)",
+    )
+    group.add_argument(
+        "--plan",
+        action="store_true",
+        help="Only print what each rank of a run would hold, also of preset v3; more with --help after it "
+        "(default: off)",
     )
     option(
         group,
@@ -258,8 +273,9 @@ def _only(given: dict[str, Any], names: set[str]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if "--memory-report" in arguments:
-        return memory.main([argument for argument in arguments if argument != "--memory-report"])
+    for option, other in (("--memory-report", memory.main), ("--plan", plan.main)):
+        if option in arguments:
+            return other([argument for argument in arguments if argument != option])
     given = vars(build_parser().parse_args(arguments))
     try:
         if given.get("threads", 1) < 1 or given.get("sample_bytes", 0) < 0:

@@ -1,6 +1,7 @@
 """One model in training: a step, its validation, and what a checkpoint of it holds."""
 
 import math
+import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,6 +88,7 @@ class Trainer:
         with torch.device("meta"):  # memory is for what is left of it on this rank
             self.model = DeepSeekV3(model, self.recipe, buffer)
         self.executor = _executor(self.model, self.parallel, self.groups)
+        _require_room(self.model, self.device)
         self.model.to_empty(device=self.device)
         self.model.initialize(train.seed)
         self.optimizer = AdamW(
@@ -162,6 +164,7 @@ class Trainer:
         count = schedule.batch_size(self.step, self.config) // self.layout.shares
         first = schedule.first_sample(self.step, self.config) + self.layout.share(self.groups.rank) * count
         windows = self.batches.samples(first, count).to(self.device)
+        self.optimizer.zero_gradients()
         losses = self.executor.forward_backward(
             windows.unflatten(0, (self.parallel.micro_batches, -1)),
             schedule.mtp_weight(self.step, self.config),
@@ -318,6 +321,23 @@ class Trainer:
         found.read(pieces, names)
         self.optimizer.steps, self.step = state["updates"], state["step"]
         self.optimizer.write_parameters()
+
+
+def _require_room(model: DeepSeekV3, device: torch.device) -> None:
+    """Raises TrainError where weights and gradients alone are more than the machine has for this rank."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        there = memory // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 8 * count > there:
+        needed, room = (f"{size / 2**30:,.0f} GiB" for size in (8 * count, there))
+        raise TrainError(
+            f"this rank's part of the model has {count / 1e6:,.0f} million parameters, with gradients "
+            f"{needed} in FP32, expected at most the {room} that it has on {device}. Mend: more --pp or "
+            "--ep; --plan prints what each rank would hold"
+        )
 
 
 def _executor(model: DeepSeekV3, parallel: ParallelConfig, groups: Groups) -> Executor:

@@ -203,6 +203,8 @@ def test_bad_addresses_and_ranks():
             call()
     with pytest.raises(ValueError, match="bandwidth > 0"):
         emulator.Link(latency=1, bandwidth=0)
+    with pytest.raises(ValueError, match="posting >= 0"):
+        emulator.Link(latency=1, bandwidth=1, posting=-1)
     with pytest.raises(ValueError, match="takes 0 bytes"):
         cluster.symmetric((0, 3), torch.int8)
 

@@ -131,6 +131,32 @@ def test_a_gpu_has_one_port_for_all_its_peers():
     assert taken(3) == pytest.approx(3 * taken(1), rel=0.02)
 
 
+def test_a_message_keeps_the_warp_that_posts_it():
+    """A put with its signal is one; another warp does not wait."""
+    puts, nanoseconds = 5, 1000
+    call = {
+        "put": "nvshmemx_qp_char_put_nbi_warp(to, from, 64, peer, 2)",
+        "both": "nvshmemx_qp_char_put_signal_nbi_warp(to, from, 64, (u64*)(to + 64), 1ull, 9, peer, 2)",
+    }
+
+    def taken(what, posting, warps, schedule):
+        source = f"""extern "C" __global__ void k(char* to, char* from) {{ int peer = nvshmem_my_pe() ^ 1;
+            for (int i = 0; i < {puts}; i++) {call[what]}; }}"""
+        ptx = jit.compile_ptx(DECLARATIONS + source, defines={"TIMEOUT": "0ull"})
+        ib = emulator.Link(0, 100.0, posting=posting)
+        cluster = emulator.VirtualCluster(2, 1, 0, schedule, ib=ib, checks=False)
+        to, of = (cluster.symmetric((128,), torch.uint8) for _ in range(2))
+        args = [[to[r], of[r]] for r in range(2)]
+        cluster.launch(ptx, "k", grid=(1, 1, 1), block=(32 * warps, 1, 1), args=args)
+        return cluster.counters["cycles"]
+
+    for what, schedule in (("put", "timed"), ("both", "timed"), ("both", "random")):
+        free = taken(what, 0, 1, schedule)
+        posted = taken(what, nanoseconds, 1, schedule)
+        assert posted - free == pytest.approx(puts * nanoseconds * MEGAHERTZ / 1000, rel=0.02)
+        assert taken(what, nanoseconds, 2, schedule) - posted < nanoseconds
+
+
 def gemm_cycles(stages, seed=0, schedule="timed", checks=True):
     gpu, _ = run_gemm(128, 128, 1024, stages=stages, seed=seed, schedule=schedule, checks=checks)
     return gpu.counters["cycles"]

@@ -20,6 +20,7 @@ class Cluster:
 
     def __init__(self, case, seed=0, num_sms=2, chunk=2, depth=2, warps=8, channels=None, **options):
         self.case, self.size, self.num_sms, self.warps = case, case.topology.size, num_sms, warps
+        self.seconds = SECONDS
         topology = case.topology
         self.cluster = emulator.VirtualCluster(
             topology.nodes, topology.gpus_per_node, seed, num_sms=num_sms, **options
@@ -109,7 +110,7 @@ class Cluster:
                     mine.came.x,
                     mine.layout,
                     not self.case.expert_order,
-                    SECONDS,
+                    self.seconds,
                 )
                 self.dispatch(both, rank, operands)
                 if combine and not self.links[rank].peers.failure.any():
@@ -149,7 +150,7 @@ class Cluster:
             mine.home,
             mine.home_gradients if case.seed % 2 else None,
             not case.expert_order,
-            SECONDS,
+            self.seconds,
         )
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import test_ep
 import torch
-from cases import BETWEEN_NODES, Case, bits, draw
+from cases import BETWEEN_NODES, Case, bits, draw, results
 from fp8_helpers import fresh_generator
 from internode_cluster import Cluster, check
 from test_ep import exchange
@@ -123,33 +123,45 @@ def test_a_wrong_call_is_an_error_on_every_rank():
     emulator.VirtualCluster(2, 2, 1, num_sms=4).run(program)
 
 
-def links_of(case, inputs):
-    """(tokens over InfiniBand, over NVLink) by pair of ranks, as the protocol says."""
-    gpus, width = case.topology.gpus_per_node, case.local_experts
-    ib, nvlink = collections.Counter(), collections.Counter()
-    for source, idx in enumerate(inputs.topk_idx):
-        for experts in idx.tolist():
-            ranks = {expert // width for expert in experts if expert >= 0}
-            for node in {rank // gpus for rank in ranks}:
-                forwarder = node * gpus + source % gpus
-                ib[source, forwarder] += forwarder != source
-                for rank in ranks:
-                    if rank // gpus == node and rank != forwarder:
-                        nvlink[forwarder, rank] += 1
-    return ib, nvlink
+class Streams:
+    """What the protocol sends on one channel, by pair of ranks: messages, and words that announce them."""
+
+    def __init__(self, case, inputs, chunk):
+        gpus, width = case.topology.gpus_per_node, case.local_experts
+        self.ib, self.nvlink = collections.Counter(), collections.Counter()  # tokens
+        self.tails_there, self.tails_home = collections.Counter(), collections.Counter()
+        for source, idx in enumerate(inputs.topk_idx):
+            messages = collections.Counter()  # by node, in the order of tokens
+            told = set()  # (forwarder, rank, chunk): a tail for each chunk with a token for the rank
+            rows = collections.Counter()
+            for experts in idx.tolist():
+                ranks = {expert // width for expert in experts if expert >= 0}
+                for node in {rank // gpus for rank in ranks}:
+                    forwarder = node * gpus + source % gpus
+                    self.ib[source, forwarder] += forwarder != source
+                    for rank in ranks:
+                        if rank // gpus == node and rank != forwarder:
+                            self.nvlink[forwarder, rank] += 1
+                            told.add((forwarder, rank, messages[node] // chunk))
+                            rows[rank, forwarder] += 1
+                    messages[node] += 1
+            self.tails_there.update((forwarder, rank) for forwarder, rank, _ in told)
+            # Home, a tail for every four rows.
+            self.tails_home.update({link: -(-count // 4) for link, count in rows.items()})
 
 
 @pytest.mark.parametrize("fp8", [False, True])
 def test_bytes(fp8):
     """A token to a node: row, scales, 8 bytes a choice; so to a rank there; home, a row each. The rest is
-    counts and signals, 8 bytes a chunk and way."""
+    counts, and words of 8 bytes: two a chunk over InfiniBand, tails and an acknowledgement over NVLink."""
     case = Case(
         Topology(2, 2), fp8=fp8, local_experts=8, hidden=7168, num_topk=8, tokens=12, weights=True, seed=0
     )
     inputs, chunk = draw(case), 2
     cluster = Cluster(case, 0, 2, chunk, depth=2)
     cluster.run([inputs])
-    counters, (ib, nvlink) = cluster.cluster.counters, links_of(case, inputs)
+    counters, streams = cluster.cluster.counters, Streams(case, inputs, chunk)
+    ib, nvlink = streams.ib, streams.nvlink
     payload = 7168 + 56 * 4 if fp8 else 2 * 7168
     message, home = payload + 8 * 8, 2 * 7168
     header = 4 * cluster.rings.header_words
@@ -164,11 +176,34 @@ def test_bytes(fp8):
         assert links[s, d]["bytes"] == there + back + 2 * 8 * chunks + header + 2 * 8
         assert there - ib[s, d] * payload < 0.02 * there
     near = {(0, 1), (1, 0), (2, 3), (3, 2)}
-    counts, tails = 4 * (8 + 7 + 4), 8
+    assert counters["peer_bytes_by_link"].keys() == near
     for s, d in near:
-        direct = counters["peer_bytes_by_link"][s, d]
         rows = nvlink[s, d] * message + nvlink[d, s] * home
-        # By stream, that is by the node of its source: tails of chunks, there; of four rows, back.
-        assert rows < direct <= rows + 2 * (counts + tails) + 2 * 8 + 8 * 2 * (nvlink[s, d] + nvlink[d, s])
+        # By stream, that is by the node of its source: counts and the tail that says they stand.
+        counts = 2 * (4 * (8 + 7 + 4) + 8)
+        tails = 8 * (streams.tails_there[s, d] + streams.tails_home[s, d])
+        acknowledgements = 2 * 8
+        direct = counters["peer_bytes_by_link"][s, d]
+        assert direct == rows + counts + tails + acknowledgements
         assert direct - rows < 0.02 * rows
     assert counters["peer_bytes"] == sum(counters["peer_bytes_by_link"].values())
+
+
+def test_the_most_channels():
+    """64 SMs, where the buffer declares 32 channels; fewer in the combine."""
+    case = Case(Topology(2, 1), "next node", local_experts=2, hidden=32, num_topk=2, tokens=70, seed=3)
+    inputs = draw(case)
+
+    def program(rank, group):
+        sizes = case.num_experts, case.hidden, case.tokens, case.topk
+        buffer = ep.Buffer(group, *sizes, gpus_per_node=1, tuning=ep.Tuning(channels=32, depth=2))
+        got = buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=64)
+        y, _ = results(case, 0, rank, got.handle.rows)
+        return got, y, buffer.combine(y, got.handle, num_sms=12).x
+
+    by_rank = emulator.VirtualCluster(2, 1, 2, num_sms=64, checks=False).run(program)
+    want = reference.dispatch(inputs.x, inputs.topk_idx, None, case.num_experts)
+    counts = [idx.shape[0] for idx in inputs.topk_idx]
+    home = reference.combine([y for _, y, _ in by_rank], want, counts, case.topology)
+    for (got, _, x), expected, right in zip(by_rank, want, home, strict=True):
+        assert torch.equal(bits(got.x), bits(expected.x)) and torch.equal(bits(x), bits(right))

@@ -1,4 +1,4 @@
-"""The kernels across nodes when a rank dies or a link fails: all others end in time, and one names who."""
+"""The kernels across nodes when a rank dies or a link fails: all others end in time, and name who."""
 
 import random
 
@@ -11,7 +11,8 @@ from dsv3_kernels import emulator, ep
 from dsv3_kernels.ep import Topology, kernels
 
 CASE = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=8, seed=2)
-TRIALS = [*range(6), *(pytest.param(trial, marks=pytest.mark.long) for trial in range(6, 50))]
+DEAD = 1000  # messages: more than there are
+TRIALS = [*range(4), *(pytest.param(trial, marks=pytest.mark.long) for trial in range(4, 50))]
 
 
 def a_cluster(seed):
@@ -39,6 +40,15 @@ def records(cluster, rounds, survivors):
     return found
 
 
+def in_time(cluster, spent):
+    """One wait, and the while that all have to say whom they miss, however long the row of waits.
+
+    Where nothing moves the clock jumps, by up to as far again.
+    """
+    waited = cluster.cluster.counters["nanoseconds"] - spent["nanoseconds"]
+    assert waited < 2.5 * SECONDS * 1e9, waited
+
+
 @pytest.mark.parametrize("trial", TRIALS)
 def test_a_killed_rank(trial, healthy):
     rounds, spent = healthy
@@ -47,26 +57,30 @@ def test_a_killed_rank(trial, healthy):
     step = chance.randrange(spent["instructions"] * 3 // 4)
     cluster.cluster.kill(victim, step)
     found = records(cluster, rounds, {0, 1, 2, 3} - {victim})
-    assert victim in {record.missing for rank, record in found.items() if rank != victim}, (victim, step)
-    # Three ranks after another at most: each waits for one that has waited itself.
-    assert cluster.cluster.counters["nanoseconds"] - spent["nanoseconds"] < 5 * SECONDS * 1e9
+    found.pop(victim, None)
+    assert found and {record.missing for record in found.values()} == {victim}, (victim, step, found)
+    in_time(cluster, spent)
 
 
 @pytest.mark.parametrize("trial", TRIALS)
-def test_a_lost_message(trial, healthy):
-    """Whoever misses it names the rank at the other end; the queue pair delivers nothing more."""
+def test_a_link_that_loses_a_message_or_dies(trial, healthy):
+    """Who gives up names one of its two ends, the other one if it is an end itself.
+
+    With a message a queue pair loses what comes behind it.
+    """
     rounds, spent = healthy
     chance = random.Random(fresh_generator().initial_seed() + trial)
     cluster = a_cluster(trial)
     source, node = chance.randrange(4), 2
     target = (source + node) % 4
-    cluster.cluster.drop(source, target, chance.randrange(spent["links"][source, target]["messages"]))
+    first = chance.randrange(spent["links"][source, target]["messages"])
+    for number in range(first, first + (1 if trial % 2 else DEAD)):
+        cluster.cluster.drop(source, target, number)
     found = records(cluster, rounds, {0, 1, 2, 3})
-    if found:  # the last credits of all are missed by nobody
-        assert {(rank, record.missing) for rank, record in found.items()} & {
-            (target, source),
-            (source, target),
-        }
+    for rank, record in found.items():  # the last credits of all are missed by nobody
+        assert record.missing in {source, target} - {rank}, (source, target, rank, record)
+    if found:
+        in_time(cluster, spent)
 
 
 def test_a_stalled_link_that_comes_back(healthy):

@@ -10,7 +10,6 @@ from low_latency_runs import Form, check, check_dispatch, dispatches_ahead, one_
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, ep
-from dsv3_kernels.device_error import DeviceValueError
 from dsv3_kernels.ep import Topology
 from dsv3_kernels.ep import low_latency_reference as reference
 
@@ -143,96 +142,6 @@ def test_bytes(nodes, gpus, fp8):
     assert cluster.counters["peer_bytes"] == near
     links = {link: [c["messages"], c["bytes"]] for link, c in cluster.counters["links"].items()}
     assert links == far
-
-
-def test_a_killed_rank_is_named_in_time():
-    """A survivor may miss another that gave up: together they name the one that died."""
-    chance = random.Random(fresh_generator().initial_seed())
-    for nodes, gpus in ((1, 3), (3, 1), (2, 2)):
-        case = Case(Topology(nodes, gpus), local_experts=2, hidden=32, num_topk=2, tokens=6, seed=1)
-        rounds = [draw(case, round_) for round_ in range(3)]
-        forms = [Form(hook=True), Form(), Form(hook=True)]
-        healthy, _ = run(case, rounds, forms, 0)
-        for trial in range(4):
-            victim = chance.randrange(nodes * gpus)
-            step = chance.randrange(healthy.counters["instructions"] // 2)
-            errors = faulty_run(case, rounds, forms, trial, lambda c, v=victim, s=step: c.kill(v, s))
-            at = (nodes, gpus, trial, victim, step)
-            survivors = {rank: error for rank, error in errors.items() if rank != victim}
-            assert len(survivors) == nodes * gpus - 1, at
-            for rank, error in survivors.items():
-                assert rank not in error.peers and error.rank == rank, at
-                assert error.role in ("send", "receive"), at
-            assert victim in {peer for error in survivors.values() for peer in error.peers}, at
-
-
-def test_a_lost_message_is_named():
-    """A row, a flag, an ack: the rank that waits for it says for whom."""
-    case = Case(Topology(2, 1), "single expert", local_experts=1, hidden=32, num_topk=2, tokens=3, seed=5)
-    rounds = [draw(case, round_) for round_ in range(4)]
-    rows = int((rounds[0].topk_idx[0] == 1).sum())
-    for message in (0, rows, rows + 1):  # of rank 0: rows of its tokens, their flag; then an ack
-        errors = faulty_run(case, rounds, [Form()] * 4, 0, lambda c, m=message: c.drop(0, 1, m))
-        assert errors[1].peers == (0,), (message, errors)
-        assert errors[1].op == "low_latency_dispatch" or message > rows
-
-
-def test_a_link_that_stands_still_for_a_while():
-    case = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=2, tokens=4, seed=6)
-    rounds, forms = [draw(case, round_) for round_ in range(3)], [Form(), Form(hook=True), Form(fp8=False)]
-    for source, destination in ((0, 2), (3, 1)):
-        cluster, by_rank = run(
-            case, rounds, forms, 1, lambda c, a=source, b=destination: c.stall(a, b, until=200_000)
-        )
-        assert cluster.counters["nanoseconds"] > 200_000
-        for i, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
-            check(case, inputs, i, form, [got[i] for got in by_rank])
-
-
-def faulty_run(case, rounds, forms, seed, fault):
-    """Which rank raised which TimeoutError. No hang: the emulator calls an endless wait a deadlock."""
-    cluster = emulator.VirtualCluster(case.topology.nodes, case.topology.gpus_per_node, seed, num_sms=4)
-    fault(cluster)
-    errors = {}
-
-    def program(rank, group):
-        buffer = buffer_of(case, group)
-        try:
-            for i, (inputs, form) in enumerate(zip(rounds, forms, strict=True)):
-                one_round(buffer, case, inputs, i, rank, form)
-        except ep.TimeoutError as error:
-            errors[rank] = error
-            with pytest.raises(ep.TimeoutError):  # and again at every later call
-                buffer.low_latency_dispatch(rounds[0].x[rank], rounds[0].topk_idx[rank], 2)
-
-    cluster.run(program)
-    return errors
-
-
-def test_bad_experts_are_left_out_and_reported():
-    case = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=6, seed=4)
-    good = draw(case)
-    for bad in (-2, case.num_experts, 1 << 40, -(1 << 62), "twice"):
-        wrong = draw(case)
-        idx = wrong.topk_idx[1]
-        idx[2] = torch.tensor([3, 5, 6])
-        idx[2, 1] = 3 if bad == "twice" else bad
-        good.topk_idx[1] = idx.clone()
-        good.topk_idx[1][2, 1] = -1
-
-        def program(rank, group, wrong=wrong):
-            buffer = buffer_of(case, group)
-            if rank == 1:
-                with pytest.raises(DeviceValueError, match="topk_idx of this rank or another"):
-                    buffer.low_latency_dispatch(wrong.x[rank], wrong.topk_idx[rank], 2)
-            else:
-                got = buffer.low_latency_dispatch(wrong.x[rank], wrong.topk_idx[rank], 2)
-                want = reference.dispatch(good.topk_idx, case.num_experts)[rank]
-                assert torch.equal(got.tokens_per_expert, want.tokens_per_expert)
-            return one_round(buffer, case, good, 1, rank, Form())
-
-        by_rank = emulator.VirtualCluster(2, 2, 0, num_sms=4).run(program)
-        check(case, good, 1, Form(), by_rank)
 
 
 def test_hooks_out_of_turn():

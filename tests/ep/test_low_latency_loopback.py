@@ -8,7 +8,6 @@ from host_reads import HostRead, no_host_reads
 from bench import cases
 from bench.cases import low_latency
 from dsv3_kernels import emulator, ep
-from dsv3_kernels.device_error import DeviceValueError
 
 
 @pytest.mark.parametrize("case", low_latency.CASES, ids=str)
@@ -25,8 +24,11 @@ def test_bad_experts_of_a_rank_and_the_next_call():
     x, good = torch.ones(2, 32).bfloat16(), torch.tensor([[0], [3]])
     with emulator.virtual_gpu(num_sms=4):
         buffer = ep.LoopbackBuffer(2, 4, 32, 4, 1, device="cpu")
-        with pytest.raises(DeviceValueError, match="topk_idx"):
-            buffer.low_latency_dispatch([x, x], [good, torch.tensor([[9], [1]])], 1)
+        bad = torch.tensor([[9], [1]])
+        for rank in (0, 1):
+            both = [bad if r == rank else good for r in range(2)]
+            with pytest.raises(ep.errors.Fault, match=rf"topk_idx\[0, 0\] of rank {rank} is 9, out of range"):
+                buffer.low_latency_dispatch([x, x], both, 1)
         got = buffer.low_latency_dispatch([x, x], [good, good], 1)
         assert [part.tokens_per_expert.tolist() for part in got] == [[2, 0], [0, 2]]
         with pytest.raises(TypeError, match="expected a list with one for each of 2 ranks"):

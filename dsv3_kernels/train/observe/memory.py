@@ -57,7 +57,7 @@ class LiveMemory(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._seen:
+        if storage in self._seen or tensor.is_meta:
             return
         size = storage.nbytes()
         self._seen[storage] = size

@@ -34,6 +34,12 @@ class Piece:
     shape: torch.Size
 
 
+def share_of(elements: int, ranks: int) -> int:
+    """How many of them each rank keeps."""
+    unit = ranks * ALIGNMENT if ranks > 1 else 1
+    return -(-elements // unit) * unit // ranks
+
+
 class _Bucket:
     """The parameters that one group of ranks holds alike, in one line of which each rank has a share."""
 
@@ -47,9 +53,8 @@ class _Bucket:
         self.group = self.places[0].group
         ranks = size_of(self.group)
         sizes = [parameter.numel() for parameter in self.parameters]
-        unit = ranks * ALIGNMENT if ranks > 1 else 1
-        self.length = -(-sum(sizes) // unit) * unit
-        share = self.length // ranks
+        share = share_of(sum(sizes), ranks)
+        self.length = ranks * share
         self.low = rank_in(self.group) * share
         self.high = self.low + share
         decayed = sum(p.numel() for p in self.parameters if p.dim() >= 2)
@@ -73,8 +78,13 @@ class _Bucket:
         parts = flat[: self.starts[-1]].split([p.numel() for p in self.parameters])
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
+    def zero_gradients(self) -> None:
+        self._flat_grad.zero_()
+        for view, parameter in zip(self._grads, self.parameters, strict=True):
+            parameter.grad = view
+
     def reduce(self, scale: float) -> None:
-        """Moves the gradients here; this rank's share becomes their sum over the group, times scale.
+        """Takes the gradients; this rank's share becomes their sum over the group, times scale.
 
         The sum is taken in the order of the ranks, whatever the transport, and so is bit for bit that of one
         process which sees the ranks' sequences one after the other.
@@ -82,9 +92,9 @@ class _Bucket:
         for view, parameter in zip(self._grads, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
-            else:
+            elif parameter.grad.data_ptr() != view.data_ptr():
                 view.copy_(parameter.grad)
-                parameter.grad = None
+            parameter.grad = None
         if self.group is None:
             if scale != 1:
                 self.grad.mul_(scale)
@@ -175,6 +185,14 @@ class AdamW:
     def write_parameters(self) -> None:
         for bucket in self._buckets:
             bucket.write_parameters()
+
+    @torch.no_grad()
+    def zero_gradients(self) -> None:
+        """Before a backward: lets it add to the optimizer's own line of gradients, so that none are made
+        beside. Without this call they are copied there.
+        """
+        for bucket in self._buckets:
+            bucket.zero_gradients()
 
     @torch.no_grad()
     def gather_gradients(self) -> Tensor:
