@@ -94,7 +94,7 @@ ONE_WAYS = ("slots over InfiniBand are reused early", "the first word on another
 @functools.cache
 def kernels(old="", new="", early=False):
     """early: the second launch may start with the first."""
-    text = mutate.source("dispatch_lean_epilogue.cuh", old, new)
+    text = mutate.source("dispatch_lean.cuh dispatch_lean_epilogue.cuh", old, new)
     if early:
         begin = "const u64 epoch = self.epoch();\n"
         text = text.replace(begin, f"{begin}    ptx::launch_dependents();\n", 1)
