@@ -15,9 +15,24 @@
 
 #include "dispatch.cuh"
 #include "dispatch_internode_layout.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace dispatch {
+
+// A token's row and scales into a message or slot. Gives the end of them.
+__device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
+    const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
+    float* to = reinterpret_cast<float*>(slot + tokens.row_bytes);
+    Piece piece;
+    piece.load<true>(row, tokens.row_bytes);
+    put_scales(tokens, token, to);
+    for (u32 at = 0; at < tokens.row_bytes; at += kPieceBytes) {
+        if (at) piece.load<true>(row + at, tokens.row_bytes - at);
+        piece.store(slot + at, tokens.row_bytes - at);
+    }
+    return to + tokens.tiles;
+}
 
 // Warp `warp` of `warps`: every `warps`th chunk for another node, all nodes' first chunks before any's
 // second.
@@ -228,13 +243,23 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
         go = sound(call, mine, block / 2, scratch);
         if (go) plan(call, mine, block / 2, shared, scratch);
     }
-    for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2) {
-        if (block % 2 == 0)
-            kept = send_and_forward<kAgain>(all, channel, epoch, shared);
-        else
-            for (u32 source = warp; kept && source < self.ranks; source += warps)
-                kept = receive<kAgain>(call, source, channel, epoch, shared + source * self.local_experts);
-        kept = !__syncthreads_or(!kept);
+    auto each_channel = [&](auto move) {
+        for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2)
+            kept = !__syncthreads_or(!move(channel));
+    };
+    if (block % 2 == 0) {
+        each_channel([&](u32 channel) { return send_and_forward<kAgain>(all, channel, epoch, shared); });
+    } else {
+        const Stages stages(call.from, kAgain, words_of_team(self), warps);
+        bulk::Ring ring = stages.ring(shared, warp);
+        each_channel([&](u32 channel) {
+            bool came = true;
+            for (u32 source = warp; came && source < self.ranks; source += warps)
+                came = receive<kAgain>(call, ring, stages, source, channel, epoch,
+                                       shared + source * self.local_experts);
+            return came;
+        });
+        bulk::stores_read();
     }
     if (!__syncthreads_or(!kept)) Place{self, all.link}.finish(epoch, blocks);
 }
@@ -249,7 +274,7 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
 template <bool kAgain>
 __global__ void __launch_bounds__(384, 1)
     dispatch_internode(const __grid_constant__ PerRank<dispatch::InternodeCall> calls, u32 num_sms) {
-    extern __shared__ u32 shared[];
+    extern __shared__ __align__(16) u32 shared[];
     dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
