@@ -88,8 +88,8 @@ MUTATIONS |= {
         {HAZARD, WRONG},
     ),
     "combine reads a slot before its tail": (
-        "(slot - share.first + 1);",
-        "(slot - share.first + 1) / 2;",
+        "const u64 expected = epoch << 32 | (slot - share.first + 1);",
+        "const u64 expected = 0;",
         {HAZARD, WRONG},
     ),
     "combine's lanes do not see what others acquired": (
