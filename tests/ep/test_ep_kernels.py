@@ -95,8 +95,9 @@ def test_nvlink_bytes(monkeypatch, fp8):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_the_buffer_in_the_emulator(size):
+def test_the_buffer_in_the_emulator(monkeypatch, size):
     """The same program and check as of the portable transport: ep.Buffer finds the kernels by its group."""
+    monkeypatch.setattr(kernels, "MAX_THREADS", 64 * size)  # two teams a block, for time's sake
     seed = fresh_generator().initial_seed() % (1 << 30)
     chance = random.Random(seed)
     for i in range(4):
