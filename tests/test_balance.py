@@ -20,7 +20,7 @@ def test_a_trained_gate_that_is_skewed_recovers(trained_tiny):
         gate.load.zero_()
     generator = torch.Generator().manual_seed(0)
     shares = []
-    for speed in [0.01] * 30 + [0.002] * 15:
+    for speed in [0.01] * 50 + [0.002] * 15:
         starts = torch.randint(len(corpus.validation) - 128, (8, 1), generator=generator)
         model(corpus.validation[starts + torch.arange(128)].long())
         trunk = [gate for gate in gates if gate.load.any()]  # the MTP module's gate is not asked

@@ -146,7 +146,7 @@ def test_a_cached_handle_moves_rows_and_tails_alone():
             group.barrier()
             again = buffer.dispatch(-x, num_sms=num_sms, handle=got.handle)
             group.barrier()
-            forms = 2 * len(each) * 4  # of each channel
+            forms = 2 * len(each) * (4 + 8)  # of each channel, and the tail that says it
             assert cluster.counters["peer_bytes"] - before == rows * 64 + (told + 2) * 8 + forms
             assert torch.equal(bits(again.x), bits(-got.x)) and torch.equal(again.topk_idx, got.topk_idx)
 

@@ -122,8 +122,8 @@ MUTATIONS |= {
         {HAZARD},
     ),
     "a slot is loaded without a fence behind its tail": (
-        "bulk::acquired();\n                    if (kAgain",
-        "if (kAgain",
+        "if (seen < expected) return false;\n                    bulk::acquired();",
+        "if (seen < expected) return false;",
         {HAZARD},
     ),
     "blocks end while their stages are read": (
