@@ -14,6 +14,7 @@ from bench import gpu_bench
 from bench.cases import Call, Candidates, Workload
 from bench.copy_kernel import copy
 from dsv3_kernels import ep, quantize_1x128
+from dsv3_kernels.ep.design import INTERNODE
 
 NOTE = (  # for the report of a GPU
     "Loopback: virtual ranks on one GPU, in one launch. It shows what the SMs cost and move. It cannot show "
@@ -42,6 +43,7 @@ class Setup:
     hidden: int = 7168
     topk: int = 8
     nodes: int = 1
+    internode: str = "rings"
 
     @property
     def gpus(self) -> int:
@@ -118,7 +120,12 @@ class Setup:
 
 
 SETUPS = [Setup(ranks, num_sms) for ranks in RANKS for num_sms in SMS]
-SETUPS_OF_NODES = [Setup(n * g, num_sms, nodes=n) for n, g in NODES for num_sms in SMS]
+SETUPS_OF_NODES = [
+    Setup(nodes * gpus, num_sms, nodes=nodes, internode=internode)
+    for internode in INTERNODE
+    for nodes, gpus in NODES
+    for num_sms in SMS
+]
 
 
 @functools.cache
@@ -161,6 +168,7 @@ class Node:
             setup.tokens,
             setup.topk,
             gpus_per_node=setup.gpus,
+            internode=setup.internode,
             device=device,
         )
         x = [torch.randn(setup.tokens, setup.hidden, device=device).bfloat16() for _ in range(setup.ranks)]

@@ -216,8 +216,8 @@ def _operands(
     qa = quantized.operand(op, "a", a, ROW, (rank_a,))
     qb = quantized.operand(op, "b", b, SQUARE, (rank_b,))
     checks.same_device(op, "b.data", qb.data, "a.data", qa.data)
-    n, k = qb.shape[-2:]
-    if qa.shape[-1] != k:
+    *_, n, k = qb.data.shape
+    if qa.data.shape[-1] != k:
         raise ValueError(
             f"{op}: b.data has K = {k} (shape {tuple(qb.shape)}), "
             f"expected {qa.shape[-1]}, the K of a.data of shape {tuple(qa.shape)}"
@@ -349,17 +349,17 @@ def _run(
     num_sms: int | None,
     expected_m: int | None = None,
 ) -> Tensor:
-    out = _fake(a, a_scales, b)
-    if a.numel() == 0 or b.numel() == 0:
+    *batch, m, k = a.shape
+    *groups, n, _ = b.shape
+    out = torch.empty((*batch, m, n), dtype=torch.bfloat16, device=a.device)
+    if 0 in (*batch, m, k, n, *groups):
         if group_list is not None and group_list.numel():
-            arguments = (group_list, b.shape[0], a.shape[-2], launch.error_flag(group_list))
+            arguments = (group_list, *groups, m, launch.error_flag(group_list))
             launch.launch(kernel_check(grouping), (1, 1, 1), (32, 1, 1), arguments)
         return out.zero_()
     sms = launch.num_sms(a, num_sms)
-    groups = 1 if grouping == "none" else b.shape[0]
-    m = a.shape[-2]
     likely_m = m if expected_m is None else min(expected_m, m)
-    run = _prepare_best(grouping, m, a.shape[-1], b.shape[-2], groups, sms, likely_m)
+    run = _prepare_best(grouping, m, k, n, *(groups or (1,)), sms, likely_m)
     run(*operands(a, a_scales, b, b_scales, out, group_list))
     return out
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .checks import ceil_div, round_up
+from .checks import round_up
 
 Block = tuple[int, int]
 TILE = 128
@@ -39,7 +39,7 @@ class QuantizedTensor:
 
 def scales_shape(data_shape: torch.Size, block: Block) -> tuple[int, ...]:
     *batch, m, k = data_shape
-    return (*batch, ceil_div(m, block[0]), ceil_div(k, TILE))
+    return (*batch, -(-m // block[0]), -(-k // TILE))
 
 
 def empty_mn_major(
@@ -115,11 +115,6 @@ def empty_both(
     )
 
 
-# Facts of operands that passed: what they decide, they decide again.
-_accepted: set[tuple[object, ...]] = set()
-_MOST_ACCEPTED = 4096
-
-
 def operand(
     op: str, name: str, value: object, block: Block | None, ranks: tuple[int, ...]
 ) -> QuantizedTensor:
@@ -127,31 +122,34 @@ def operand(
 
     `block=None` takes both blocks; a tuple's block is then read off the shape of its scales.
     """
-    facts = _facts(value, block, ranks) if type(value) is QuantizedTensor else None
-    if facts in _accepted:
-        return value  # type: ignore[return-value]
-    checked = _check_operand(op, name, value, block, ranks)
-    if facts is not None:
-        if len(_accepted) >= _MOST_ACCEPTED:
-            _accepted.clear()
-        _accepted.add(facts)
-    return checked
+    if (
+        type(value) is QuantizedTensor
+        and not torch.compiler.is_compiling()
+        and _is_right(value, block, ranks)
+    ):
+        return value
+    return _check_operand(op, name, value, block, ranks)
 
 
-def _facts(q: QuantizedTensor, block: Block | None, ranks: tuple[int, ...]) -> tuple[object, ...] | None:
-    """All that `_check_operand` looks at, of an operand that is nothing out of the way; None for others."""
+def _is_right(q: QuantizedTensor, block: Block | None, ranks: tuple[int, ...]) -> bool:
+    """Quickly, whether `_check_operand` would give `q` back; of most that it would."""
     data, scales = q.data, q.scales
-    if torch.compiler.is_compiling() or type(q.block) is not tuple or q.block != block:
-        return None
-    if not isinstance(data, Tensor) or not isinstance(scales, Tensor):
-        return None
-    if data.requires_grad or scales.requires_grad or data.layout is not torch.strided:
-        return None
-    if scales.dtype != torch.float32:
-        return None
     return (
-        *(data.dtype, data.shape, data.stride(), data.device, data.data_ptr() % checks.ALIGNMENT),
-        *(scales.dtype, scales.shape, scales.layout, scales.device, block, ranks),
+        type(q.block) is tuple
+        and q.block == block
+        and isinstance(data, Tensor)
+        and isinstance(scales, Tensor)
+        and data.dtype is torch.float8_e4m3fn
+        and scales.dtype is torch.float32
+        and not data.requires_grad
+        and not scales.requires_grad
+        and data.layout is scales.layout is torch.strided
+        and data.is_contiguous()
+        and data.data_ptr() % checks.ALIGNMENT == 0
+        and (data.is_cuda or data.is_cpu)
+        and data.device == scales.device
+        and len(shape := data.shape) in ranks
+        and scales.shape == scales_shape(shape, block)
     )
 
 

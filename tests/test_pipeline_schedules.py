@@ -142,14 +142,18 @@ def test_dualpipev_is_the_half_of_dualpipe():
     assert [half.stages_of(r) for r in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
 
 
+TORCHS = getattr(torch_schedules, "ScheduleDualPipeV", None)
+
+
+@pytest.mark.skipif(
+    not hasattr(TORCHS, "_calculate_single_rank_operations"),
+    reason="this version of torch does not give DualPipeV's actions",
+)
 def test_dualpipev_is_torchs():
-    """Action by action, where this version of torch can be asked."""
-    torchs = getattr(torch_schedules, "ScheduleDualPipeV", None)
-    if not hasattr(torchs, "_calculate_single_rank_operations"):
-        pytest.skip("this version of torch does not give DualPipeV's actions")
+    """Action by action."""
     kinds = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
     for ranks, micro_batches in ((1, 2), (2, 4), (4, 8), (4, 13), (8, 20)):
-        schedule = object.__new__(torchs)
+        schedule = object.__new__(TORCHS)
         schedule._n_microbatches, schedule.pp_group_size = micro_batches, ranks
         for rank, actions in enumerate(dualpipev(ranks, micro_batches).ranks):
             found = [a for a in schedule._calculate_single_rank_operations(rank) if a is not None]

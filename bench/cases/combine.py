@@ -14,7 +14,7 @@ from .dispatch import HIDDEN, LOCAL_EXPERTS, ONE_NODE, ROWS, buffer_of, by_rank,
 NOTE = loopback.NOTE
 
 
-def case(op: str, topology: Topology, weighted: bool, num_sms: int) -> Case:
+def case(op: str, topology: Topology, weighted: bool, num_sms: int, internode: str = "rings") -> Case:
     """Weighted: with a bias and gradients of the weights too."""
     ranks = topology.size
 
@@ -29,7 +29,7 @@ def case(op: str, topology: Topology, weighted: bool, num_sms: int) -> Case:
 
     def run(*tensors: Tensor) -> Tensors:
         x, idx, weights, y, grads = (list(t) for t in zip(*by_rank(tensors, ranks), strict=True))
-        buffer = buffer_of(topology, tensors[0].device)
+        buffer = buffer_of(topology, tensors[0].device, internode)
         got = buffer.dispatch(x, idx, weights, num_sms=num_sms, max_recv_tokens=ROWS)
         out = buffer.combine(
             y,

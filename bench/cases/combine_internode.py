@@ -4,10 +4,14 @@ import itertools
 
 from .. import loopback
 from .combine import case
-from .dispatch_internode import NODES
+from .dispatch_internode import KINDS
 
 NOTE = loopback.NOTE_OF_NODES
-CASES = [case("combine_internode", *facts) for facts in itertools.product(NODES, (True, False), (2,))]
+CASES = [
+    case(f"combine_internode {internode}", topology, flag, 2, internode)
+    for (internode, topology), flag in itertools.product(KINDS, (True, False))
+]
 WORKLOADS = [
-    loopback.workload("combine BF16 across nodes", setup, "combine") for setup in loopback.SETUPS_OF_NODES
+    loopback.workload(f"combine BF16 across nodes, {setup.internode}", setup, "combine")
+    for setup in loopback.SETUPS_OF_NODES
 ]

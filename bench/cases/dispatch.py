@@ -20,16 +20,17 @@ ROWS = 8 * TOKENS * TOPK  # more than any of these cases brings
 
 
 @functools.cache
-def _kept(topology: Topology, device: torch.device) -> ep.LoopbackBuffer:
+def _kept(topology: Topology, device: torch.device, internode: str) -> ep.LoopbackBuffer:
     """Also across a CUDA graph's capture, which can allocate nothing that outlives it."""
     ranks, node = topology.size, topology.gpus_per_node
     sizes = ranks * LOCAL_EXPERTS, HIDDEN, TOKENS, min(TOPK, ranks * LOCAL_EXPERTS)
-    return ep.LoopbackBuffer(ranks, *sizes, gpus_per_node=node, device=device)
+    return ep.LoopbackBuffer(ranks, *sizes, gpus_per_node=node, internode=internode, device=device)
 
 
-def buffer_of(topology: Topology, device: torch.device) -> ep.LoopbackBuffer:
+def buffer_of(topology: Topology, device: torch.device, internode: str = "rings") -> ep.LoopbackBuffer:
     """Each virtual GPU has memory of its own, so that only a real one's buffer can be kept."""
-    return _kept(topology, device) if device.type == "cuda" else _kept.__wrapped__(topology, device)
+    make = _kept if device.type == "cuda" else _kept.__wrapped__
+    return make(topology, device, internode)
 
 
 def name_of(topology: Topology, num_sms: int) -> str:
@@ -73,7 +74,7 @@ def padded(x: Tensor, filler: float = 0) -> Tensor:
     return out
 
 
-def case(op: str, topology: Topology, fp8: bool, num_sms: int) -> Case:
+def case(op: str, topology: Topology, fp8: bool, num_sms: int, internode: str = "rings") -> Case:
     ranks = topology.size
 
     def inputs(generator: torch.Generator) -> Tensors:
@@ -93,7 +94,7 @@ def case(op: str, topology: Topology, fp8: bool, num_sms: int) -> Case:
 
     def run(*tensors: Tensor) -> Tensors:
         each = by_rank(tensors, ranks)
-        got = buffer_of(topology, tensors[0].device).dispatch(
+        got = buffer_of(topology, tensors[0].device, internode).dispatch(
             [tokens(parts) for parts in each],
             [parts[-2] for parts in each],
             [parts[-1] for parts in each],

@@ -9,7 +9,12 @@ from .dispatch import case
 
 NOTE = loopback.NOTE_OF_NODES
 NODES = [Topology(*sizes) for sizes in ((2, 2), (2, 3), (2, 1), (4, 2))]
-CASES = [case("dispatch_internode", *facts) for facts in itertools.product(NODES, (True, False), (2,))]
+KINDS = [*(("rings", topology) for topology in NODES), *(("lean", topology) for topology in NODES[:2])]
+CASES = [
+    case(f"dispatch_internode {internode}", topology, flag, 2, internode)
+    for (internode, topology), flag in itertools.product(KINDS, (True, False))
+]
 WORKLOADS = [
-    loopback.workload("dispatch FP8 across nodes", setup, "dispatch") for setup in loopback.SETUPS_OF_NODES
+    loopback.workload(f"dispatch FP8 across nodes, {setup.internode}", setup, "dispatch")
+    for setup in loopback.SETUPS_OF_NODES
 ]

@@ -259,7 +259,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u8*
     bool kept = true;
     for (u32 channel = first; laid_out && kept && channel < call.channels; channel += blocks / 2 * teams)
         kept = sends(block, number, ranks) ? send(call, ring, warp, channel, epoch)
-                                          : receive(call, ring, channel, warp, ranks, epoch);
+                                           : receive(call, ring, channel, warp, ranks, epoch);
     if (!__syncthreads_or(!kept)) finish(call.self, epoch, blocks);
 }
 

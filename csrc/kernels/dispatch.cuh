@@ -19,7 +19,6 @@ namespace dispatch {
 
 constexpr u32 kChunk = 4;      // tokens that a tail announces at a time
 constexpr u32 kMaxStages = 4;  // of a warp
-constexpr u32 kSharedBytes = 232448;  // of a block. python: dsv3_kernels.ep.kernels.SHARED_BYTES
 
 // The scales of a row, of which a lane reads several at once. `get(t)` and `set(t, scale)` are of tile t.
 template <class Get, class Set>
@@ -47,19 +46,13 @@ __device__ __forceinline__ void put_routing(const Tokens& tokens, u32 token, u32
     routing[2 * lane + 1] = tokens.topk_weights ? tokens.topk_weights[at] : 0.0f;
 }
 
-// What stands behind a token's row: its scales, its routing where it is new, and zeros to the end.
-template <bool kAgain>
-__device__ __forceinline__ void put_rest(const Tokens& tokens, u32 token, u32 first_expert, u32 local_experts,
-                                         float* rest, const float* end) {
+__device__ __forceinline__ void put_scales(const Tokens& tokens, u32 token, float* to) {
     const float* scales = tokens.scales + token * tokens.scale_row_stride;
     copy_scales(
         tokens.tiles, [&](u32 t) { return scales[t * tokens.scale_tile_stride]; },
         [&](u32 t, float scale) {
-            if (t < tokens.tiles) rest[t] = scale;
+            if (t < tokens.tiles) to[t] = scale;
         });
-    if (!kAgain) put_routing(tokens, token, first_expert, local_experts, rest + tokens.tiles);
-    float* zero = rest + tokens.tiles + (kAgain ? 0 : 2 * tokens.topk) + threadIdx.x % 32;
-    if (zero < end) *zero = 0.0f;
 }
 
 // A slot's scales to the rows of all lanes that have one.
@@ -76,25 +69,31 @@ __device__ __forceinline__ void spread_scales(const Tokens& shape, const Receive
         });
 }
 
-// How slots lie in a warp's stages: whole, or where they are too large for that in pieces, the last one first,
-// for behind the row it holds the rest.
-struct Staging {
-    u32 bytes, piece;  // of a slot that travels, and of a stage
+// How slots lie in the stages of a warp: whole, or where they are too large in pieces, the last one first,
+// for behind the row it has the rest.
+struct Stages {
+    u32 bytes;  // of a slot, so many as travel
+    u32 piece;
+    u32 before, room;  // shared memory: what lies before the first warp's stages, and of each warp
 
-    __device__ __forceinline__ Staging(const Tokens& tokens, bool again, u32 room) {
+    __device__ __forceinline__ Stages(const Tokens& tokens, bool again, u32 words_before, u32 warps) {
         bytes = (tokens.row_bytes + 4 * tokens.tiles + (again ? 0 : 8 * tokens.topk) + 15) / 16 * 16;
+        before = (4 * words_before + 15) / 16 * 16;
+        room = (ptx::dynamic_shared_bytes() - before) / warps / 16 * 16;
         const u32 pieces = (bytes - 1) / (room - bulk::Ring::kBarrierBytes) + 1;
-        piece = ((bytes - 1) / pieces + 16) / 16 * 16;
+        piece = (bytes + 16 * pieces - 1) / (16 * pieces) * 16;
     }
-    __device__ __forceinline__ u32 stages(u32 room) const {
-        return min(room / (piece + bulk::Ring::kBarrierBytes), kMaxStages);
+    __device__ __forceinline__ bulk::Ring ring(u32* shared, u32 warp) const {
+        const u32 fit = room / (piece + bulk::Ring::kBarrierBytes);
+        return {reinterpret_cast<u8*>(shared) + before + warp * room, min(fit, kMaxStages), piece};
     }
+    // Of the piece that ends there.
     __device__ __forceinline__ u32 begin(u32 end) const { return end > piece ? end - piece : 0; }
 };
 
 // One warp: the tokens of one channel to one destination, in the order of their slots.
 template <bool kAgain>
-__device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const Staging& staging,
+__device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const Stages& stages,
                                      const Workspace& theirs, u32 peer, u32 channel, Share share, u64 epoch) {
     const Tokens& tokens = call.from;
     const Rank& self = call.self;
@@ -106,27 +105,33 @@ __device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const S
         if (next + lane < share.last)
             slots = tokens.sent_slot[static_cast<u64>(next + lane) * self.ranks + peer];
         u32 left = __ballot_sync(kFullWarp, slots >= 0);
-        u32 to_load = left, load_end = staging.bytes, under_way = 0;
+        u32 to_load = left, load_end = stages.bytes, under_way = 0;
         for (; left; left &= left - 1) {
             const u32 i = __ffs(left) - 1, token = next + i;
             u8* slot = theirs.slot(self.rank, __shfl_sync(kFullWarp, slots, i));
-            for (u32 end = staging.bytes, begin; end; end = begin) {
+            for (u32 end = stages.bytes, begin; end; end = begin) {
                 for (; under_way < ring.stages() && to_load; ++under_way) {
-                    const u8* row = tokens.data + static_cast<u64>(next + __ffs(to_load) - 1) * tokens.row_bytes;
-                    const u32 load_begin = staging.begin(load_end);
+                    const u8* row =
+                        tokens.data + static_cast<u64>(next + __ffs(to_load) - 1) * tokens.row_bytes;
+                    const u32 load_begin = stages.begin(load_end);
                     bulk::stores_read();
                     ring.load(row + load_begin, min(load_end, tokens.row_bytes) - load_begin);
                     load_end = load_begin;
                     if (load_begin) continue;
-                    load_end = staging.bytes;
+                    load_end = stages.bytes;
                     to_load &= to_load - 1;
                 }
-                begin = staging.begin(end);
-                if (end == staging.bytes) {
-                    u8* coming = ring.coming();
-                    put_rest<kAgain>(tokens, token, peer * self.local_experts, self.local_experts,
-                                     reinterpret_cast<float*>(coming + tokens.row_bytes - begin),
-                                     reinterpret_cast<float*>(coming + end - begin));
+                begin = stages.begin(end);
+                if (end == stages.bytes) {
+                    float* rest = reinterpret_cast<float*>(ring.coming() + tokens.row_bytes - begin);
+                    put_scales(tokens, token, rest);
+                    rest += tokens.tiles;
+                    if (!kAgain) {
+                        put_routing(tokens, token, peer * self.local_experts, self.local_experts, rest);
+                        rest += 2 * tokens.topk;
+                    }
+                    const u8* stage_end = ring.coming() + end - begin;
+                    if (reinterpret_cast<u8*>(rest + lane) < stage_end) rest[lane] = 0.0f;
                 }
                 u8* stage = ring.wait();
                 --under_way;
@@ -147,7 +152,7 @@ __device__ __forceinline__ void send(const Call& call, bulk::Ring& ring, const S
 
 // One team, a warp a destination. shared: [words_of_team].
 template <bool kAgain>
-__device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring, const Staging& staging,
+__device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring, const Stages& stages,
                                              Team team, u32 channel, u64 epoch, u32* shared) {
     const Rank& self = call.self;
     const u32 lane = threadIdx.x % 32, peer = team.thread / 32;
@@ -165,20 +170,17 @@ __device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring,
     const u64* ack = self.mine().ack(peer);
     if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
     bulk::acquired();
-    if (kAgain) {
-        if (lane == 0) theirs.announcement(self.rank, channel)->form = call.from.form;
-    } else {
-        announce(call, theirs, channel, tokens, share.first, bad, counts, rows);
-        publish(theirs.tail(self.rank, channel), epoch << 32);
-    }
-    send<kAgain>(call, ring, staging, theirs, peer, channel, share, epoch);
+    if (kAgain && lane == 0) theirs.announcement(self.rank, channel)->form = call.from.form;
+    if (!kAgain) announce(call, theirs, channel, tokens, share.first, bad, counts, rows);
+    publish(theirs.tail(self.rank, channel), epoch << 32);
+    send<kAgain>(call, ring, stages, theirs, peer, channel, share, epoch);
     return true;
 }
 
 // One warp: the tokens of one source, in order. `next` is its part of what `plan` left.
 template <bool kAgain>
-__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, const Staging& staging,
-                                        u32 source, u32 channel, u64 epoch, u32* next) {
+__device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, const Stages& stages, u32 source,
+                                        u32 channel, u64 epoch, u32* next) {
     const Rank& self = call.self;
     const Received& out = call.to;
     const Workspace mine = self.mine();
@@ -192,12 +194,23 @@ __device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, cons
     const u32 first = kAgain ? range[0] : said->first, total = kAgain ? range[1] : said->tokens;
     if (total == kNothing) return true;
     u64 seen = 0;
-    u32 loading = 0, load_end = staging.bytes, under_way = 0;
+    if (kAgain) {  // from whom no rows come, too: so all ranks find what differs
+        const u64 begun = epoch << 32;
+        seen =
+            self.wait_warp(mine.tail(source, channel), begun, Role::kReceive, self.writer(source), channel);
+        if (seen < begun) return false;
+        if (said->form != call.from.form) {
+            if (lane == 0) record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
+            return true;  // nothing of this source is read
+        }
+        bulk::acquired();
+    }
+    u32 loading = 0, load_end = stages.bytes, under_way = 0;
     for (u32 i = 0; i < total; ++i) {
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
         i32 row = -1;
         if (kAgain && lane < topk) row = rows[lane];
-        for (u32 end = staging.bytes, begin; end; end = begin) {
+        for (u32 end = stages.bytes, begin; end; end = begin) {
             for (; under_way < ring.stages() && loading < total; ++under_way) {
                 const u64 expected = epoch << 32 | (loading + 1);
                 if (seen < expected) {
@@ -206,24 +219,19 @@ __device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, cons
                                           self.writer(source), channel);
                     if (seen < expected) return false;
                     bulk::acquired();
-                    if (kAgain && said->form != call.from.form) {
-                        if (lane == 0)
-                            record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
-                        return true;  // nothing of this source is read
-                    }
                 }
-                const u32 load_begin = staging.begin(load_end);
+                const u32 load_begin = stages.begin(load_end);
                 bulk::stores_read();
                 ring.load(mine.slot(source, first + loading) + load_begin, load_end - load_begin);
                 load_end = load_begin;
                 if (load_begin) continue;
-                load_end = staging.bytes;
+                load_end = stages.bytes;
                 ++loading;
             }
-            begin = staging.begin(end);
+            begin = stages.begin(end);
             const u8* stage = ring.wait();
             --under_way;
-            if (end == staging.bytes) {
+            if (end == stages.bytes) {
                 const float* scales = reinterpret_cast<const float*>(stage + call.from.row_bytes - begin);
                 if (!kAgain) row = take_rows(call, scales + call.from.tiles, next, rows);
                 spread_scales(call.from, out, scales, row);
@@ -269,28 +277,26 @@ __device__ __forceinline__ bool prepare(const Call& call, u32 channel, u64 epoch
 // All blocks of a rank; `block` is this one. A block has one or more teams, so that more accesses are under
 // way.
 template <bool kAgain>
-__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u8* shared) {
+__device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u32* shared) {
     const Rank& self = call.self;
     const u64 epoch = self.epoch();
     const u32 number = threadIdx.x / (32 * self.ranks), teams = blockDim.x / (32 * self.ranks);
     const Team team{threadIdx.x % (32 * self.ranks), 32 * self.ranks, 1 + number};
     const u32 warp = team.thread / 32, channels = call.to.channels;
     const u32 first = block / 2 * teams + number;  // channel of this team
-    u32* words = reinterpret_cast<u32*>(shared) + number * words_of_team(self);
-    const u32 before = (4 * teams * words_of_team(self) + 15) / 16 * 16;
-    const u32 room = (kSharedBytes - before) / (blockDim.x / 32) / 16 * 16;
-    const Staging staging(call.from, kAgain, room);
-    bulk::Ring ring(shared + before + threadIdx.x / 32 * room, staging.stages(room), staging.piece);
+    u32* words = shared + number * words_of_team(self);
+    const Stages stages(call.from, kAgain, teams * words_of_team(self), blockDim.x / 32);
+    bulk::Ring ring = stages.ring(shared, threadIdx.x / 32);
     const bool sender = sends(block, number, self.ranks);
     bool kept = true, go = !kAgain || call.to.ranges[1] != kNothing;
     if (!kAgain && !sender) go = prepare(call, first, epoch, words, team, kept);
     // A first dispatch has a team for each end of each channel.
     for (u32 channel = first; go && kept && channel < channels; channel += blocks / 2 * teams) {
         if (sender)
-            kept = send_channel<kAgain>(call, ring, staging, team, channel, epoch, words);
+            kept = send_channel<kAgain>(call, ring, stages, team, channel, epoch, words);
         else
-            kept = receive<kAgain>(call, ring, staging, warp, channel, epoch,
-                                   words + warp * self.local_experts);
+            kept =
+                receive<kAgain>(call, ring, stages, warp, channel, epoch, words + warp * self.local_experts);
     }
     bulk::stores_read();
     if (!__syncthreads_or(!kept)) finish(self, epoch, blocks);
@@ -303,7 +309,7 @@ __device__ __forceinline__ void run(const Call& call, u32 block, u32 blocks, u8*
 // channels num_sms / 2 * teams.
 __global__ void __launch_bounds__(512, 1)
     dispatch_tokens(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
-    extern __shared__ __align__(16) u8 shared[];
+    extern __shared__ __align__(16) u32 shared[];
     dispatch::run<false>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 
@@ -311,7 +317,7 @@ __global__ void __launch_bounds__(512, 1)
 // ranges; teams take them in turn.
 __global__ void __launch_bounds__(512, 1)
     dispatch_again(const __grid_constant__ PerRank<dispatch::Call> calls, u32 num_sms) {
-    extern __shared__ __align__(16) u8 shared[];
+    extern __shared__ __align__(16) u32 shared[];
     dispatch::run<true>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 

@@ -15,9 +15,24 @@
 
 #include "dispatch.cuh"
 #include "dispatch_internode_layout.cuh"
+#include "rows.cuh"
 
 namespace dsv3 {
 namespace dispatch {
+
+// A token's row and scales into a message or slot. Gives the end of them.
+__device__ __forceinline__ float* put(const Tokens& tokens, u32 token, u8* slot) {
+    const u8* row = tokens.data + static_cast<i64>(token) * tokens.row_bytes;
+    float* to = reinterpret_cast<float*>(slot + tokens.row_bytes);
+    Piece piece;
+    piece.load<true>(row, tokens.row_bytes);
+    put_scales(tokens, token, to);
+    for (u32 at = 0; at < tokens.row_bytes; at += kPieceBytes) {
+        if (at) piece.load<true>(row + at, tokens.row_bytes - at);
+        piece.store(slot + at, tokens.row_bytes - at);
+    }
+    return to + tokens.tiles;
+}
 
 // Warp `warp` of `warps`: every `warps`th chunk for another node, all nodes' first chunks before any's
 // second.
@@ -102,9 +117,13 @@ __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u3
 }
 
 // Warp `warp` of `warps`: lane l has the stream of a node to a GPU, number warp + l * warps of all.
-// `readers`, shared memory: how many GPUs' streams have read each slot of each node's ring.
+// `readers`, shared memory: how many GPUs' streams have read each slot of each node's ring, and its header.
 template <bool kAgain>
 __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 warps, u32* readers) {
+    if (kAgain)
+        for (u32 i = warp; i < o.self.ranks; i += warps)
+            if (!pass_form(o, i / o.self.gpus, i % o.self.gpus, readers + o.link.nodes * o.link.rings.depth))
+                return false;
     const u32 lane = threadIdx.x % 32, stream = warp + lane * warps, chunk = o.link.rings.chunk;
     const u32 node = stream / o.self.gpus, gpu = stream % o.self.gpus;
     const bool exists = stream < o.self.ranks, from_here = node == o.place.node();
@@ -132,8 +151,6 @@ __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 
             const u64 p = __shfl_sync(kFullWarp, position, who);
             const bool through_ring = n != o.place.node();
             const u8* from = o.link.rings.at(n, o.channel).arrived(p);
-            if (kAgain && begin == 0 && lane == 0)
-                o.place.peer(g).announcement(o.place.like(n), o.channel)->form = o.tokens.form;
             u32 after = before;
             for (u32 i = begin; i < end; ++i, from += o.message_bytes)
                 after += forward<kAgain>(o, n, g, first + i, through_ring ? from : nullptr, after);
@@ -165,7 +182,7 @@ __device__ __forceinline__ bool move_chunks(const Outbound& o, u32* readers) {
     }
     const u32 senders = split_warps(warps, {2 * sent, 1, true}, {2 * forwarded, o.self.ranks, false},
                                     (o.self.ranks + 31) / 32);
-    for (u32 i = threadIdx.x; i < nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
+    for (u32 i = threadIdx.x; i < nodes * (o.link.rings.depth + 1); i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < senders ? send_chunks<kAgain>(o, warp, senders)
                                      : forward_chunks<kAgain>(o, warp - senders, warps - senders, readers);
@@ -201,10 +218,18 @@ __device__ __forceinline__ bool send_and_forward(const InternodeCall& all, u32 c
         kept = self.wait(self.mine().ack(peer), epoch - 1, Role::kForward, peer, channel) >= epoch - 1;
     }
     if (__syncthreads_or(!kept)) return false;
-    if (!kAgain) kept = exchange_counts(o, shared);
+    if (kAgain) {
+        if (threadIdx.x == 0) shared[0] = o.tokens.form;
+        __syncthreads();
+        for (u32 i = threadIdx.x / 32; i + 1 < o.link.nodes; i += blockDim.x / 32)
+            kept &= send_header(o, o.place.other(i), shared, 1);
+    } else {
+        kept = exchange_counts(o, shared);
+    }
     if (__syncthreads_or(!kept)) return false;
-    if (!kAgain && threadIdx.x == 0) ++*o.headers();
-    return move_chunks<kAgain>(o, shared);
+    kept = move_chunks<kAgain>(o, shared);
+    if (threadIdx.x == 0) ++*o.headers();
+    return kept;
 }
 
 // All blocks of a rank; `block` is this one.
@@ -228,13 +253,23 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
         go = sound(call, mine, block / 2, scratch);
         if (go) plan(call, mine, block / 2, shared, scratch);
     }
-    for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2) {
-        if (block % 2 == 0)
-            kept = send_and_forward<kAgain>(all, channel, epoch, shared);
-        else
-            for (u32 source = warp; kept && source < self.ranks; source += warps)
-                kept = receive<kAgain>(call, source, channel, epoch, shared + source * self.local_experts);
-        kept = !__syncthreads_or(!kept);
+    auto each_channel = [&](auto move) {
+        for (u32 channel = block / 2; go && kept && channel < channels; channel += blocks / 2)
+            kept = !__syncthreads_or(!move(channel));
+    };
+    if (block % 2 == 0) {
+        each_channel([&](u32 channel) { return send_and_forward<kAgain>(all, channel, epoch, shared); });
+    } else {
+        const Stages stages(call.from, kAgain, words_of_team(self), warps);
+        bulk::Ring ring = stages.ring(shared, warp);
+        each_channel([&](u32 channel) {
+            bool came = true;
+            for (u32 source = warp; came && source < self.ranks; source += warps)
+                came = receive<kAgain>(call, ring, stages, source, channel, epoch,
+                                       shared + source * self.local_experts);
+            return came;
+        });
+        bulk::stores_read();
     }
     if (!__syncthreads_or(!kept)) Place{self, all.link}.finish(epoch, blocks);
 }
@@ -243,13 +278,13 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
 
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident, 2 * channels in the first
 // dispatch of a layout, which kAgain takes up at any number. 64 to 384 threads, at least 32 * (ranks / 32 +
-// 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * depth,
-// of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
+// 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * (depth +
+// 1), of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
 // multiple of 16, topk at most 32.
 template <bool kAgain>
 __global__ void __launch_bounds__(384, 1)
     dispatch_internode(const __grid_constant__ PerRank<dispatch::InternodeCall> calls, u32 num_sms) {
-    extern __shared__ u32 shared[];
+    extern __shared__ __align__(16) u32 shared[];
     dispatch::run<kAgain>(calls.of[blockIdx.x / num_sms], blockIdx.x % num_sms, num_sms, shared);
 }
 

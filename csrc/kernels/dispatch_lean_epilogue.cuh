@@ -8,7 +8,7 @@
 // Bytes: a (token, rank): message read; a row that arrives: row + scales written.
 #pragma once
 
-#include "dispatch_lean.cuh"
+#include "dispatch_lean_channel.cuh"
 
 namespace dsv3 {
 namespace dispatch {

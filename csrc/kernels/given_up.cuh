@@ -77,7 +77,7 @@ struct GivenUp {
         const u32 who = static_cast<u32>(first >> 16), whom = static_cast<u32>(first & 0xffff);
         u32 late_comer = ranks, end_of_link = ranks;
         for (u32 i = 0; i < ranks; ++i) {
-            const u32 other = (whom + i) % ranks;  // the one of the alarm, if several could be it
+            const u32 other = whom + i - (whom + i < ranks ? 0 : ranks);  // first the one of the alarm
             if (!missed(rank, other)) continue;
             const u64 word = has_given_up(other);
             if (!word) return other;

@@ -71,8 +71,7 @@ struct Place : Where {
     // This node's number at another.
     __device__ __forceinline__ u32 number_at(u32 there) const { return node() - (node() > there); }
 
-    // What comes from a node, and what goes there.
-    // Once a tail has been acquired.
+    // What comes from a node, and what goes there. `first` is there once a tail has been acquired.
     __device__ __forceinline__ u64 opened(u32 from, u32 channel) const {
         return ptx::load_acquire_system(link.slots.first(number(from), channel));
     }

@@ -436,6 +436,15 @@ __device__ __forceinline__ void stmatrix_transposed(void* column, u32 m0, u32 m1
                  : "memory");
 }
 
+// ---- Special registers
+
+// Of dynamic shared memory, that the block was launched with.
+__device__ __forceinline__ u32 dynamic_shared_bytes() {
+    u32 d;
+    asm("mov.u32 %0, %%dynamic_smem_size;" : "=r"(d));
+    return d;
+}
+
 // ---- Miscellaneous instructions
 
 // A warpgroup's registers a thread; called by all its warps. Given-up registers are free for the others to

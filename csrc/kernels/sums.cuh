@@ -41,13 +41,14 @@ struct Sums {
         }
     }
 
-    // Of a part of one, the first `left` bytes.
+    // Of one that ends after `left` bytes; lanes past that add something that was loaded, of no use.
     __device__ __forceinline__ void add_shared(const u8* row, float weight, u32 left) {
-        const U32x4* mine = reinterpret_cast<const U32x4*>(row) + threadIdx.x % 32;
 #pragma unroll
-        for (u32 i = 0; i < kAhead; ++i)
-            if ((i * 32 + threadIdx.x % 32) * 16 < left)
-                add(i, ptx::load_shared(mine + 32 * i), weight, true);
+        for (u32 i = 0; i < kAhead; ++i) {
+            const u32 at = (i * 32 + threadIdx.x % 32) * 16;
+            add(i, ptx::load_shared(reinterpret_cast<const U32x4*>(row + (at < left ? at : 0))), weight,
+                true);
+        }
     }
 
     __device__ __forceinline__ Piece rounded() const {

@@ -335,8 +335,9 @@ def channels_of(shape: Shape, num_sms: int) -> int:
 def shape_of_launch(shape: Shape, num_sms: int, launched: int = 1) -> tuple[launch.Dim3, launch.Dim3, int]:
     """Grid, block and bytes of shared memory of as many ranks, num_sms blocks each."""
     ranks, teams = shape.topology.size, teams_of(shape, num_sms)
-    needed = 4 * teams * (ranks * shape.local_experts + max(ranks, shape.local_experts))
-    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), SHARED_BYTES
+    words = teams * (ranks * shape.local_experts + max(ranks, shape.local_experts))
+    needed = 4 * words + 1024 * ranks * teams  # stages of some size; they take what is there
+    return (num_sms * launched, 1, 1), (32 * ranks * teams, 1, 1), max(needed, SHARED_BYTES)
 
 
 def empty_state(rank: int, table: Tensor) -> Peers:

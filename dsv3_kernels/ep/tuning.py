@@ -100,13 +100,13 @@ def depth_of(shape: Shape, tuning: Tuning, chunk: int) -> int:
     rate = min(network.bandwidth / tuning.channels, senders * COPY)
     carried = 2 * network.latency * rate / _message(shape)
     depth = senders + 1 + math.ceil(carried / chunk)
-    of_one = len(OPS) * Rings(shape, chunk, 1, tuning.channels).size
-    if tuning.memory < 2 * of_one:
+    one, two = (len(OPS) * Rings(shape, chunk, slots, tuning.channels).size for slots in (1, 2))
+    if tuning.memory < two:
         raise ValueError(
-            f"Tuning: memory is {tuning.memory}, expected at least {2 * of_one} bytes for {tuning.channels} "
-            f"channels, two chunks of {chunk} messages to each of {shape.topology.nodes} nodes"
+            f"Tuning: memory is {tuning.memory}, expected at least {two} bytes: {tuning.channels} channels, "
+            f"two chunks of {chunk} messages to each of {shape.topology.nodes} nodes"
         )
-    return min(depth, tuning.memory // of_one)
+    return min(depth, 1 + (tuning.memory - one) // (two - one))
 
 
 def _message(shape: Shape) -> float:

@@ -22,8 +22,9 @@ class Cluster:
         self.case, self.size, self.num_sms, self.warps = case, case.topology.size, num_sms, warps
         self.seconds = SECONDS
         topology = case.topology
+        sms = options.pop("sms", num_sms)  # of a GPU
         self.cluster = emulator.VirtualCluster(
-            topology.nodes, topology.gpus_per_node, seed, num_sms=num_sms, **options
+            topology.nodes, topology.gpus_per_node, seed, num_sms=sms, **options
         )
         self.shape = Shape(case.num_experts, case.hidden, case.tokens, case.topk, topology)
         self.channels = channels or num_sms // 2

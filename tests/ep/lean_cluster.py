@@ -23,7 +23,9 @@ class LeanCluster(Cluster):
 
     def __init__(self, case, seed=0, num_sms=2, pairs=1, pieces=None, blocks=2, **options):
         self.pairs, self.pieces, self.blocks = pairs, pieces, blocks
-        super().__init__(case, seed, num_sms, channels=num_sms * pairs, **options)
+        # So many that the second launches may begin beside the first.
+        sms = num_sms + blocks
+        super().__init__(case, seed, num_sms, channels=num_sms * pairs, sms=sms, **options)
 
     def connect(self):
         links = super().connect()

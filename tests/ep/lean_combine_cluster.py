@@ -18,10 +18,11 @@ def ptx_of(kernel):
 
 
 class LeanCombine(Cluster):
-    """sms, pairs: blocks of the first launch, and channels that each has under way. stages: of a warp."""
+    """sms, pairs: blocks of the first launch, and channels that each has under way. stages: of a warp. times:
+    a dispatch is combined so often, one call behind the other."""
 
-    def __init__(self, case, seed=0, num_sms=2, sms=1, pairs=1, stages=2, **options):
-        self.sms, self.pairs, self.stages = sms, pairs, stages
+    def __init__(self, case, seed=0, num_sms=2, sms=1, pairs=1, stages=2, times=1, **options):
+        self.sms, self.pairs, self.stages, self.times = sms, pairs, stages, times
         super().__init__(case, seed, num_sms, **options)
 
     def connect(self):
@@ -40,11 +41,14 @@ class LeanCombine(Cluster):
     def combine(self, every, rank, operands):
         call = kernels.table([lean_combine.combine_call(self.lean[rank], operands)])
         gpu, blocks, warps = emulator.current(), self.num_sms, 2 * self.pairs
-        gpu.launch(
-            *every[0],
-            args=(call, self.sms, self.stages),
-            grid=(self.sms, 1, 1),
-            block=(32 * warps, 1, 1),
-            shared_bytes=warps * lean_combine.warp_bytes(self.stages),
-        )
-        gpu.launch(*every[1], args=(call, blocks, self.sms), grid=(blocks, 1, 1), block=(64, 1, 1))
+        for _ in range(self.times):
+            if self.links[rank].peers.failure.any():
+                return
+            gpu.launch(
+                *every[0],
+                args=(call, self.sms, self.stages),
+                grid=(self.sms, 1, 1),
+                block=(32 * warps, 1, 1),
+                shared_bytes=warps * lean_combine.warp_bytes(self.stages),
+            )
+            gpu.launch(*every[1], args=(call, blocks, self.sms), grid=(blocks, 1, 1), block=(64, 1, 1))

@@ -56,7 +56,7 @@ def test_a_thousand_seeds(topology):
 @pytest.mark.parametrize("hidden, gradients", [(7168, False), (144, True)])
 def test_bytes(hidden, gradients):
     """A token home: a row from each rank over NVLink, from each other node over InfiniBand, with 4 bytes a
-    choice if gradients travel. The rest is words: a tail for four rows of a stream, and one acknowledgement."""
+    choice if gradients travel. Words: a tail for four rows of a stream, and one acknowledgement."""
     case = Case(Topology(2, 2), local_experts=4, hidden=hidden, num_topk=8, tokens=10, seed=int(gradients))
     inputs = draw(case)
     dispatched, both = LeanCombine(case, 0), LeanCombine(case, 0, pairs=1, stages=3)

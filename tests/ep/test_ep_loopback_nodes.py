@@ -26,13 +26,14 @@ def nodes_of(case, **options):
     return buffer_of(case, gpus_per_node=case.topology.gpus_per_node, **options)
 
 
+@pytest.mark.parametrize("internode", ["rings", "lean"])
 @pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_bit_equal_to_the_reference(topology):
-    """Rounds of every call, over rings of one slot too: all ranks' blocks share the machine's one clock."""
+def test_bit_equal_to_the_reference(topology, internode):
+    """Rounds of every call, over rings of one slot too, by handle on fewer SMs than there are channels."""
     seed = fresh_generator().initial_seed() % (1 << 30)
     chance = random.Random(seed)
     size = topology[0] * topology[1]
-    for i, routing in enumerate(chance.sample(BETWEEN_NODES, 1 if size == 8 else 2)):
+    for i, routing in enumerate(chance.sample(BETWEEN_NODES, 2 if size < 5 else 1)):
         case = Case(
             Topology(*topology),
             routing,
@@ -40,7 +41,7 @@ def test_bit_equal_to_the_reference(topology):
             local_experts=chance.choice([1, 3]),
             hidden=chance.choice([32, 144]),
             num_topk=chance.choice([1, 3, 4]),
-            tokens=6 if size == 8 else 10,
+            tokens=10 if size < 5 else 6,
             expert_order=chance.random() < 0.7,
             weights=chance.random() < 0.7,
             seed=seed + i,
@@ -48,10 +49,11 @@ def test_bit_equal_to_the_reference(topology):
         chunk, depth = chance.choice([(1, 1), (1, 2), (3, 1), (8, 8)])
         tuning = ep.Tuning(channels=12, chunk=chunk, depth=depth)
         with emulator.virtual_gpu(num_sms=4 * size, seed=seed + i):
-            buffer = nodes_of(case, tuning=tuning)
+            buffer = nodes_of(case, tuning=tuning, internode=internode)
             for round_ in range(2):
                 check(case, buffer, round_, chance.random() < 0.5, chance.choice([2, 4]), 2)
         assert all(s.topology == case.topology and s.failure is None for s in buffer.status())
+        assert {s.internode for s in buffer.status()} == {internode}
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -109,6 +111,8 @@ def test_wrong_sizes_are_refused_and_a_wrong_expert_is_told_once():
         ):
             with pytest.raises(error, match=text):
                 ep.LoopbackBuffer(ranks, *sizes, gpus_per_node=gpus, device="cpu")
+        with pytest.raises(ValueError, match="LoopbackBuffer: internode is 'fat', expected one of"):
+            nodes_of(case, internode="fat")
         buffer = nodes_of(case)
         with pytest.raises(ValueError, match="num_sms is 26, expected at most 24"):
             buffer.dispatch(inputs.x, inputs.topk_idx, num_sms=26)

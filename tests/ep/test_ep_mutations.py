@@ -18,8 +18,8 @@ HAZARD, TIMEOUT, WRONG = "hazard", "timeout", "wrong result"
 # name: (what to replace, by what, what some schedule of 40 must give)
 MUTATIONS = {
     "a tail announces a token that is not written yet": (
-        "if (++sent % kChunk == 0) publish(tail, epoch << 32 | sent);",
-        "if (++sent % kChunk == 1) publish(tail, epoch << 32 | (sent + 3));",
+        "publish(tail, epoch << 32 | (sent - kChunk));",
+        "publish(tail, epoch << 32 | (sent + 1));",
         {HAZARD, WRONG, TIMEOUT},
     ),
     "a tail does not release": ("st.release.sys.global.u64", "st.relaxed.sys.global.u64", {HAZARD}),
@@ -65,18 +65,18 @@ MUTATIONS = {
         {TIMEOUT, HAZARD, WRONG},
     ),
     "counts of other channels are not waited for": (
-        "if (lane < channels && lane % teams == number)\n            kept",
-        "if (lane == 0)\n            kept",
+        "if (lane < call.to.channels)\n        kept",
+        "if (lane == channel)\n        kept",
         {HAZARD, WRONG},
     ),
     "rows of one channel are those of another": (
-        "if (c == channel) next[source * mine.local_experts + e]",
-        "if (c == 0) next[source * mine.local_experts + e]",
+        "if (begin + i == channel) next[",
+        "if (begin + i == 0) next[",
         {HAZARD, WRONG},
     ),
     "slots of a token are read before its tail": (
-        "const u64 expected = epoch << 32 | (i + 1);",
-        "const u64 expected = epoch << 32 | i;",
+        "const u64 expected = epoch << 32 | (loading + 1);",
+        "const u64 expected = epoch << 32 | loading;",
         {HAZARD, WRONG},
     ),
 }
@@ -88,8 +88,8 @@ MUTATIONS |= {
         {HAZARD, WRONG},
     ),
     "combine reads a slot before its tail": (
-        "(slot - share.first + 1);",
-        "(slot - share.first);",
+        "const u64 expected = epoch << 32 | (slot - share.first + 1);",
+        "const u64 expected = 0;",
         {HAZARD, WRONG},
     ),
     "combine's lanes do not see what others acquired": (
@@ -100,9 +100,53 @@ MUTATIONS |= {
 }
 
 MUTATIONS |= {
+    "a tail announces stores that have only read": (
+        "bulk::stores_done();\n    if (sent)",
+        "bulk::stores_read();\n    if (sent)",
+        {HAZARD, WRONG},
+    ),
+    "a tail announces stores that nobody waits for": ("bulk::stores_done<kChunk>();", "", {HAZARD, WRONG}),
+    "a stage is sent before the lanes' part is there": (
+        "bulk::lanes_done();\n                bulk::store",
+        "bulk::store",
+        {HAZARD},
+    ),
+    "a stage to send is loaded before it was read": (
+        "bulk::stores_read();\n                    ring.load(row",
+        "ring.load(row",
+        {HAZARD},
+    ),
+    "a stage that came is loaded before it was read": (
+        "bulk::stores_read();\n                ring.load(mine",
+        "ring.load(mine",
+        {HAZARD},
+    ),
+    "a slot is loaded without a fence behind its tail": (
+        "if (seen < expected) return false;\n                    bulk::acquired();",
+        "if (seen < expected) return false;",
+        {HAZARD},
+    ),
+    "blocks end while their stages are read": (
+        "bulk::stores_read();\n    if (!__syncthreads_or",
+        "if (!__syncthreads_or",
+        {HAZARD},
+    ),
+    "combine loads a slot without a fence behind its tail": (
+        "__syncwarp();\n        bulk::acquired();",
+        "__syncwarp();",
+        {HAZARD},
+    ),
+    "combine loads a stage that is being added": (
+        "while (under_way_ < ring_.stages())",
+        "while (under_way_ <= ring_.stages())",
+        {HAZARD},
+    ),
+}
+
+MUTATIONS |= {
     "a handle's tokens keep one of their rows": (
-        "if (lane < topk) row = rows",
-        "if (lane < 1) row = rows",
+        "if (kAgain && lane < topk) row = rows",
+        "if (kAgain && lane < 1) row = rows",
         {WRONG},
     ),
     "a handle's tokens are sent from the start": (
@@ -203,7 +247,7 @@ def outcome(text, seed, case):
 @pytest.mark.parametrize("case", [ROUNDS, AGAIN, TOKENS, STREAM], ids=["rounds", "again", "tokens", "stream"])
 def test_the_protocol_as_it_is(case):
     text = source()
-    assert {outcome(text, seed, case) for seed in range(SEEDS // 10)} == {"nothing"}
+    assert {outcome(text, seed, case) for seed in range(SEEDS // 20)} == {"nothing"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

@@ -13,7 +13,7 @@ extern "C" __global__ void stream(dsv3::u8* const* mappings, dsv3::Sequence* seq
                                   dsv3::Counters* counters, dsv3::u64* out, dsv3::u32 rank, dsv3::u32 epochs,
                                   dsv3::u32 tokens, dsv3::u32 counted) {
     using namespace dsv3;
-    const Rank self{mappings, sequence, failure, counters, 64, 16, 1000000, rank, 2, 1, 2};
+    const Rank self{mappings, sequence, failure, counters, 64, 16, 1000000, rank, 2, 1, 2, 2, nullptr};
     Rank sources = self;
     sources.ranks = 1;  // rank 0 alone waits for what is acknowledged
     const Workspace mine = self.mine(), theirs = self.workspace(1);
