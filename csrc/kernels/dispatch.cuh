@@ -170,12 +170,9 @@ __device__ __forceinline__ bool send_channel(const Call& call, bulk::Ring& ring,
     const u64* ack = self.mine().ack(peer);
     if (self.wait_warp(ack, epoch - 1, Role::kSend, peer, channel) < epoch - 1) return false;
     bulk::acquired();
-    if (kAgain) {
-        if (lane == 0) theirs.announcement(self.rank, channel)->form = call.from.form;
-    } else {
-        announce(call, theirs, channel, tokens, share.first, bad, counts, rows);
-        publish(theirs.tail(self.rank, channel), epoch << 32);
-    }
+    if (kAgain && lane == 0) theirs.announcement(self.rank, channel)->form = call.from.form;
+    if (!kAgain) announce(call, theirs, channel, tokens, share.first, bad, counts, rows);
+    publish(theirs.tail(self.rank, channel), epoch << 32);
     send<kAgain>(call, ring, stages, theirs, peer, channel, share, epoch);
     return true;
 }
@@ -197,6 +194,17 @@ __device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, cons
     const u32 first = kAgain ? range[0] : said->first, total = kAgain ? range[1] : said->tokens;
     if (total == kNothing) return true;
     u64 seen = 0;
+    if (kAgain) {  // from whom no rows come, too: so all ranks find what differs
+        const u64 begun = epoch << 32;
+        seen =
+            self.wait_warp(mine.tail(source, channel), begun, Role::kReceive, self.writer(source), channel);
+        if (seen < begun) return false;
+        if (said->form != call.from.form) {
+            if (lane == 0) record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
+            return true;  // nothing of this source is read
+        }
+        bulk::acquired();
+    }
     u32 loading = 0, load_end = stages.bytes, under_way = 0;
     for (u32 i = 0; i < total; ++i) {
         i32* rows = out.rows + (static_cast<i64>(source) * mine.max_tokens + first + i) * topk;
@@ -211,11 +219,6 @@ __device__ __forceinline__ bool receive(const Call& call, bulk::Ring& ring, cons
                                           self.writer(source), channel);
                     if (seen < expected) return false;
                     bulk::acquired();
-                    if (kAgain && said->form != call.from.form) {
-                        if (lane == 0)
-                            record(call, ErrorCode::kDispatchForm, source, 0, said->form, call.from.form);
-                        return true;  // nothing of this source is read
-                    }
                 }
                 const u32 load_begin = stages.begin(load_end);
                 bulk::stores_read();

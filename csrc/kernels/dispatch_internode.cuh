@@ -117,9 +117,13 @@ __device__ __forceinline__ bool forward(const Outbound& o, u32 node, u32 gpu, u3
 }
 
 // Warp `warp` of `warps`: lane l has the stream of a node to a GPU, number warp + l * warps of all.
-// `readers`, shared memory: how many GPUs' streams have read each slot of each node's ring.
+// `readers`, shared memory: how many GPUs' streams have read each slot of each node's ring, and its header.
 template <bool kAgain>
 __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 warps, u32* readers) {
+    if (kAgain)
+        for (u32 i = warp; i < o.self.ranks; i += warps)
+            if (!pass_form(o, i / o.self.gpus, i % o.self.gpus, readers + o.link.nodes * o.link.rings.depth))
+                return false;
     const u32 lane = threadIdx.x % 32, stream = warp + lane * warps, chunk = o.link.rings.chunk;
     const u32 node = stream / o.self.gpus, gpu = stream % o.self.gpus;
     const bool exists = stream < o.self.ranks, from_here = node == o.place.node();
@@ -147,8 +151,6 @@ __device__ __forceinline__ bool forward_chunks(const Outbound& o, u32 warp, u32 
             const u64 p = __shfl_sync(kFullWarp, position, who);
             const bool through_ring = n != o.place.node();
             const u8* from = o.link.rings.at(n, o.channel).arrived(p);
-            if (kAgain && begin == 0 && lane == 0)
-                o.place.peer(g).announcement(o.place.like(n), o.channel)->form = o.tokens.form;
             u32 after = before;
             for (u32 i = begin; i < end; ++i, from += o.message_bytes)
                 after += forward<kAgain>(o, n, g, first + i, through_ring ? from : nullptr, after);
@@ -180,7 +182,7 @@ __device__ __forceinline__ bool move_chunks(const Outbound& o, u32* readers) {
     }
     const u32 senders = split_warps(warps, {2 * sent, 1, true}, {2 * forwarded, o.self.ranks, false},
                                     (o.self.ranks + 31) / 32);
-    for (u32 i = threadIdx.x; i < nodes * o.link.rings.depth; i += blockDim.x) readers[i] = 0;
+    for (u32 i = threadIdx.x; i < nodes * (o.link.rings.depth + 1); i += blockDim.x) readers[i] = 0;
     __syncthreads();
     const bool kept = warp < senders ? send_chunks<kAgain>(o, warp, senders)
                                      : forward_chunks<kAgain>(o, warp - senders, warps - senders, readers);
@@ -216,10 +218,18 @@ __device__ __forceinline__ bool send_and_forward(const InternodeCall& all, u32 c
         kept = self.wait(self.mine().ack(peer), epoch - 1, Role::kForward, peer, channel) >= epoch - 1;
     }
     if (__syncthreads_or(!kept)) return false;
-    if (!kAgain) kept = exchange_counts(o, shared);
+    if (kAgain) {
+        if (threadIdx.x == 0) shared[0] = o.tokens.form;
+        __syncthreads();
+        for (u32 i = threadIdx.x / 32; i + 1 < o.link.nodes; i += blockDim.x / 32)
+            kept &= send_header(o, o.place.other(i), shared, 1);
+    } else {
+        kept = exchange_counts(o, shared);
+    }
     if (__syncthreads_or(!kept)) return false;
-    if (!kAgain && threadIdx.x == 0) ++*o.headers();
-    return move_chunks<kAgain>(o, shared);
+    kept = move_chunks<kAgain>(o, shared);
+    if (threadIdx.x == 0) ++*o.headers();
+    return kept;
 }
 
 // All blocks of a rank; `block` is this one.
@@ -268,8 +278,8 @@ __device__ __forceinline__ void run(const InternodeCall& all, u32 block, u32 blo
 
 // Grid: num_sms blocks for each rank of the launch, num_sms even, all resident, 2 * channels in the first
 // dispatch of a layout, which kAgain takes up at any number. 64 to 384 threads, at least 32 * (ranks / 32 +
-// 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * depth,
-// of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
+// 1). Dynamic shared memory, in words: of an even block 1 + ranks + nodes * header_words, or nodes * (depth +
+// 1), of an odd one ranks * local_experts and as many as there are ranks or local experts. row_bytes is a
 // multiple of 16, topk at most 32.
 template <bool kAgain>
 __global__ void __launch_bounds__(384, 1)

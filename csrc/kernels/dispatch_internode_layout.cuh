@@ -111,18 +111,24 @@ __device__ __forceinline__ void count(const Outbound& o, u32 node, u32 bad, cons
     }
 }
 
-// One warp: a header over InfiniBand.
-__device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const Header& header) {
+// One warp: a header over InfiniBand; of a layout that is used again the form alone.
+__device__ __forceinline__ bool send_header(const Outbound& o, u32 node, const u32* words, u32 size) {
     const Ring here = o.link.rings.at(node, o.channel), there = o.link.rings.at(o.place.node(), o.channel);
     const u32 like = o.place.like(node);
     const u64 before = *o.headers();
     if (o.self.wait_warp(here.header_free(), before, Role::kSend, like, o.channel) < before) return false;
-    for (u32 i = threadIdx.x % 32; i < header.size(); i += 32) here.header_out[i] = header.words[i];
+    for (u32 i = threadIdx.x % 32; i < size; i += 32) here.header_out[i] = words[i];
     __syncwarp();
     transport::put_signal_warp(reinterpret_cast<u8*>(there.header_in), reinterpret_cast<u8*>(here.header_out),
-                               4 * header.size(), there.header_ready(), before + 1, like,
+                               4 * size, there.header_ready(), before + 1, like,
                                o.link.queue_pairs[o.channel]);
     return true;
+}
+
+// One lane that has read, or knows that others have read, all of a header.
+__device__ __forceinline__ void free_header(const Outbound& o, u32 node, u64 number) {
+    transport::signal(o.link.rings.at(o.place.node(), o.channel).header_free(), number, o.place.like(node),
+                      o.link.queue_pairs[o.channel]);
 }
 
 // One warp: what a header says, to the GPUs of this node and into the layout.
@@ -164,7 +170,7 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) 
         __syncwarp();
         if (node == o.place.node())
             tell(o, node, header);
-        else if (!send_header(o, node, header))
+        else if (!send_header(o, node, header.words, header.size()))
             return false;
     }
     const u64 number = *o.headers() + 1;
@@ -176,10 +182,29 @@ __device__ __forceinline__ bool exchange_counts(const Outbound& o, u32* shared) 
         header.words = here.header_in;
         tell(o, node, header);
         __syncwarp();
-        if (threadIdx.x % 32 == 0)
-            transport::signal(o.link.rings.at(o.place.node(), o.channel).header_free(), number, like,
-                              o.link.queue_pairs[o.channel]);
+        if (threadIdx.x % 32 == 0) free_header(o, node, number);
     }
+    return true;
+}
+
+// One warp, in place of counts where a layout is used again: what form a node's rank has, to a GPU here,
+// ahead of its rows. `readers`, shared memory: how many GPUs' warps have read a node's header.
+__device__ __forceinline__ bool pass_form(const Outbound& o, u32 node, u32 gpu, u32* readers) {
+    const u32 lane = threadIdx.x % 32, source = o.place.like(node);
+    u32 form = o.tokens.form;
+    if (node != o.place.node()) {
+        const Ring here = o.link.rings.at(node, o.channel);
+        const u64 number = *o.headers() + 1;
+        if (o.self.wait_warp(here.header_ready(), number, Role::kForward, source, o.channel) < number)
+            return false;
+        form = here.header_in[0];
+        __syncwarp();
+        if (lane == 0 && ptx::fetch_add_block(readers + node, 1) + 1 == o.self.gpus)
+            free_header(o, node, number);
+    }
+    const Workspace theirs = o.place.peer(gpu);
+    if (lane == 0) theirs.announcement(source, o.channel)->form = form;
+    publish(theirs.tail(source, o.channel), o.epoch << 32);
     return true;
 }
 

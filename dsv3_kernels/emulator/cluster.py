@@ -46,11 +46,11 @@ class _RankGPU(VirtualGPU):
         self._machine, self._rank, self._runner = machine, rank, runner
         self.num_sms, self.seed = machine.num_sms, machine.seed
 
-    def _run(self, queued: list[Any]) -> None:
+    def _run(self, launch: Any) -> None:
         if self._runner is None:
-            self._machine.run(queued)
+            self._machine.run([launch])
         else:
-            self._runner.wait_for(self._rank, queued[-1])
+            self._runner.wait_for(self._rank, launch)
 
 
 class VirtualCluster:

@@ -61,7 +61,7 @@ class VirtualGPU:
     ) -> None:
         """Run one kernel to its end."""
         self._run(
-            [self._machine.submit(ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False)]
+            self._machine.submit(ptx, kernel, self._rank, grid, block, args, cluster, shared_bytes, False)
         )
 
     def launch_chain(self, launches: Sequence[Mapping[str, Any]]) -> None:
@@ -69,7 +69,8 @@ class VirtualGPU:
 
         Each is a mapping of `launch`'s arguments.
         """
-        self._run(self._queue(launches))
+        for launch in self._queue(launches):
+            self._run(launch)
 
     def _queue(self, launches: Sequence[Mapping[str, Any]]) -> list[Any]:
         return [
@@ -87,8 +88,8 @@ class VirtualGPU:
             for i, x in enumerate(launches)
         ]
 
-    def _run(self, queued: list[Any]) -> None:
-        self._machine.run(queued)
+    def _run(self, launch: Any) -> None:
+        self._machine.run([launch])
 
     def address_of(self, tensor: Tensor) -> int:
         """Where kernels see the tensor's first element."""

@@ -204,6 +204,6 @@ def shape_of_launch(rings: Rings, num_sms: int, warps: int = WARPS) -> tuple[lau
     """Grid, block and bytes of shared memory of one rank."""
     shape = rings.shape
     ranks, nodes = shape.topology.size, shape.topology.nodes
-    even = max(1 + ranks + nodes * rings.header_words, nodes * rings.depth)
+    even = max(1 + ranks + nodes * rings.header_words, nodes * (rings.depth + 1))
     odd = ranks * shape.local_experts + max(ranks, shape.local_experts)
     return (num_sms, 1, 1), (32 * warps, 1, 1), max(4 * even, 4 * odd + 2048 * warps, kernels.OWN_SM)

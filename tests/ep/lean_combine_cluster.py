@@ -42,6 +42,8 @@ class LeanCombine(Cluster):
         call = kernels.table([lean_combine.combine_call(self.lean[rank], operands)])
         gpu, blocks, warps = emulator.current(), self.num_sms, 2 * self.pairs
         for _ in range(self.times):
+            if self.links[rank].peers.failure.any():
+                return
             gpu.launch(
                 *every[0],
                 args=(call, self.sms, self.stages),

@@ -3,11 +3,12 @@
 import random
 
 import pytest
+import torch
 from cases import Case, draw
 from fp8_helpers import fresh_generator
 from internode_cluster import SECONDS, Cluster
 
-from dsv3_kernels import emulator, ep
+from dsv3_kernels import emulator, ep, quantize_1x128
 from dsv3_kernels.ep import Topology, kernels
 
 CASE = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=8, seed=2)
@@ -112,3 +113,25 @@ def test_the_buffer_says_who_and_in_which_role():
 
     said = cluster.run(program)[:3]
     assert any("for rank 3" in text for text in said), said
+
+
+@pytest.mark.parametrize("nodes, gpus", [(2, 1), (2, 2)])
+def test_a_handle_with_rows_of_another_form_is_an_error_on_every_rank(nodes, gpus):
+    """Also on one that no rows come to; and the buffer stays good."""
+    case = Case(Topology(nodes, gpus), local_experts=2, hidden=32, num_topk=2, tokens=8, seed=2)
+    inputs = draw(case)
+
+    def program(rank, group):
+        buffer = ep.Buffer(group, case.num_experts, 32, 8, 2, gpus_per_node=gpus)
+        x = inputs.x[rank]
+        for idx in (inputs.topk_idx[rank], torch.full_like(inputs.topk_idx[rank], -1)):
+            got = buffer.dispatch(x, idx, num_sms=4)
+            again = quantize_1x128(x) if rank == 1 else x
+            said = "rank . passes BF16 x" if rank == 1 else "rank 1 passes FP8 x"
+            with pytest.raises(ValueError, match=said):
+                buffer.dispatch(again, handle=got.handle, num_sms=2)
+            again = buffer.dispatch(-x, handle=got.handle, num_sms=2)
+            assert torch.equal(again.x.view(torch.uint16), (-got.x).view(torch.uint16))
+        assert buffer.status().failure is None
+
+    emulator.VirtualCluster(nodes, gpus, 3, num_sms=4).run(program)

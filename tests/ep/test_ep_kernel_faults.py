@@ -160,12 +160,14 @@ def test_ranks_that_pass_different_things_all_hear_of_it():
                 )
             got = buffer.dispatch(*good, num_sms=4)
             assert got.topk_idx.shape[0] == rows[rank]
-        # With a handle no counts travel: who gets rows that are not as its own says so.
-        again = quantize_1x128(x) if rank == 1 else x
+        # With a handle no counts travel, but every rank hears from every other, though no rows may come.
         others = {0: "rank 1 passes FP8 x", 1: "rank . passes BF16 x", 2: "rank 1 passes FP8 x"}
-        with pytest.raises(ValueError, match=others[rank]):
-            buffer.dispatch(again, handle=got.handle, num_sms=4)
-        assert buffer.dispatch(x, handle=got.handle, num_sms=4).x.shape[0] == rows[rank]
+        for idx in (inputs.topk_idx[rank], torch.full_like(inputs.topk_idx[rank], -1)):
+            got = buffer.dispatch(x, idx, num_sms=4)
+            with pytest.raises(ValueError, match=others[rank]):
+                buffer.dispatch(quantize_1x128(x) if rank == 1 else x, handle=got.handle, num_sms=4)
+            again = buffer.dispatch(x, handle=got.handle, num_sms=2)
+            assert torch.equal(bits(again.x), bits(got.x))
         assert buffer.status().failure is None
 
     emulator.VirtualCluster(1, 3, 5, num_sms=4).run(program)

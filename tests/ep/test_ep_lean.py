@@ -1,5 +1,6 @@
 """The lean kernels across nodes in the emulator: bit for bit the reference."""
 
+import collections
 import random
 
 import pytest
@@ -10,11 +11,13 @@ from fp8_helpers import fresh_generator
 from internode_cluster import check
 from lean_cluster import ALL, LeanCluster, compiled
 from test_ep import exchange
-from test_ep_internode import TOPOLOGIES, a_case
+from test_ep_internode import TOPOLOGIES, Streams, a_case
 
 from dsv3_kernels import emulator, ep
 from dsv3_kernels.ep import Topology, internode_kernels, lean_dispatch, reference
 from dsv3_kernels.ep.lean_dispatch import Pieces
+
+TOLD = 4  # csrc/kernels/dispatch_lean_send.cuh, kTold
 
 
 def is_right(case, seed, kernels=ALL):
@@ -135,3 +138,46 @@ def test_ranks_that_disagree_are_told():
     with pytest.raises(ValueError, match="internode is 'ring', expected one of"):
         ep.Buffer(None, 4, 32, 4, 2, internode="ring")
     emulator.VirtualCluster(2, 2, 1, num_sms=4).run(program)
+
+
+def puts_of(case, idx, channels):
+    """How often each rank puts messages to each other node, by (rank, node): those of `TOLD` tokens go when
+    the next as many are under way, the rest at the end of the channel."""
+    told, puts = TOLD, collections.Counter()
+    width = case.topology.gpus_per_node * case.local_experts
+    for rank, experts in enumerate(idx):
+        share = -(-len(experts) // channels)
+        for node in range(case.topology.nodes):
+            wants = [any(e // width == node for e in row if e >= 0) for row in experts.tolist()]
+            for channel in range(channels):
+                mine = wants[channel * share :][:share]
+                full = len(mine) // told
+                batches = [sum(mine[i * told :][:told]) for i in range(full - 1)]
+                puts[rank, node] += sum(map(bool, [*batches, sum(mine[max(full - 1, 0) * told :])]))
+    return puts
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_bytes(fp8):
+    """A token to a node, and to a rank there: row, scales, 8 bytes a choice. The rest is counts and words."""
+    case = Case(Topology(2, 2), fp8=fp8, local_experts=8, hidden=7168, num_topk=8, tokens=14, seed=fp8)
+    inputs, channels, gpus = draw(case), 2, 2
+    cluster = LeanCluster(case, 0, 2, 1)
+    cluster.run([inputs], compiled(*ALL), combine=False)
+    counters, streams = cluster.cluster.counters, Streams(case, inputs, 1)
+    ib, nvlink = streams.ib, streams.nvlink
+    message = (7168 + 56 * 4 if fp8 else 2 * 7168) + 8 * 8
+    header = 4 * cluster.lean[0].slots.header_words
+    assert header == 4 * (gpus * 8 + gpus + 4 + 7)
+    links = {pair: link for pair, link in counters["links"].items() if link["kind"] == "IB"}
+    puts = puts_of(case, inputs.topk_idx, channels)
+    assert links.keys() == {(s, d) for s in range(4) for d in range(4) if s % 2 == d % 2 and s != d}
+    for (s, d), link in links.items():
+        # Of a channel: its first word, the header and its tail. Of a rank: an acknowledgement.
+        words = channels * (8 + header + 8) + 8 * puts[s, d // gpus] + 8
+        assert link["bytes"] == ib[s, d] * message + words
+        assert words + 8 * 8 * ib[s, d] < 0.05 * link["bytes"]
+    of_stream = 4 * (8 + 7 + 4) + 8  # counts, and the one tail
+    for s, d in ((0, 1), (1, 0), (2, 3), (3, 2)):
+        direct = counters["peer_bytes_by_link"][s, d]
+        assert direct == nvlink[s, d] * message + case.topology.nodes * channels * of_stream + 8

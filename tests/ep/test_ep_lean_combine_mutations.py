@@ -77,8 +77,8 @@ MUTATIONS = {
     "a signal on another queue pair than its data": (
         MOVE,
         re.compile(r"nvshmemx_qp_char_put_signal_nbi_warp\(reinterpret_cast.*?\);", re.DOTALL),
-        """nvshmemx_qp_char_put_nbi_warp(reinterpret_cast<char*>(target), reinterpret_cast<const char*>(source),
-                                      bytes, rank, queue_pair);
+        """char* to = reinterpret_cast<char*>(target);
+        nvshmemx_qp_char_put_nbi_warp(to, reinterpret_cast<const char*>(source), bytes, rank, queue_pair);
         if (threadIdx.x % 32 == 0) nvshmemx_qp_signal_op(signal, value, 9, rank, queue_pair + 1);""",
         {HAZARD, WRONG},
     ),

@@ -122,8 +122,8 @@ MUTATIONS |= {
         {HAZARD},
     ),
     "a slot is loaded without a fence behind its tail": (
-        "bulk::acquired();\n                    if (kAgain",
-        "if (kAgain",
+        "if (seen < expected) return false;\n                    bulk::acquired();",
+        "if (seen < expected) return false;",
         {HAZARD},
     ),
     "blocks end while their stages are read": (
@@ -247,7 +247,7 @@ def outcome(text, seed, case):
 @pytest.mark.parametrize("case", [ROUNDS, AGAIN, TOKENS, STREAM], ids=["rounds", "again", "tokens", "stream"])
 def test_the_protocol_as_it_is(case):
     text = source()
-    assert {outcome(text, seed, case) for seed in range(SEEDS // 10)} == {"nothing"}
+    assert {outcome(text, seed, case) for seed in range(SEEDS // 20)} == {"nothing"}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

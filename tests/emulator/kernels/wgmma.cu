@@ -1,6 +1,7 @@
 // Tensor cores: what may be touched when. 128 threads: one warpgroup, and a producer warp where one is
 // needed.
 #include "common.cuh"
+#include "ptx_wgmma.cuh"
 
 constexpr u32 kN = 16;
 constexpr u32 kOnes = 0x38383838;  // four times 1.0 in e4m3
