@@ -170,6 +170,7 @@ class Node:
             setup.topk,
             gpus_per_node=setup.gpus,
             internode=setup.internode,
+            tuning=ep.Tuning(channels=setup.num_sms // 2),
             device=device,
         )
         x = [torch.randn(setup.tokens, setup.hidden, device=device).bfloat16() for _ in range(setup.ranks)]
