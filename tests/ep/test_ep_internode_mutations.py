@@ -81,7 +81,7 @@ MUTATIONS = {
     ),
     "a header is free before it is read": (
         re.compile(
-            r"(header\.words = here\.header_in;\s*tell.*?__syncwarp\(\);)(\s*if \(threadIdx[^;]*free_header[^;]*;)",
+            r"(header\.words = here\.header_in;\s*tell.*?__syncwarp\(\);)(\s*if \(threadIdx[^;]*number\);)",
             re.DOTALL,
         ),
         r"\2 \1",
