@@ -7,7 +7,9 @@ Processes meet through torch.distributed, which carries NVSHMEM's unique id. Not
 import ctypes
 import os
 import struct
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -98,13 +100,13 @@ def current() -> World:
     return _world
 
 
-def world(group: "dist.ProcessGroup", needed: int) -> World:
+def world(group: "dist.ProcessGroup", needed: int, timeout: float = 30.0) -> World:
     """The world of the ranks of `group`, begun at the first call; all of them call, their devices set.
 
     needed: bytes of symmetric memory that the caller is about to allocate. Environment: what is set stays;
     else several nodes get NVSHMEM_IB_ENABLE_IBGDA=1, one node NVSHMEM_REMOTE_TRANSPORT=none, and
     NVSHMEM_SYMMETRIC_SIZE fits `needed`. Raises `NvshmemError` (or `ToolchainError` without NVSHMEM), on
-    every rank if on one.
+    every rank if on one; where one does not come, after `timeout` seconds.
     """
     import torch.distributed as dist
 
@@ -117,11 +119,13 @@ def world(group: "dist.ProcessGroup", needed: int) -> World:
                 "process has one world. Mend: make all buffers on one group"
             )
         return _world
-    several = _several_nodes(group, dist)
+    several = len(set(_Step(group, timeout).gather(os.uname().nodename))) > 1
     # A rank that cannot would leave the others waiting inside NVSHMEM's own bootstrap.
-    library, heap = together(lambda: _prepare(several, needed), group)
-    unique_id = _unique_id(library, group, dist)
-    _world = together(lambda: _begin(library, unique_id, dist.get_rank(group), ranks, heap), group)
+    library, heap = together(lambda: _prepare(several, needed), group, timeout)
+    rank = dist.get_rank(group)
+    made = together(lambda: _unique_id(library) if rank == 0 else b"", group, timeout)
+    unique_id = bytes.fromhex(_Step(group, timeout).gather(made.hex())[0])
+    _world = together(lambda: _begin(library, unique_id, rank, ranks, heap), group, timeout)
     return _world
 
 
@@ -136,24 +140,86 @@ def finalize() -> None:
         ended._library.nvshmemx_hostlib_finalize()
 
 
-def together(act: Callable[[], T], group: "dist.ProcessGroup") -> T:
-    """What act() gives on this rank, or an error on every rank if it fails on one."""
-    import torch.distributed as dist
+def together(act: Callable[[], T], group: "dist.ProcessGroup", timeout: float) -> T:
+    """What act() gives on this rank, or `NvshmemError` on every rank, at once if it fails on one.
 
-    result: T | None = None
-    problem: Exception | None = None
+    act may wait for other ranks, inside NVSHMEM, where nothing ends a wait: so it runs in a thread, which is
+    left behind when another rank has failed, or has not come in `timeout` seconds.
+    """
+    step = _Step(group, timeout)
+    outcome: list[tuple[T | None, Exception | None]] = []
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            outcome.append((act(), None))
+        except Exception as error:
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
     try:
-        result = act()
-    except (NvshmemError, toolchain.ToolchainError, OSError) as error:
-        problem = error
-    problems: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(problems, None if problem is None else str(problem), group=group)
+        for pause in step.pauses("is still busy with it, or did not come"):
+            thread.join(pause)
+            if outcome:
+                break
+    except NvshmemError:
+        thread.join(0.5)  # what this rank has to say itself says more
+        if not outcome:
+            raise
+    result, problem = outcome[0]
     if problem is not None:
+        step.fail(str(problem))
         raise problem
-    for rank, text in enumerate(problems):
-        if text is not None:
-            raise NvshmemError(f"rank {rank} cannot use NVSHMEM: {text}")
+    step.gather("")
     return cast(T, result)
+
+
+class _Step:
+    """One step that all ranks of a group take, by the group's store, which a rank that died cannot block."""
+
+    def __init__(self, group: "dist.ProcessGroup", timeout: float) -> None:
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import _get_process_group_store
+
+        self._number = _steps[group.group_name] = _steps.get(group.group_name, 0) + 1
+        prefix = f"dsv3_kernels.nvshmem/{self._number}"
+        self._store = dist.PrefixStore(prefix, _get_process_group_store(group))
+        self._rank, self._size, self._timeout = dist.get_rank(group), dist.get_world_size(group), timeout
+        self._end = time.monotonic() + timeout
+
+    def fail(self, text: str) -> None:
+        self._store.set("problem", f"rank {self._rank} cannot use NVSHMEM: {text}")
+
+    def gather(self, text: str) -> list[str]:
+        """The text of every rank."""
+        self._store.set(str(self._rank), text)
+        keys = [str(rank) for rank in range(self._size)]
+        for pause in self.pauses("has not answered"):
+            if self._store.check(keys):
+                break
+            time.sleep(pause)
+        return [self._store.get(key).decode() for key in keys]
+
+    def pauses(self, absent: str) -> Iterator[float]:
+        """Between looks; raises when a rank has failed, or too long a time is over."""
+        pause = 1e-3
+        while True:
+            if self._store.check(["problem"]):
+                raise NvshmemError(self._store.get("problem").decode())
+            if time.monotonic() > self._end:
+                silent = [rank for rank in range(self._size) if not self._store.check([str(rank)])]
+                raise NvshmemError(
+                    f"NVSHMEM's set-up did not end in {self._timeout:g} s: of ranks {silent} each {absent}. "
+                    "Mend: see whether they are alive and make the same buffer; NVSHMEM_DEBUG=INFO says more"
+                )
+            yield pause
+            pause = min(2 * pause, 0.2)
+
+
+_steps: dict[str, int] = {}  # taken so far, by name of the group
 
 
 def _prepare(several: bool, needed: int) -> tuple[Any, int]:
@@ -164,12 +230,6 @@ def _prepare(several: bool, needed: int) -> tuple[Any, int]:
         _check_nic()
     _set_environment(several, needed)
     return _load(found.host_library), _bytes_of(os.environ[SYMMETRIC_SIZE])
-
-
-def _several_nodes(group: "dist.ProcessGroup", dist: Any) -> bool:
-    hosts: list[str] = [""] * dist.get_world_size(group)
-    dist.all_gather_object(hosts, os.uname().nodename, group=group)
-    return len(set(hosts)) > 1
 
 
 def _check_nic() -> None:
@@ -202,26 +262,24 @@ def _load(path: Path) -> Any:
     return library
 
 
-def _unique_id(library: Any, group: "dist.ProcessGroup", dist: Any) -> Any:
-    """Rank 0's, by which all meet."""
+def _unique_id(library: Any) -> bytes:
+    """By which all meet."""
     unique_id = ctypes.create_string_buffer(_UNIQUEID_BYTES)
     struct.pack_into("<i", unique_id, 0, (1 << 16) + _UNIQUEID_BYTES)
-    status = library.nvshmemx_get_uniqueid(unique_id) if dist.get_rank(group) == 0 else 0
-    carried: list[Any] = [(status, unique_id.raw)]
-    dist.broadcast_object_list(carried, group=group, group_src=0)
-    status, unique_id.raw = carried[0]
+    status = library.nvshmemx_get_uniqueid(unique_id)
     if status:
         raise NvshmemError(
             f"nvshmemx_get_uniqueid gave status {status} on rank 0. Mend: name the interface by which ranks "
             "meet in NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME; NVSHMEM_DEBUG=INFO says more"
         )
-    return unique_id
+    return unique_id.raw
 
 
-def _begin(library: Any, unique_id: Any, rank: int, ranks: list[int], heap: int) -> World:
+def _begin(library: Any, met: bytes, rank: int, ranks: list[int], heap: int) -> World:
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # there is a context, of the device that this rank has chosen
     size = len(ranks)
+    unique_id = ctypes.create_string_buffer(met, _UNIQUEID_BYTES)
     attributes = ctypes.create_string_buffer(_ATTRIBUTES_BYTES)
     for offset, size_of in _VERSIONS.items():
         struct.pack_into("<i", attributes, offset, (1 << 16) + size_of)

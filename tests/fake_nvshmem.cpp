@@ -5,6 +5,8 @@
 #include <cstring>
 #include <string>
 
+#include <unistd.h>
+
 namespace {
 
 long number(const char* name, long otherwise) {
@@ -64,6 +66,7 @@ int nvshmemx_set_attr_uniqueid_args(int my_rank, int ranks, char* id, Attributes
 
 int nvshmemx_hostlib_init_attr(unsigned flags, Attributes* attributes) {
     if (flags != 8 || number("FAKE_INIT", 0)) return 7;
+    sleep(number("FAKE_HANG", 0));  // as for ranks that never come
     heard.clear();
     for (const char* name : {"NVSHMEM_IB_ENABLE_IBGDA", "NVSHMEM_REMOTE_TRANSPORT", "NVSHMEM_SYMMETRIC_SIZE"}) {
         const char* text = std::getenv(name);

@@ -232,7 +232,8 @@ class Buffer(Sized):
         of the buffer sets up memory and is not for capture. max_tokens_per_rank · num_topk is at most 65535.
         Returns a `LowLatencyDispatched`, as `masked_grouped_fp8_gemm` takes it. Raises TypeError or
         ValueError for wrong arguments (for experts out of range, too: kernels leave those out, and the rank
-        that passed them raises), and `ep.TimeoutError`.
+        that passed them raises at the end of this call or its hook, if the GPU has come so far), and
+        `ep.TimeoutError`.
         """
         form = Format(fp8, power_of_2_scales)
         return low_latency.dispatch(self._fast(), self._shape, x, topk_idx, form, num_sms, return_recv_hook)
@@ -315,8 +316,9 @@ def _over_nvshmem(design: Design, exchange: Exchange) -> Transport | str:
     if refused is not None:
         return refused
     try:
-        world = nvshmem.world(group, nodes.needed(design))
-        return nvshmem.together(lambda: nodes.over_nvshmem(world, design, exchange.timeout), group)
+        seconds = exchange.timeout
+        world = nvshmem.world(group, nodes.needed(design), seconds)
+        return nvshmem.together(lambda: nodes.over_nvshmem(world, design, seconds), group, seconds)
     except (nvshmem.NvshmemError, ToolchainError, OSError) as error:
         return str(error)
 
@@ -339,7 +341,8 @@ def _low_latency_of(shape: Shape, exchange: Exchange, name: str) -> low_latency.
     if group is None or name == "portable":
         return PortableLowLatency(shape, exchange)
     if name == "nvshmem":
-        connection = connect_nvshmem(nvshmem.current(), shape)
+        world = nvshmem.current()
+        connection = nvshmem.together(lambda: connect_nvshmem(world, shape), group, seconds)
         return KernelLowLatency(shape, connection, seconds)
     exchange.begin()
     size = low_latency_kernels.areas(shape)[1].end

@@ -8,12 +8,14 @@ drivers and containers. What the kernels need of it is one address a rank; the p
 (channel.cuh).
 """
 
+import contextlib
 import enum
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,7 @@ from .exchange import Exchange
 from .kernels import MAX_RANKS, MAX_TOPK
 from .transport import Shape
 
+T = TypeVar("T")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the host, the same in all of its containers
 
 
@@ -92,14 +95,25 @@ def connect(exchange: Exchange, shape: Shape, device: torch.device, size: int) -
     found = _first(exchange.all_gather("Buffer", [obstacle], device))
     if found is not None:
         return found
-    mapped, detail = None, ""
+    # In two steps, so that none waits in the second for one that has failed in the first.
+    memory, found, detail = _together(exchange, device, lambda: _allocate(device, size))
+    if memory is None or found is not None:
+        return f"{found}{detail}"
+    mapped, found, detail = _together(exchange, device, lambda: _map(exchange, memory, device))
+    return mapped if mapped is not None and found is None else f"{found}{detail}"
+
+
+def _together(
+    exchange: Exchange, device: torch.device, act: Callable[[], T]
+) -> tuple[T | None, str | None, str]:
+    """What act() gives; the reason of the first rank where it fails; what torch says of it here."""
+    result, obstacle, detail = None, Obstacle.NONE, ""
     try:
-        mapped = _map(exchange, device, size)
+        result = act()
     except Exception as error:  # torch's own, of many kinds
         obstacle = Obstacle.FAILED
         detail = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-    found = _first(exchange.all_gather("Buffer", [obstacle], device))
-    return mapped if mapped is not None and found is None else f"{found}{detail}"
+    return result, _first(exchange.all_gather("Buffer", [obstacle], device)), detail
 
 
 def _known_to_all(exchange: Exchange, shape: Shape, device: torch.device) -> Obstacle:
@@ -153,10 +167,14 @@ def _first(every: Iterable[Sequence[int]]) -> str | None:
     return None
 
 
-def _map(exchange: Exchange, device: torch.device, size: int) -> Mapped:
-    symmetric = _symmetric_memory()
-    memory = symmetric.empty(size, dtype=torch.uint8, device=device)
-    handle = symmetric.rendezvous(memory, exchange.group)
+def _allocate(device: torch.device, size: int) -> Tensor:
+    memory: Tensor = _symmetric_memory().empty(size, dtype=torch.uint8, device=device)
+    return memory
+
+
+def _map(exchange: Exchange, memory: Tensor, device: torch.device) -> Mapped:
+    with _patience(exchange):
+        handle = _symmetric_memory().rendezvous(memory, exchange.group)
     bases = list(handle.buffer_ptrs)
     if len(bases) != exchange.size:
         raise RuntimeError(f"rendezvous gave {len(bases)} addresses for {exchange.size} ranks")
@@ -167,6 +185,25 @@ def _map(exchange: Exchange, device: torch.device, size: int) -> Mapped:
     memory.zero_()
     torch.cuda.synchronize(device)  # before any rank hears of it and may write
     return Mapped(memory, [base + offset for base in bases], handle)
+
+
+@contextlib.contextmanager
+def _patience(exchange: Exchange) -> Iterator[None]:
+    """Waits in the group's store last half the buffer's timeout, for who has failed waits for the others."""
+    if not isinstance(exchange.group, dist.ProcessGroup):
+        yield
+        return
+    from torch.distributed.distributed_c10d import _get_process_group_store
+
+    store = _get_process_group_store(exchange.group)
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    before = store.timeout
+    store.set_timeout(timedelta(seconds=exchange.timeout / 2))
+    try:
+        yield
+    finally:
+        store.set_timeout(before)
 
 
 def _symmetric_memory() -> Any:

@@ -260,3 +260,37 @@ def test_a_broken_protocol_is_noticed(name):
         if seen[-1] != "nothing":
             break
     assert seen[-1] in expected, seen
+
+
+# With several channels a block, each served by a team of its warps.
+TEAMS = {
+    "a team does not wait for its counts": (
+        "team.sync();\n    for (u32 source = 0; source < self.ranks; ++source) kept",
+        "for (u32 source = 0; source < self.ranks; ++source) kept",
+        {HAZARD, WRONG, TIMEOUT},
+    ),
+    "all teams plan in the memory of the first": (
+        "number * words_of_team(self);",
+        "0 * words_of_team(self);",
+        {HAZARD, WRONG, TIMEOUT},
+    ),
+    "all teams take the channel of the first": (
+        "block / 2 * teams + number;  // channel of this team",
+        "block / 2 * teams;",
+        {HAZARD, WRONG, TIMEOUT},
+    ),
+    "rows of one channel are those of another": MUTATIONS["rows of one channel are those of another"],
+    "the first block to end acknowledges for all": MUTATIONS["the first block to end acknowledges for all"],
+}
+
+
+@pytest.mark.parametrize("name", [None, *TEAMS])
+def test_a_broken_protocol_is_noticed_with_several_channels_a_block(monkeypatch, name):
+    monkeypatch.setattr(kernels, "MAX_THREADS", 2 * 32 * ROUNDS.topology.size)
+    old, new, expected = TEAMS[name] if name else ("", "", {"nothing"})
+    text, seen = source(old, new), []
+    for seed in range(SEEDS if name else 2):
+        seen.append(outcome(text, seed, ROUNDS))
+        if seen[-1] != "nothing":
+            break
+    assert seen[-1] in expected, seen

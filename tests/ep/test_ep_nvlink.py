@@ -1,14 +1,18 @@
 """Peers' memory over NVLink, with stand-ins for CUDA and torch's symmetric memory; ranks are threads."""
 
+import time
 import types
 
 import pytest
+import ranks
 import torch
+import torch.distributed as dist
 from cases import Case, bits, draw, results
 
 from dsv3_kernels import emulator, ep
 from dsv3_kernels.ep import Topology, Tuning, buffer, nvlink, reference
 from dsv3_kernels.ep.calls import Calls
+from dsv3_kernels.ep.design import design_of
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.quantized import QuantizedTensor
 
@@ -35,6 +39,7 @@ class System:
         self.boots = ["one host"] * RANKS
         self.visible, self.apart = RANKS, set()  # pairs of GPUs without peer access
         self.module, self.mapped, self.offset, self.broken = self, [], 0, {}
+        self.full = set()  # ranks without memory
         for name, value in {
             "get_device_capability": lambda device: self.capability,
             "get_device_properties": lambda device: types.SimpleNamespace(uuid=self.uuids[device.index]),
@@ -56,6 +61,8 @@ class System:
 
     def empty(self, size, *, dtype, device):
         assert device == torch.device("cuda", self.rank())
+        if self.rank() in self.full:
+            raise RuntimeError("CUDA error 2: out of memory")
         return torch.full((size,), 0xAA, dtype=dtype)
 
     def rendezvous(self, memory, group):
@@ -141,6 +148,26 @@ def test_a_rank_that_cannot_map_keeps_all_from_it_and_says_why(system):
     assert all(text.endswith("(RuntimeError: CUDA error 801: operation not supported)") for text in got)
 
 
+def test_none_waits_in_the_rendezvous_for_a_rank_without_memory(system):
+    system.full = {2}
+    got = system.connect()
+    assert not system.mapped and all(text.startswith("rank 2: torch's symmetric memory") for text in got)
+    assert got[2].endswith("(RuntimeError: CUDA error 2: out of memory)") and "CUDA" not in got[1]
+
+
+def waits_in_the_store(rank, size):
+    exchange = types.SimpleNamespace(group=dist.group.WORLD, timeout=2.0)
+    store = dist.distributed_c10d._get_default_store()
+    before, start = store.timeout, time.monotonic()
+    with pytest.raises(RuntimeError), nvlink._patience(exchange):
+        store.wait(["what no rank sets"])
+    assert 1 <= time.monotonic() - start < 30 and store.timeout == before
+
+
+def test_a_rendezvous_ends_in_half_the_timeout(tmp_path):
+    ranks.run(tmp_path / "ranks", 1, waits_in_the_store)
+
+
 def test_an_address_that_is_not_of_the_memory_is_refused(system):
     system.offset = 64
     system.rendezvous = lambda memory, group: types.SimpleNamespace(
@@ -180,7 +207,7 @@ def test_the_kernels_run_over_what_was_mapped(monkeypatch, fp8):
     def program(rank, group):
         exchange = Exchange(group)
         exchange.timeout = 1e-3
-        transport, reason = buffer._choose(shape, exchange, None, Tuning())
+        transport, reason = buffer._choose(shape, exchange, None, lambda: design_of(shape, "rings", Tuning()))
         assert (transport.name, reason) == ("nvlink", "")
         calls = Calls(shape, transport)
         plain = {"previous_event": None, "async_op": False}

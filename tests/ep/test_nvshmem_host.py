@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import types
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from dsv3_kernels import jit, nvshmem
 from dsv3_kernels.ep import Topology, Tuning, buffer, low_latency_kernels
+from dsv3_kernels.ep.design import design_of
 from dsv3_kernels.ep.transport import Shape
 from dsv3_kernels.jit import toolchain
 
@@ -123,12 +125,15 @@ def the_buffers_transport(rank, size, path):
     exchange = types.SimpleNamespace(group=dist.group.WORLD, rank=rank, size=2, timeout=1.0)
     shape = Shape(8, 32, 4, 2, Topology(2, 1))
     few = r"made 6 of 12 queue pairs .*NVSHMEM_IBGDA_NUM_RC_PER_PE=12"
-    transport, reason = buffer._choose(shape, exchange, None, Tuning())
+    transport, reason = buffer._choose(shape, exchange, None, lambda: design_of(shape, "rings", Tuning()))
     assert transport.name == "portable" and re.search(f"no NVSHMEM: .*{few}", reason)
     with pytest.raises(RuntimeError, match=f"transport is 'nvshmem', but .*{few}"):
-        buffer._choose(shape, exchange, "nvshmem", Tuning())
-    os.environ["FAKE_QUEUE_PAIRS"] = "12"
-    transport, reason = buffer._choose(shape, exchange, None, Tuning())
+        buffer._choose(shape, exchange, "nvshmem", lambda: design_of(shape, "rings", Tuning()))
+    os.environ |= {"FAKE_QUEUE_PAIRS": "12", "NVSHMEM_SYMMETRIC_SIZE": "1"}
+    with pytest.raises(RuntimeError, match=r"heap is too small: \d+ bytes .*NVSHMEM_SYMMETRIC_SIZE=\d{10} "):
+        buffer._choose(shape, exchange, "nvshmem", lambda: design_of(shape, "rings", Tuning()))
+    os.environ["NVSHMEM_SYMMETRIC_SIZE"] = str(1 << 30)
+    transport, reason = buffer._choose(shape, exchange, None, lambda: design_of(shape, "rings", Tuning()))
     assert transport.name == "nvshmem" and not reason
     link, memory = transport.link, transport.peers.table
     assert link.queue_pairs.tolist() == list(range(2, 14))
@@ -139,13 +144,13 @@ def the_buffers_transport(rank, size, path):
     # Ranks said to share a node, which do not.
     together = Shape(8, 32, 4, 2, Topology(1, 2))
     with pytest.raises(RuntimeError, match=r"memory of ranks \[\d\] is not mapped by rank \d"):
-        buffer._choose(together, exchange, "nvshmem", Tuning())
+        buffer._choose(together, exchange, "nvshmem", lambda: design_of(together, "rings", Tuning()))
     wide = Shape(8, 32, 4, 2, Topology(2, 1), torch.float32)
     with pytest.raises(RuntimeError, match="dtype is torch.float32"):
-        buffer._choose(wide, exchange, "nvshmem", Tuning())
+        buffer._choose(wide, exchange, "nvshmem", lambda: design_of(wide, "rings", Tuning()))
     buffer._device = lambda group: torch.device("cpu")
     with pytest.raises(RuntimeError, match="backend is not NCCL"):
-        buffer._choose(shape, exchange, "nvshmem", Tuning())
+        buffer._choose(shape, exchange, "nvshmem", lambda: design_of(shape, "rings", Tuning()))
 
 
 def one_rank_cannot(rank, size, path):
@@ -157,6 +162,20 @@ def one_rank_cannot(rank, size, path):
         nvshmem.world(dist.group.WORLD, 1)
     os.environ["FAKE_VERSION"] = "30900"
     assert nvshmem.world(dist.group.WORLD, 1).size == 2
+
+
+def one_rank_is_left_waiting(rank, size, path):
+    """Inside NVSHMEM, for one that failed or that never came: it ends all the same."""
+    fake(path, **({"FAKE_INIT": 1} if rank == 1 else {"FAKE_HANG": 60}))
+    start = time.monotonic()
+    with refused(rf"{'' if rank else 'rank 1 cannot use NVSHMEM: '}NVSHMEM did not start on rank 1 of 2"):
+        nvshmem.world(dist.group.WORLD, 1)
+    assert time.monotonic() - start < 20
+    if rank == 1:
+        time.sleep(2)
+        return
+    with refused(r"did not end in 1 s: of ranks \[1\] each has not answered.*Mend: see whether"):
+        nvshmem.world(dist.group.WORLD, 1, timeout=1.0)
 
 
 def bad_starts(rank, size, path):
@@ -189,7 +208,10 @@ def bad_starts(rank, size, path):
         nvshmem.world(group, 1)
 
 
-@pytest.mark.parametrize("program", [one_node, two_nodes, the_buffers_transport, one_rank_cannot, bad_starts])
+PROGRAMS = [one_node, two_nodes, the_buffers_transport, one_rank_cannot, one_rank_is_left_waiting, bad_starts]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_two_ranks(tmp_path, library, program):
     ranks.run(tmp_path / "ranks", 2, program, library)
 
