@@ -105,7 +105,13 @@ def doorbells(kernel, calls):
 
 @pytest.mark.parametrize(
     "kernel",
-    [internode_kernels.DISPATCH, pytest.param(internode_kernels.COMBINE, marks=pytest.mark.long)],
+    [
+        internode_kernels.DISPATCH,
+        *(
+            pytest.param(kernel, marks=pytest.mark.long)
+            for kernel in (internode_kernels.COMBINE, lean_dispatch.DISPATCH[0], lean_combine.MOVE)
+        ),
+    ],
     ids=str,
 )
 def test_the_kernels_between_nodes_link(kernel):
