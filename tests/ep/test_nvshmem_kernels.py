@@ -12,6 +12,8 @@ from dsv3_kernels.ep import (
     Tuning,
     internode,
     internode_kernels,
+    lean_combine,
+    lean_dispatch,
     low_latency_kernels,
     reference,
 )
