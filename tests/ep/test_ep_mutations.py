@@ -121,11 +121,6 @@ MUTATIONS |= {
         "ring.load(mine",
         {HAZARD},
     ),
-    "a slot is loaded without a fence behind its tail": (
-        "if (seen < expected) return false;\n                    bulk::acquired();",
-        "if (seen < expected) return false;",
-        {HAZARD},
-    ),
     "blocks end while their stages are read": (
         "bulk::stores_read();\n    if (!__syncthreads_or",
         "if (!__syncthreads_or",
@@ -134,11 +129,6 @@ MUTATIONS |= {
     "combine loads a slot without a fence behind its tail": (
         "__syncwarp();\n        bulk::acquired();",
         "__syncwarp();",
-        {HAZARD},
-    ),
-    "combine loads a stage that is being added": (
-        "while (under_way_ < ring_.stages())",
-        "while (under_way_ <= ring_.stages())",
         {HAZARD},
     ),
 }
