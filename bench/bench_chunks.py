@@ -245,24 +245,23 @@ def plot(sweeps: list[Sweep], path: Path) -> None:
     for axis in axes.flat[len(sweeps) :]:
         axis.set_visible(False)
     for axis, result in zip(axes.flat, sweeps, strict=False):
-        chosen = result.setting.chosen()
-        for depth in sorted({choice[1] for choice in result.taken}):
-            points = sorted(choice for choice in result.taken if choice[1] == depth)
-            axis.plot(
-                [chunk for chunk, _ in points],
-                [1e6 * result.total(choice) for choice in points],
-                marker=".",
-                label=f"depth {depth}",
-            )
-        axis.plot(chosen[0], 1e6 * result.total(chosen), "k*", markersize=12, label="chosen")
+        options, chosen = result.setting.options, result.setting.chosen()
+        axis.axhspan(1.0, 1.05, color="#E6E8EA", zorder=0)
+        for depth in options.depths:
+            values = [result.against_best((chunk, depth)) for chunk in options.chunks]
+            axis.plot(options.chunks, values, marker=".", label=f"depth {depth}")
+        label = f"chosen: {chosen[0]}, {chosen[1]}"
+        axis.plot(chosen[0], result.against_best(chosen), "k*", markersize=12, label=label)
         topology = result.setting.topology
         axis.set_title(f"{topology.nodes} nodes x {topology.gpus_per_node}, {result.setting.tokens} tokens")
         axis.set_xlabel("messages in a chunk")
-        axis.set_ylim(bottom=0)
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.set_ylim(0.98, 1.4)  # what is slower is not worth its place
         axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
     for line in axes[:, 0]:
-        line.set_ylabel("dispatch and combine, us")
-    axes.flat[0].legend(frameon=False, fontsize=8)
+        line.set_ylabel("time against the best")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 

@@ -26,7 +26,8 @@ NOTE_OF_NODES = (
     "Virtual nodes on one GPU, in one launch. In place of InfiniBand is the GPU's own memory: a put is a "
     "copy by the warp that asks for it, so SMs do a network card's work too, and its bytes are counted. Not "
     "shown: queue pairs and doorbells, what a network reorders, delays or loses, latency and bandwidth of "
-    "InfiniBand and NVLink. Figures for those take a cluster: docs/cluster.md."
+    "InfiniBand and NVLink. Figures for those take a cluster: docs/cluster.md. The lean kernels end with a "
+    "launch on all SMs, which the copy does not have."
 )
 RANKS, SMS = (2, 4, 6), (20, 12, 8, 4)  # SMs a rank
 NODES = ((2, 2), (2, 3))  # nodes, GPUs a node
@@ -169,6 +170,7 @@ class Node:
             setup.topk,
             gpus_per_node=setup.gpus,
             internode=setup.internode,
+            tuning=ep.Tuning(channels=setup.num_sms // 2),
             device=device,
         )
         x = [torch.randn(setup.tokens, setup.hidden, device=device).bfloat16() for _ in range(setup.ranks)]

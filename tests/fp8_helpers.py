@@ -11,6 +11,9 @@ from commit_seed import base, seeds
 
 SCALINGS = {"exact": {}, "power_of_2": {"power_of_2_scales": True}, "ue8m0": {"ue8m0_scales": True}}
 each_scaling = pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
 powers = pytest.mark.parametrize("power_of_2", [False, True], ids=["exact", "power_of_2"])
 
 torch.set_num_threads(1)  # tensors this small lose more to two threads' barriers than they gain
@@ -28,6 +31,11 @@ def commit_generator() -> torch.Generator:
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
     print(f"DSV3_SEED={base()}")
     return torch.Generator().manual_seed(seeds(test, 1)[0])
+
+
+def offsets_of(*sizes: int) -> torch.Tensor:
+    """group_offsets of groups of these sizes."""
+    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def e4m3_value(code: int) -> float:

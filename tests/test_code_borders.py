@@ -7,14 +7,11 @@ a code, or one step of its dtype beside them, and must round to nearest, ties to
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import E4M3, encode_e4m3
+from fp8_helpers import E4M3, each_dtype, encode_e4m3
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator
 from dsv3_kernels.quantized import TILE
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 
 
 def borders(dtype):

@@ -3,14 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import commit_generator, wide
+from fp8_helpers import commit_generator, each_dtype, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import e5m6, emulator, reference
 from dsv3_kernels.jit.compile import compile_source, source_options
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 
 # Every magnitude below infinity, in the order of the codes.
 MAGNITUDES = np.array(

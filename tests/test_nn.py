@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fp8_helpers import offsets_of
 from op_calls import counting
 from torch import nn
 
@@ -79,17 +80,13 @@ def test_fp8_linear_against_float64(tokens, k, n, power_of_2):
 SIZES = [[5, 0, 130, 1], [0, 0, 0, 0], [300], [0, 0, 128, 0, 7], [64, 64]]
 
 
-def offsets_of(sizes):
-    return torch.tensor([0, *sizes]).cumsum(0).int()
-
-
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_grouped_fp8_linear_against_float64(sizes):
     k, n = 96, 160
     x, _, dy = operands(sum(sizes), k, n)
     w = torch.randn(len(sizes), n, k).bfloat16().requires_grad_()
     w.grad_dtype = torch.float32
-    offsets = offsets_of(sizes)
+    offsets = offsets_of(*sizes)
     y = grouped_fp8_linear(x, w, offsets)
     y.backward(dy)
     w_q, w_t = quantize_128x128(w.detach(), transpose=True)
@@ -113,7 +110,7 @@ def test_bit_equal_to_the_ops_by_hand():
 
 
 def test_grouped_bit_equal_to_the_ops_by_hand():
-    offsets = offsets_of([70, 0, 130])
+    offsets = offsets_of(70, 0, 130)
     x, _, dy = operands(200, 256, 128)
     w = torch.randn(3, 128, 256).bfloat16().requires_grad_()
     w.grad_dtype = torch.float32
@@ -140,7 +137,7 @@ def test_one_quantiser_pass_an_operand_and_one_gemm_each(calls, grouped):
     gemm = "grouped_fp8_gemm" if grouped else "fp8_gemm"
 
     def run(x, w):
-        return grouped_fp8_linear(x, w[None], offsets_of([40])) if grouped else fp8_linear(x, w)
+        return grouped_fp8_linear(x, w[None], offsets_of(40)) if grouped else fp8_linear(x, w)
 
     run(x, w).backward(dy)
     every = {"quantize_1x128": 2, "quantize_128x128": 1, gemm: 2, "fp8_wgrad": 1}
@@ -218,7 +215,7 @@ def test_grouped_bf16_recipe_against_float64(sizes, dtype):
     k, n = 48, 64
     layer = GroupedFp8Linear(len(sizes), k, n, recipe=BF16, dtype=dtype)
     x, _, dy = operands(sum(sizes), k, n, dtype)
-    offsets = offsets_of(sizes)
+    offsets = offsets_of(*sizes)
     y = layer(x, offsets)
     assert y.dtype == dtype
     y.backward(dy)

@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from fp8_helpers import SCALINGS, assert_same, commit_generator, each_scaling, wide
+from fp8_helpers import SCALINGS, assert_same, commit_generator, each_dtype, each_scaling, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, permute, reference
 from dsv3_kernels.jit.compile import compile_source, source_options
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 
 
 def index_of(generator, rows, tokens, *shape):

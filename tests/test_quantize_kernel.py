@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from fp8_helpers import assert_same, commit_generator, powers, wide
+from fp8_helpers import assert_same, commit_generator, each_dtype, powers, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, reference
-
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 
 
 def on_kernel(x, power_of_2=False):

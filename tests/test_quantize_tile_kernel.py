@@ -4,20 +4,14 @@ import re
 
 import pytest
 import torch
-from fp8_helpers import assert_same, commit_generator, powers, wide
+from fp8_helpers import assert_same, commit_generator, each_dtype, offsets_of, powers, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, launch, quantize, reference, tile
 from dsv3_kernels.device_error import ErrorCode
 from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
 GROUPS = (0, 128, 1, 300, 0)
-
-
-def offsets_of(*sizes):
-    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def check_128x128(w, power_of_2=False, transpose=False, **gpu):

@@ -2,16 +2,12 @@
 
 import pytest
 import torch
-from fp8_helpers import assert_same, commit_generator, each_scaling, wide
+from fp8_helpers import assert_same, commit_generator, each_scaling, offsets_of, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, reference
 
 GROUPS = (0, 128, 1, 300, 0)
-
-
-def offsets_of(*sizes):
-    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def check_requantized(q, offsets=None, **options):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_helpers import SCALINGS, assert_same, commit_generator, each_scaling, powers, wide
+from fp8_helpers import SCALINGS, assert_same, commit_generator, each_scaling, offsets_of, powers, wide
 
 import dsv3_kernels as dk
 from dsv3_kernels import emulator, reference, swiglu
@@ -13,10 +13,6 @@ from dsv3_kernels.jit.compile import compile_source, kernel_dir, source_options
 
 GROUPS = (0, 128, 1, 200, 0)
 EXACT = SCALINGS["exact"]
-
-
-def offsets_of(*sizes):
-    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 def ordinal(codes):

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from commit_seed import seeds
+from fp8_helpers import offsets_of
 
 import dsv3_kernels as dsv3
 from dsv3_kernels import emulator, jit, reference, wgrad
@@ -19,10 +20,6 @@ SIZES = [0, 128, 1, 300, 0]
 
 def name_of(config):
     return f"128x{config.block_n}" + (" pairs" if config.cluster == 2 else "")
-
-
-def offsets_of(sizes):
-    return torch.tensor([0, *sizes]).cumsum(0).int()
 
 
 # ---- Configurations
@@ -100,7 +97,7 @@ def test_every_tile_has_one_owner_and_its_groups_tokens(tile_rows, block_n, stri
         spare = rng.randint(0, 2)
         owned = torch.zeros(len(sizes), rows * columns, 3, dtype=torch.int32)
         error = torch.zeros(1, dtype=torch.int32)
-        arguments = [offsets_of(sizes), len(sizes), n, k, sum(counts) + spare, skip, owned, error]
+        arguments = [offsets_of(*sizes), len(sizes), n, k, sum(counts) + spare, skip, owned, error]
         gpu = emulator.VirtualGPU(num_sms=blocks, seed=rng.getrandbits(32))
         gpu.launch(ptx, "walk", grid=(blocks, 1, 1), block=(1, 1, 1), args=arguments)
         assert error.item() == 0
@@ -181,7 +178,7 @@ def assert_same_bits(got, expected):
 def check(config, n, k, seed, *, tokens=0, sizes=None, accumulate=False, ugly=False, num_sms=2):
     """The kernel against the reference; an element written where none belongs is seen in the guards."""
     print("seed", seed)
-    offsets = None if sizes is None else offsets_of(sizes)
+    offsets = None if sizes is None else offsets_of(*sizes)
     tokens = tokens if sizes is None else sum(sizes)
     dy_t, x_t = operands(tokens, n, k, seed, offsets, ugly)
     groups = 1 if sizes is None else len(sizes)
@@ -228,7 +225,7 @@ def test_ring_wraps_and_tiles_follow_each_other(accumulate):
 @pytest.mark.parametrize("sizes", [[], [0], [0, 0, 0], [1], [127, 129, 2]], ids=str)
 def test_other_groups(sizes):
     """Through the public call; no group, or none with tokens, too."""
-    offsets = offsets_of(sizes)
+    offsets = offsets_of(*sizes)
     dy_t, x_t = operands(sum(sizes), 24, 40, 7, offsets)
     for accumulate in (False, True):
         before = gradient((len(sizes), 24, 40), 3)
@@ -241,7 +238,7 @@ def test_other_groups(sizes):
 
 def test_a_group_without_tokens_is_left_alone_when_accumulating():
     """Not even a negative zero changes, here and in the reference."""
-    offsets = offsets_of([0, 3])
+    offsets = offsets_of(0, 3)
     dy_t, x_t = operands(3, 8, 8, 1, offsets)
     before = torch.full((2, 8, 8), -0.0)
     out = before.clone()
@@ -295,7 +292,7 @@ BAD_OFFSETS = {
 @pytest.mark.parametrize("name", BAD_OFFSETS)
 def test_offsets_out_of_range(name, accumulate):
     """As on a GPU, nobody reads them before the kernel, which stays inside and reports."""
-    dy_t, x_t = operands(300, 24, 40, 1, offsets_of([100, 200]))  # 3 token tiles, and one to spare
+    dy_t, x_t = operands(300, 24, 40, 1, offsets_of(100, 200))  # 3 token tiles, and one to spare
     buffer, out = guarded((2, 24, 40))
     out.zero_()
     offsets = torch.tensor(BAD_OFFSETS[name], dtype=torch.int32)
@@ -303,7 +300,7 @@ def test_offsets_out_of_range(name, accumulate):
         with pytest.raises(DeviceValueError, match="fp8_wgrad: group_offsets"):
             dsv3.fp8_wgrad(dy_t, x_t, out, accumulate, offsets)
         assert (buffer[:64] == 7).all() and (buffer[-64:] == 7).all()
-        good = offsets_of([100, 200])
+        good = offsets_of(100, 200)
         dsv3.fp8_wgrad(dy_t, x_t, out, False, good)  # the error is gone
     assert gpu.counters["launches"] == 2
     assert_same_bits(out, reference.fp8_wgrad(dy_t, x_t, out.clone(), False, good, accumulation="hopper"))
@@ -320,7 +317,7 @@ def test_operands_of_more_than_2_to_the_31_elements():
     dy_t, x_t = operands(100, 136, 8, 3)
     dy[:, :128], x[:, :128] = (q.data.view(torch.uint8) for q in (dy_t, x_t))
     scales[0] = dy_t.scales[:, 0]
-    offsets = offsets_of([100])
+    offsets = offsets_of(100)
     dy, x = (t.view(torch.float8_e4m3fn) for t in (dy, x))
     with emulator.virtual_gpu(checks=False):
         x_scales = torch.empty(columns // 128, 8)

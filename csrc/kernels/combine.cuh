@@ -2,11 +2,10 @@
 // own.
 //
 // The streams are those of the dispatch, backwards: what came from rank s in its channel i goes back there in
-// channel i, a token in the slot it had. An even block adds the rows of each token (a warp for each home
-// rank) and sends one BF16 row; an odd block waits for a token's ranks and adds them. All sums start at +0
-// and run in FP32, experts ascending, then ranks ascending, each rounded to BF16: bits do not depend on the
-// timing. The protocol is in channel.cuh; no counts travel, for the dispatch
-// has told them.
+// channel i, a token in the slot it had. A team that sends adds the rows of each token (a warp for each home
+// rank) to one BF16 row; one that receives waits for a token's ranks and adds them. All sums start at +0 and
+// run in FP32, experts ascending, then ranks ascending, each rounded to BF16: bits do not depend on the
+// timing. The protocol is in channel.cuh; no counts travel, for the dispatch has told them.
 //
 // Bytes: a (token, expert): a row read; a (token, rank): a row written over NVLink and read; a token: a row
 // written.

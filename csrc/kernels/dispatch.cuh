@@ -1,10 +1,13 @@
 // Dispatch within a node: every token once to each rank that holds one of its experts, there by expert or by
 // token.
 //
-// Two blocks a channel: the even one sends a contiguous share of this rank's tokens, a warp for each
-// destination; the odd one receives that channel, a warp for each source. What goes where is in
-// dispatch_layout.cuh, the protocol in channel.cuh. dispatch_again takes the layout of an earlier dispatch
-// and moves rows and scales alone.
+// Two teams of warps a channel, in neighbouring blocks: one sends a contiguous share of this rank's tokens, a
+// warp for each destination; the other receives that channel, a warp for each source. Every block has teams
+// of either kind. What goes where is in dispatch_layout.cuh, the protocol in channel.cuh. dispatch_again
+// takes the layout of an earlier dispatch and moves rows and scales alone.
+//
+// A slot passes a warp's shared memory by bulk copies. A sender's lanes put scales and routing behind the row
+// there; a receiver stores the row from there to each of its places.
 //
 // Bytes: a (token, rank): row + scales + 8 K written over NVLink, and read once there; a row that arrives:
 // row + scales written.

@@ -11,7 +11,8 @@
 namespace dsv3 {
 namespace dispatch {
 
-constexpr u32 kBatch = 4;  // tokens whose experts are read at once
+constexpr u32 kBatch = 4;          // tokens whose experts are read at once
+constexpr u32 kCountsAtOnce = 16;  // channels whose counts are
 
 // What is dispatched and how; all ranks pass the same. python: dsv3_kernels.ep.kernels.Form
 enum Form : u32 { kFp8 = 1, kWeights = 2, kTokenOrder = 4 };
@@ -225,13 +226,13 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
     for (u32 e = team.thread; e < mine.local_experts; e += team.threads) {
         u32 running = 0;
         for (u32 source = 0; source < mine.ranks; ++source)
-            for (u32 begin = 0; begin < channels; begin += kBatch) {
-                u32 counts[kBatch];
+            for (u32 begin = 0; begin < channels; begin += kCountsAtOnce) {
+                u32 counts[kCountsAtOnce];
 #pragma unroll
-                for (u32 i = 0; i < kBatch; ++i)
+                for (u32 i = 0; i < kCountsAtOnce; ++i)
                     counts[i] = begin + i < channels ? mine.counts(source, begin + i)[e] : 0;
 #pragma unroll
-                for (u32 i = 0; i < kBatch; ++i) {
+                for (u32 i = 0; i < kCountsAtOnce; ++i) {
                     if (begin + i == channel) next[source * mine.local_experts + e] = running;
                     running += counts[i];
                 }
@@ -239,15 +240,20 @@ __device__ __forceinline__ void plan(const Call& call, const Workspace& mine, u3
         starts[e] = running;
     }
     team.sync();
-    if (team.thread == 0) {
+    if (team.thread < 32) {
         u32 running = 0;
-        for (u32 e = 0; e < mine.local_experts; ++e) {
-            const u32 size = starts[e];
-            starts[e] = running;
-            if (channel == 0) call.to.group_offsets[e] = running;
-            running += size;
+        for (u32 base = 0; base <= mine.local_experts; base += 32) {
+            const u32 e = base + team.thread, size = e < mine.local_experts ? starts[e] : 0;
+            u32 end = size;  // of the lanes up to this one
+            for (u32 below = 1; below < 32; below *= 2) {
+                const u32 sum = __shfl_up_sync(kFullWarp, end, below);
+                if (team.thread >= below) end += sum;
+            }
+            const u32 start = running + end - size;
+            if (e < mine.local_experts) starts[e] = start;
+            if (channel == 0 && e <= mine.local_experts) call.to.group_offsets[e] = start;
+            running += __shfl_sync(kFullWarp, end, 31);
         }
-        if (channel == 0) call.to.group_offsets[mine.local_experts] = running;
     }
     team.sync();
     if (call.from.form & kTokenOrder) {

@@ -19,7 +19,7 @@ DISPATCH = tuple(Kernel(f"{name}.cuh", name, (False,), nvshmem=True) for name in
 DISPATCH_AGAIN = tuple(Kernel(f"{name}.cuh", name, (True,), nvshmem=True) for name in KERNELS)
 
 MAX_PAIRS = 8  # channels of a block, two warps each
-TOKENS = 8  # of a rank for a channel to be worth its warps
+TOKENS = 2  # of a rank for a channel to be worth its warps
 EPILOGUE_WARPS = 8  # of a block
 SHARED_BYTES = 227 * 1024  # of a block
 BARRIER = 16  # bytes behind a stage, csrc/kernels/bulk.cuh

@@ -41,7 +41,7 @@ class Tuning:
     """What a buffer's rings between nodes are made for, alike on all ranks; without a use on one node.
 
     channels: the most that a call may use, two SMs each: `num_sms` is at most twice as many, 64 at most.
-        Memory grows with it.
+        Memory grows with it, and chunks are sized for calls that use them all: with few SMs declare few.
     chunk: messages (tokens to a node) that travel as one put. depth: chunks under way to one node in a
         channel. None: as `chunk_of` and `depth_of` have it.
     memory: bytes that all rings of a rank may take, where depth is None.

@@ -81,7 +81,8 @@ MUTATIONS = {
     ),
     "a header is free before it is read": (
         re.compile(
-            r"(header\.words = here\.header_in;\s*tell.*?__syncwarp\(\);)(\s*if \(threadIdx[^;]*number\);)",
+            r"(header\.words = here\.header_in;\s*tell.*?__syncwarp\(\);)"
+            r"(\s*if \(threadIdx[^;]*free_header[^;]*;)",
             re.DOTALL,
         ),
         r"\2 \1",

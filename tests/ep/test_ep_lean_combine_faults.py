@@ -13,7 +13,7 @@ from dsv3_kernels.ep import Topology
 
 CASE = Case(Topology(2, 2), local_experts=2, hidden=32, num_topk=3, tokens=6, seed=2)
 TIMES = 4
-TRIALS = [*range(3), *(pytest.param(trial, marks=pytest.mark.long) for trial in range(3, 50))]
+TRIALS = [0, 1, *(pytest.param(trial, marks=pytest.mark.long) for trial in range(2, 50))]
 
 
 def a_cluster(seed):

@@ -90,7 +90,7 @@ def test_the_buffer_says_who_and_in_which_role():
         if rank == 3:
             buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
             return
-        told = rf"dispatch: rank {rank} \((send|receive|forward), channel [01]\)"
+        told = rf"dispatch: rank {rank} \((send|receive|forward), channel [0-3]\)"
         with pytest.raises(ep.TimeoutError, match=told):
             buffer.dispatch(inputs.x[rank], inputs.topk_idx[rank], num_sms=2)
         with pytest.raises(ep.TimeoutError):

@@ -12,6 +12,8 @@ from dsv3_kernels.ep import (
     Tuning,
     internode,
     internode_kernels,
+    lean_combine,
+    lean_dispatch,
     low_latency_kernels,
     reference,
 )
@@ -105,7 +107,13 @@ def doorbells(kernel, calls):
 
 @pytest.mark.parametrize(
     "kernel",
-    [internode_kernels.DISPATCH, pytest.param(internode_kernels.COMBINE, marks=pytest.mark.long)],
+    [
+        internode_kernels.DISPATCH,
+        *(
+            pytest.param(kernel, marks=pytest.mark.long)
+            for kernel in (internode_kernels.COMBINE, lean_dispatch.DISPATCH[0], lean_combine.MOVE)
+        ),
+    ],
     ids=str,
 )
 def test_the_kernels_between_nodes_link(kernel):
