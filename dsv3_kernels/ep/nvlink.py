@@ -195,7 +195,7 @@ def _patience(exchange: Exchange) -> Iterator[None]:
         return
     from torch.distributed.distributed_c10d import _get_process_group_store
 
-    store = _get_process_group_store(exchange.group)
+    store: Any = _get_process_group_store(exchange.group)
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     before = store.timeout  # type: ignore[attr-defined]
