@@ -198,7 +198,7 @@ def _patience(exchange: Exchange) -> Iterator[None]:
     store: Any = _get_process_group_store(exchange.group)
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    before = store.timeout  # type: ignore[attr-defined]
+    before = store.timeout
     store.set_timeout(timedelta(seconds=exchange.timeout / 2))
     try:
         yield
