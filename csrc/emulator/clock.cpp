@@ -24,11 +24,13 @@ bool Clock::covers(const Clock& other) const {
         if (a[i] < b[i]) return false;
     for (size_t i = common; i < b.size(); i++)
         if (b[i]) return false;
+    auto mine = data_->some.cbegin();
     for (const ClockData::Entry& e : other.data_->some) {
         if (e.agent < a.size() && a[e.agent] >= e.time) continue;
+        while (mine != data_->some.cend() && mine->agent < e.agent) ++mine;
         uint32_t rest = e.mask;
-        for (const ClockData::Entry& mine : data_->some)
-            if (mine.agent == e.agent && mine.time >= e.time) rest &= ~mine.mask;
+        for (auto same = mine; same != data_->some.cend() && same->agent == e.agent; ++same)
+            if (same->time >= e.time) rest &= ~same->mask;
         if (rest) return false;
     }
     return true;
@@ -57,36 +59,36 @@ void Clock::add(Agent agent, uint32_t mask, uint32_t time) {
     std::vector<uint32_t>& all = data_->all;
     if (agent < all.size() && all[agent] >= time) return;
     std::vector<ClockData::Entry>& some = data_->some;
+    auto begin = some.begin() + (data_->of(agent) - some.cbegin());
+    auto end = std::find_if(begin, some.end(), [&](const ClockData::Entry& e) { return e.agent != agent; });
     if (mask != ~0u) {
         // Entries of one agent stay disjoint in (lane, time): a later time takes the lanes from an earlier one.
         uint32_t rest = mask;
-        size_t kept = 0;
-        ClockData::Entry* equal = nullptr;
-        for (size_t i = 0; i < some.size(); i++) {
-            ClockData::Entry e = some[i];
-            if (e.agent == agent) {
-                if (e.time > time) rest &= ~e.mask;
-                else if (e.time < time) e.mask &= ~mask;
-                if (e.mask == 0) continue;
-            }
-            some[kept] = e;
-            if (e.agent == agent && e.time == time) equal = &some[kept];
-            kept++;
+        auto equal = end;
+        for (auto e = begin; e != end; ++e) {
+            if (e->time > time) rest &= ~e->mask;
+            else if (e->time < time) e->mask &= ~mask;
+            else equal = e;
         }
-        some.resize(kept);
-        if (equal) equal->mask |= rest;
-        else if (rest) some.push_back({agent, rest, time});
+        if (equal != end) {
+            equal->mask |= rest;
+        } else if (rest) {
+            const auto first = begin - some.begin(), last = end - some.begin() + 1;
+            some.insert(end, {agent, rest, time});
+            begin = some.begin() + first, end = some.begin() + last;
+        }
         uint32_t covered = 0, least = UINT32_MAX;
-        for (const ClockData::Entry& e : some)
-            if (e.agent == agent) covered |= e.mask, least = std::min(least, e.time);
-        if (covered != ~0u) return;
+        for (auto e = begin; e != end; ++e)
+            if (e->mask) covered |= e->mask, least = std::min(least, e->time);
+        if (covered != ~0u) {
+            some.erase(std::remove_if(begin, end, [](const ClockData::Entry& e) { return e.mask == 0; }), end);
+            return;
+        }
         time = least;
     }
     if (agent >= all.size()) all.resize(agent + 1);
     all[agent] = std::max(all[agent], time);
-    some.erase(std::remove_if(some.begin(), some.end(),
-                              [&](const ClockData::Entry& e) { return e.agent == agent && e.time <= all[agent]; }),
-               some.end());
+    some.erase(std::remove_if(begin, end, [&](const ClockData::Entry& e) { return e.mask == 0 || e.time <= all[agent]; }), end);
 }
 
 }  // namespace dsv3::emulator

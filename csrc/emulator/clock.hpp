@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
@@ -16,7 +17,11 @@ struct ClockData {
     struct Entry { Agent agent; uint32_t mask; uint32_t time; };
     uint32_t references = 0;
     std::vector<uint32_t> all;
-    std::vector<Entry> some;
+    std::vector<Entry> some;  ///< by ascending agent
+
+    std::vector<Entry>::const_iterator of(Agent agent) const {
+        return std::lower_bound(some.begin(), some.end(), agent, [](const Entry& e, Agent a) { return e.agent < a; });
+    }
 };
 
 class Clock {
@@ -30,12 +35,15 @@ class Clock {
     bool empty() const { return !data_; }
     bool same(const Clock& o) const { return data_ == o.data_; }
     /// Did the accesses of this lane up to `time` happen before?
-    bool knows(Agent agent, int lane, uint32_t time) const {
-        if (!data_) return false;
-        if (agent < data_->all.size() && data_->all[agent] >= time) return time != in_flight;
-        for (const ClockData::Entry& e : data_->some)
-            if (e.agent == agent && (e.mask >> lane & 1) && e.time >= time) return time != in_flight;
-        return false;
+    bool knows(Agent agent, int lane, uint32_t time) const { return known_lanes(agent, time) >> lane & 1; }
+    /// The lanes whose accesses up to `time` happened before.
+    uint32_t known_lanes(Agent agent, uint32_t time) const {
+        if (!data_ || time == in_flight) return 0;
+        if (agent < data_->all.size() && data_->all[agent] >= time) return ~0u;
+        uint32_t lanes = 0;
+        for (auto e = data_->of(agent); e != data_->some.end() && e->agent == agent; ++e)
+            if (e->time >= time) lanes |= e->mask;
+        return lanes;
     }
     void join(const Clock& other);
     void add(Agent agent, uint32_t mask, uint32_t time);

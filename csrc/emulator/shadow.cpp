@@ -74,6 +74,15 @@ static bool ordered(const AccessLog& log, const Accessor& by, uint32_t earlier, 
     return known && fenced;
 }
 
+/// The lanes of an earlier read that are ordered before the accessor: `ordered` for all of them at once.
+static uint32_t ordered_reads(const AccessLog& log, const Accessor& by, uint32_t earlier) {
+    const Access &a = log[earlier], &b = log[by.access];
+    uint32_t lanes = ~0u;
+    for (int i = 0; i < by.count; i++) lanes &= by.knowledge[i]->generic.known_lanes(a.agent, a.time);
+    if (earlier == by.access || (a.agent == b.agent && !a.async && !b.async)) lanes |= 1u << by.lane;
+    return lanes;
+}
+
 template <bool is_write>
 bool Shadow::visit(AccessLog& log, const Accessor& by, uint32_t& writer, uint32_t& readers, Conflict& conflict) {
     const Access& me = log[by.access];
@@ -115,12 +124,9 @@ bool Shadow::visit(AccessLog& log, const Accessor& by, uint32_t& writer, uint32_
     // Earlier readers that are ordered before this one need not be kept: a writer ordered behind this one is ordered
     // behind them.
     AccessLog::Readers kept;
-    bool merged = false, fence = false;
+    bool merged = false;
     auto keep = [&](const AccessLog::Reader& r) {
-        uint32_t mask = 0;
-        for (uint32_t rest = r.mask; rest; rest &= rest - 1)
-            if (!ordered(log, by, r.access, __builtin_ctz(rest), false, &fence) || log[r.access].async != me.async)
-                mask |= rest & -rest;
+        uint32_t mask = log[r.access].async == me.async ? r.mask & ~ordered_reads(log, by, r.access) : r.mask;
         if (r.access == by.access) mask = r.mask | 1u << by.lane, merged = true;
         if (mask) kept.push_back({r.access, mask});
     };
