@@ -63,11 +63,19 @@ def test_a_killed_rank(trial, healthy):
     in_time(cluster, spent)
 
 
+def in_a_circle(found):
+    """Whether every rank waits, and from any of them one comes to all others."""
+    rank = min(found, default=0)
+    seen = [rank := found[rank].peer for _ in found if rank in found]
+    return len(found) == 4 and len(set(seen)) == 4
+
+
 @pytest.mark.parametrize("trial", TRIALS)
 def test_a_link_that_loses_a_message_or_dies(trial, healthy):
     """Who gives up names one of its two ends, the other one if it is an end itself.
 
-    With a message a queue pair loses what comes behind it.
+    With a message a queue pair loses what comes behind it. Where all wait for each other in one circle nobody
+    can know its weak link: then the first to give up says whom it missed.
     """
     rounds, spent = healthy
     chance = random.Random(fresh_generator().initial_seed() + trial)
@@ -79,7 +87,8 @@ def test_a_link_that_loses_a_message_or_dies(trial, healthy):
         cluster.cluster.drop(source, target, number)
     found = records(cluster, rounds, {0, 1, 2, 3})
     for rank, record in found.items():  # the last credits of all are missed by nobody
-        assert record.missing in {source, target} - {rank}, (source, target, rank, record)
+        ends = set(found) if in_a_circle(found) else {source, target}
+        assert record.missing in ends - {rank}, (source, target, rank, record)
     if found:
         in_time(cluster, spent)
 

@@ -193,6 +193,6 @@ def test_the_buffer_names_a_killed_rank():
         stalls = [s for s in status.stalls if s.peer == 1]
         assert {(s.op, s.role) for s in stalls} == {("dispatch", "receive")}
         assert [s.channel for s in stalls] == list(range(kernels.channels_of(buffer._shape, 2)))
-        assert all(s.waits == 1 for s in stalls) and max(s.seconds for s in stalls) >= SECONDS
+        assert all(s.waits >= 1 for s in stalls) and max(s.seconds for s in stalls) >= SECONDS
 
     cluster.run(program)

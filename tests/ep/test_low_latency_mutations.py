@@ -110,7 +110,8 @@ MUTATIONS = {
     ),
 }
 
-AHEAD = ["slots are written one epoch too early"]  # else other waits of the ops imply this one
+# Else other waits of the ops imply these.
+AHEAD = ["slots are written before they were read", "slots are written one epoch too early"]
 CASE = Case(Topology(2, 2), local_experts=2, hidden=144, num_topk=3, tokens=6, seed=1)
 FORMS = [Form(), Form(fp8=False, hook=True), Form(hook=True), Form(num_sms=3)]
 
