@@ -47,11 +47,12 @@ struct GivenUp {
         if (came_after && has_given_up(rank)) return false;
         u64 first = alarm();
         if (late && !first) first = 1 + (static_cast<u64>(rank) << 16 | peer);
-        for (u32 i = 0; i < ranks; ++i) {
-            const u32 to = (rank + i) % ranks;
-            set(to, place(rank, peer), 1);
-            set(to, place(rank, rank), came_after ? 2 : 1);
-            set(to, 0, first);
+        // One call of set, for it may be large: whom this rank missed, that it has given up, the alarm.
+#pragma unroll 1
+        for (u32 i = 0; i < 3 * ranks; ++i) {
+            const u32 to = (rank + i / 3) % ranks, word = i % 3;
+            const u64 value = word == 0 ? 1 : word == 1 ? (came_after ? 2 : 1) : first;
+            set(to, word == 2 ? 0 : place(rank, word == 0 ? peer : rank), value);
         }
         const u64 start = ptx::global_timer();
         while (ptx::global_timer() - start < min(timeout / 4, kGrace)) {
